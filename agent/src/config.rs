@@ -1,0 +1,430 @@
+//! Configuration: one struct, from defaults < TOML file < environment `VACCEL_AGENT_*` < flags.
+//!
+//! [`Settings`] is what a person writes, every field optional, the same names in all three places. [`Config`] is what
+//! the agent runs on, checked and complete.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use serde::Deserialize;
+use vaccel_proto::Endpoint;
+use vaccel_proto::endpoint::CID_ANY;
+use vaccel_proto::limits::{LOCAL_ADDRESS_DEFAULT, VSOCK_PORT_DEFAULT};
+
+/// What a person sets. Flags, environment variables and file keys carry the same names.
+#[derive(Args, Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Settings {
+    /// Address to listen on; repeat for several [default: unix://$XDG_RUNTIME_DIR/vaccel.sock tcp://127.0.0.1:65500]
+    #[arg(long, short, env = "VACCEL_AGENT_ADDRESS", value_delimiter = ',', value_name = "URL")]
+    #[serde(default)]
+    pub address: Vec<String>,
+
+    /// Also listen on vsock://any:2048
+    #[arg(long, env = "VACCEL_AGENT_VSOCK", num_args = 0..=1, default_missing_value = "true")]
+    pub vsock: Option<bool>,
+
+    /// Write the bound addresses to FILE as JSON once every one accepts
+    #[arg(long, env = "VACCEL_AGENT_READY_FILE", value_name = "FILE")]
+    pub ready_file: Option<PathBuf>,
+
+    /// Permit plain TCP on addresses other than loopback
+    #[arg(long, env = "VACCEL_AGENT_INSECURE", num_args = 0..=1, default_missing_value = "true")]
+    pub insecure: Option<bool>,
+
+    /// Mode of unix sockets, octal [default: 660]
+    #[arg(long, env = "VACCEL_AGENT_UNIX_MODE", value_name = "MODE")]
+    pub unix_mode: Option<String>,
+
+    /// PEM certificate chain of tls:// listeners
+    #[arg(long, env = "VACCEL_AGENT_TLS_CERT", value_name = "FILE")]
+    pub tls_cert: Option<PathBuf>,
+
+    /// PEM private key of tls:// listeners
+    #[arg(long, env = "VACCEL_AGENT_TLS_KEY", value_name = "FILE")]
+    pub tls_key: Option<PathBuf>,
+
+    /// PEM authorities; when given, tls:// clients must show a certificate one of them signed
+    #[arg(long, env = "VACCEL_AGENT_TLS_CLIENT_CA", value_name = "FILE")]
+    pub tls_client_ca: Option<PathBuf>,
+
+    /// Lines `NAME TOKEN`; when given, tcp:// and tls:// calls must carry one of the tokens
+    #[arg(long, env = "VACCEL_AGENT_TOKEN_FILE", value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+
+    /// ONNX Runtime library [default: $ORT_DYLIB_PATH, then the usual library folders]
+    #[arg(long, env = "VACCEL_AGENT_ONNXRUNTIME", value_name = "PATH")]
+    pub onnxruntime: Option<PathBuf>,
+
+    /// Engine for models: auto, tract or onnxruntime [default: auto]
+    #[arg(long, env = "VACCEL_AGENT_ENGINE", value_name = "NAME")]
+    pub engine: Option<String>,
+
+    /// Device for models, for example cpu [default: the engine's best]
+    #[arg(long, env = "VACCEL_AGENT_DEVICE", value_name = "NAME")]
+    pub device: Option<String>,
+
+    /// Threads that compute at the same time [default: number of cores]
+    #[arg(long, env = "VACCEL_AGENT_LANES", value_name = "N")]
+    pub lanes: Option<usize>,
+
+    /// Seconds a session outlives its last connection [default: 30]
+    #[arg(long, env = "VACCEL_AGENT_SESSION_LEASE", value_name = "SECONDS")]
+    pub session_lease: Option<f64>,
+
+    /// Seconds a call may take when it names no deadline [default: 60]
+    #[arg(long, env = "VACCEL_AGENT_CALL_DEADLINE", value_name = "SECONDS")]
+    pub call_deadline: Option<f64>,
+
+    /// Seconds a model may take to load [default: 30]
+    #[arg(long, env = "VACCEL_AGENT_LOAD_DEADLINE", value_name = "SECONDS")]
+    pub load_deadline: Option<f64>,
+
+    /// Seconds that calls may go on after SIGTERM [default: 30]
+    #[arg(long, env = "VACCEL_AGENT_GRACE", value_name = "SECONDS")]
+    pub grace: Option<f64>,
+
+    /// Connections in all [default: 1024]
+    #[arg(long, env = "VACCEL_AGENT_CONNECTIONS_MAX", value_name = "N")]
+    pub connections_max: Option<usize>,
+
+    /// Connections of one tenant [default: 256]
+    #[arg(long, env = "VACCEL_AGENT_TENANT_CONNECTIONS_MAX", value_name = "N")]
+    pub tenant_connections_max: Option<u64>,
+
+    /// Sessions of one tenant [default: 64]
+    #[arg(long, env = "VACCEL_AGENT_TENANT_SESSIONS_MAX", value_name = "N")]
+    pub tenant_sessions_max: Option<u64>,
+
+    /// Calls in flight of one tenant [default: 64]
+    #[arg(long, env = "VACCEL_AGENT_TENANT_CALLS_MAX", value_name = "N")]
+    pub tenant_calls_max: Option<u64>,
+
+    /// MiB of resources one tenant may keep [default: 1024]
+    #[arg(long, env = "VACCEL_AGENT_TENANT_RESOURCE_MIB", value_name = "MIB")]
+    pub tenant_resource_mib: Option<u64>,
+
+    /// MiB of requests one tenant may have in flight [default: 256]
+    #[arg(long, env = "VACCEL_AGENT_TENANT_IN_FLIGHT_MIB", value_name = "MIB")]
+    pub tenant_in_flight_mib: Option<u64>,
+
+    /// error, warn, info, debug or trace, or per module as in `info,vaccel_agent::transport=debug` [default: info]
+    #[arg(long, env = "VACCEL_AGENT_LOG", value_name = "FILTER")]
+    pub log: Option<String>,
+
+    /// How log lines are written, to standard error [default: text]
+    #[arg(long, env = "VACCEL_AGENT_LOG_FORMAT", value_name = "FORMAT")]
+    pub log_format: Option<LogFormat>,
+}
+
+/// How log lines are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Why a configuration cannot be used: which setting, what was expected, what came.
+#[derive(Debug)]
+pub struct ConfigError(String);
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+impl ConfigError {
+    pub(crate) fn new(message: impl Into<String>) -> Self {
+        Self(message.into())
+    }
+}
+
+macro_rules! prefer {
+    ($above:ident, $below:ident, $($field:ident),*) => { $($above.$field = $above.$field.or($below.$field);)* };
+}
+
+impl Settings {
+    /// Reads a TOML file.
+    ///
+    /// # Errors
+    /// The file cannot be read, is not TOML, or has a key that does not exist.
+    pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|error| ConfigError(format!("configuration file {}: {error}", path.display())))?;
+        toml::from_str(&text).map_err(|error| ConfigError(format!("configuration file {}: {error}", path.display())))
+    }
+
+    /// These settings, with those of `below` where these say nothing.
+    #[must_use]
+    pub fn over(mut self, below: Self) -> Self {
+        if self.address.is_empty() {
+            self.address = below.address;
+        }
+        prefer!(
+            self, below, vsock, ready_file, insecure, unix_mode, tls_cert, tls_key, tls_client_ca, token_file,
+            onnxruntime, engine, device, lanes, session_lease, call_deadline, load_deadline, grace, connections_max,
+            tenant_connections_max, tenant_sessions_max, tenant_calls_max, tenant_resource_mib, tenant_in_flight_mib,
+            log, log_format
+        );
+        self
+    }
+}
+
+/// What the agent runs on.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where to listen; never empty.
+    pub addresses: Vec<Endpoint>,
+    /// Where to announce the bound addresses.
+    pub ready_file: Option<PathBuf>,
+    /// Whether plain TCP may leave loopback.
+    pub insecure: bool,
+    /// Mode of unix sockets.
+    pub unix_mode: u32,
+    /// Files of `tls://` listeners.
+    pub tls: Option<TlsFiles>,
+    /// Bearer tokens of `tcp://` and `tls://` listeners.
+    pub token_file: Option<PathBuf>,
+    /// Engines and devices.
+    pub engines: EngineConfig,
+    /// Threads that compute at the same time.
+    pub lanes: usize,
+    /// How long a session outlives its last connection.
+    pub session_lease: Duration,
+    /// Deadline of a call that names none.
+    pub call_deadline: Duration,
+    /// How long a model may take to load.
+    pub load_deadline: Duration,
+    /// How long calls may go on after the signal to stop.
+    pub grace: Duration,
+    /// Connections in all.
+    pub connections_max: usize,
+    /// Bounds of one tenant.
+    pub tenant: TenantLimits,
+    /// Filter of log lines.
+    pub log: String,
+    /// How log lines are written.
+    pub log_format: LogFormat,
+}
+
+/// PEM files of `tls://` listeners.
+#[derive(Clone, Debug)]
+pub struct TlsFiles {
+    /// Certificate chain.
+    pub cert: PathBuf,
+    /// Private key.
+    pub key: PathBuf,
+    /// Authorities of client certificates; when set, a client must show one.
+    pub client_ca: Option<PathBuf>,
+}
+
+/// Which engines and devices to use.
+#[derive(Clone, Debug, Default)]
+pub struct EngineConfig {
+    /// ONNX Runtime library a person named; it must load.
+    pub onnxruntime: Option<PathBuf>,
+    /// Engine for sessions that name none; empty for the best present.
+    pub engine: String,
+    /// Device for sessions that name none; empty for the engine's best.
+    pub device: String,
+    /// Threads one model run may use.
+    pub threads: usize,
+}
+
+/// What one tenant may hold.
+#[derive(Clone, Debug)]
+pub struct TenantLimits {
+    /// Connections.
+    pub connections: u64,
+    /// Sessions.
+    pub sessions: u64,
+    /// Calls in flight.
+    pub calls: u64,
+    /// Bytes of stored files, unfinished uploads included.
+    pub resource_bytes: u64,
+    /// Bytes of requests being received or served.
+    pub in_flight_bytes: u64,
+}
+
+impl Config {
+    /// Checks settings and fills in defaults.
+    ///
+    /// # Errors
+    /// A setting that does not parse, or addresses that need another setting.
+    pub fn new(settings: Settings) -> Result<Self, ConfigError> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let lanes = at_least_one("lanes", settings.lanes.unwrap_or(cores))?;
+        let config = Self {
+            addresses: addresses(&settings)?,
+            ready_file: settings.ready_file,
+            insecure: settings.insecure.unwrap_or(false),
+            unix_mode: unix_mode(settings.unix_mode.as_deref().unwrap_or("660"))?,
+            tls: tls_files(settings.tls_cert, settings.tls_key, settings.tls_client_ca)?,
+            token_file: settings.token_file,
+            engines: EngineConfig {
+                onnxruntime: settings.onnxruntime,
+                engine: settings.engine.filter(|name| name != "auto").unwrap_or_default(),
+                device: settings.device.unwrap_or_default(),
+                threads: cores,
+            },
+            lanes,
+            session_lease: seconds("session-lease", settings.session_lease, 30.0)?,
+            call_deadline: seconds("call-deadline", settings.call_deadline, 60.0)?,
+            load_deadline: seconds("load-deadline", settings.load_deadline, 30.0)?,
+            grace: seconds("grace", settings.grace, 30.0)?,
+            connections_max: at_least_one("connections-max", settings.connections_max.unwrap_or(1024))?,
+            tenant: TenantLimits {
+                connections: settings.tenant_connections_max.unwrap_or(256),
+                sessions: settings.tenant_sessions_max.unwrap_or(64),
+                calls: settings.tenant_calls_max.unwrap_or(64),
+                resource_bytes: mebibytes(settings.tenant_resource_mib.unwrap_or(1024)),
+                in_flight_bytes: mebibytes(settings.tenant_in_flight_mib.unwrap_or(256)),
+            },
+            log: settings.log.unwrap_or_else(|| "info".into()),
+            log_format: settings.log_format.unwrap_or_default(),
+        };
+        config.check_addresses()?;
+        Ok(config)
+    }
+
+    fn check_addresses(&self) -> Result<(), ConfigError> {
+        for address in &self.addresses {
+            match address {
+                Endpoint::Tls(_) if self.tls.is_none() => {
+                    return Err(ConfigError(format!("{address} needs --tls-cert FILE and --tls-key FILE")));
+                }
+                Endpoint::Tcp(authority) if !self.insecure && !is_loopback(&authority.host) => {
+                    return Err(ConfigError(format!(
+                        "{address} is plain TCP beyond loopback: anybody on the way could read and change it; \
+                         use tls://{authority} with --tls-cert and --tls-key, or --insecure on a network you trust"
+                    )));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+fn is_loopback(host: &str) -> bool {
+    host.parse::<std::net::IpAddr>().map_or(host == "localhost", |ip| ip.is_loopback())
+}
+
+fn addresses(settings: &Settings) -> Result<Vec<Endpoint>, ConfigError> {
+    let mut addresses = Vec::new();
+    for text in &settings.address {
+        let endpoint: Endpoint = text.parse().map_err(|error| ConfigError(format!("--address: {error}")))?;
+        let endpoint = endpoint.for_listening().map_err(|error| ConfigError(format!("--address: {error}")))?;
+        if addresses.contains(&endpoint) {
+            return Err(ConfigError(format!("--address: {endpoint} is given twice")));
+        }
+        addresses.push(endpoint);
+    }
+    let vsock = Endpoint::Vsock { cid: CID_ANY, port: VSOCK_PORT_DEFAULT };
+    if settings.vsock == Some(true) && !addresses.contains(&vsock) {
+        addresses.push(vsock);
+    }
+    if addresses.is_empty() {
+        let folder = std::env::var_os("XDG_RUNTIME_DIR").map_or_else(std::env::temp_dir, PathBuf::from);
+        addresses.push(Endpoint::Unix(folder.join("vaccel.sock")));
+        addresses.push(LOCAL_ADDRESS_DEFAULT.parse().map_err(|error| ConfigError(format!("{error}")))?);
+    }
+    Ok(addresses)
+}
+
+fn tls_files(
+    cert: Option<PathBuf>,
+    key: Option<PathBuf>,
+    client_ca: Option<PathBuf>,
+) -> Result<Option<TlsFiles>, ConfigError> {
+    match (cert, key, client_ca) {
+        (Some(cert), Some(key), client_ca) => Ok(Some(TlsFiles { cert, key, client_ca })),
+        (None, None, None) => Ok(None),
+        _ => Err(ConfigError("TLS needs both --tls-cert FILE and --tls-key FILE".into())),
+    }
+}
+
+fn unix_mode(text: &str) -> Result<u32, ConfigError> {
+    match u32::from_str_radix(text, 8) {
+        Ok(mode) if mode <= 0o777 => Ok(mode),
+        _ => Err(ConfigError(format!("--unix-mode: expected an octal mode such as 660, got {text:?}"))),
+    }
+}
+
+fn seconds(name: &str, value: Option<f64>, default: f64) -> Result<Duration, ConfigError> {
+    let value = value.unwrap_or(default);
+    Duration::try_from_secs_f64(value)
+        .ok()
+        .filter(|duration| *duration > Duration::ZERO)
+        .ok_or_else(|| ConfigError(format!("--{name}: expected seconds above 0, got {value}")))
+}
+
+fn at_least_one(name: &str, value: usize) -> Result<usize, ConfigError> {
+    if value == 0 { Err(ConfigError(format!("--{name}: expected 1 or more, got 0"))) } else { Ok(value) }
+}
+
+fn mebibytes(value: u64) -> u64 {
+    value.saturating_mul(1 << 20)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(toml: &str) -> Result<Config, ConfigError> {
+        Config::new(toml::from_str(toml).map_err(|error| ConfigError::new(error.to_string()))?)
+    }
+
+    #[test]
+    fn defaults_are_local_only() {
+        let config = config("").expect("defaults are valid");
+        assert!(config.addresses.iter().all(|address| !matches!(address, Endpoint::Vsock { .. } | Endpoint::Tls(_))));
+        assert_eq!(config.session_lease, Duration::from_secs(30));
+        assert_eq!(config.unix_mode, 0o660);
+    }
+
+    #[test]
+    fn the_upper_layer_wins_field_by_field() {
+        let file: Settings = toml::from_str("lanes = 3\ngrace = 5\naddress = ['unix://@a']").expect("valid");
+        let flags = Settings { lanes: Some(7), ..Settings::default() };
+        let config = Config::new(flags.over(file)).expect("valid");
+        assert_eq!(config.lanes, 7);
+        assert_eq!(config.grace, Duration::from_secs(5));
+        assert_eq!(config.addresses, [Endpoint::UnixAbstract("a".into())]);
+    }
+
+    #[test]
+    fn every_refusal_names_the_setting() {
+        for (toml, named) in [
+            ("adress = []", "adress"),
+            ("address = ['tcp://0.0.0.0:1']", "--insecure"),
+            ("address = ['tcp://example.org:1']", "--insecure"),
+            ("address = ['tls://127.0.0.1:1']", "--tls-cert"),
+            ("address = ['unix://a', 'unix://a']", "twice"),
+            ("address = ['vsock://any:0']", "port 0"),
+            ("tls-cert = 'a'", "--tls-key"),
+            ("unix-mode = '999'", "--unix-mode"),
+            ("grace = -1", "--grace"),
+            ("session-lease = nan", "--session-lease"),
+            ("lanes = 0", "--lanes"),
+        ] {
+            let refusal = config(toml).expect_err(toml).to_string();
+            assert!(refusal.contains(named), "{toml}: {refusal}");
+        }
+    }
+
+    #[test]
+    fn vsock_and_insecure_are_switches() {
+        let config = config("vsock = true\ninsecure = true\naddress = ['tcp://0.0.0.0:1']").expect("valid");
+        assert_eq!(config.addresses[1].to_string(), "vsock://any:2048");
+    }
+}

@@ -1,0 +1,21 @@
+//! The contract between guests and the agent: messages and services of `vaccel.v1`, addresses, tensors, errors and
+//! limits. Nothing here does I/O.
+
+pub mod endpoint;
+pub mod error;
+pub mod limits;
+pub mod tensor;
+
+pub use endpoint::Endpoint;
+pub use error::{Error, Reason};
+
+/// Messages and services of package `vaccel.v1`, generated from `proto/vaccel/v1/*.proto`.
+#[allow(
+    missing_docs,
+    unreachable_pub,
+    clippy::pedantic,
+    reason = "generated code; the .proto files carry the documentation"
+)]
+pub mod v1 {
+    tonic::include_proto!("vaccel.v1");
+}

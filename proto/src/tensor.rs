@@ -1,0 +1,330 @@
+//! Tensors on the wire: sizes checked once, data viewed in place, and the pad that makes the view possible.
+//!
+//! *Copies.* A `bytes` field is a slice of the receive buffer. Its data can be viewed as `&[f32]` only where it is
+//! aligned, so the sender puts `pad` bytes before it ([`Aligned::align`]). Nothing depends on the pad: an unaligned
+//! tensor is copied once ([`Tensor::elements`]).
+
+use std::borrow::Cow;
+
+use bytemuck::{AnyBitPattern, NoUninit};
+use bytes::Bytes;
+use prost::Message;
+
+use crate::error::Error;
+use crate::limits::{NAME_BYTES_MAX, TENSOR_RANK_MAX, TENSORS_PER_CALL_MAX};
+use crate::v1::{DType, NamedTensor, RunReply, RunRequest, Tensor, run_reply, run_request};
+
+/// Boundary on which the sender lets tensor data begin, in bytes: the widest vector load engines use on views.
+const ALIGNMENT: usize = 16;
+
+/// Bytes of gRPC framing before a message; the receiver's buffer begins with them.
+const GRPC_HEADER_BYTES: usize = 5;
+
+/// Tag and length of an empty-to-short `pad` field: one byte each.
+const PAD_ENVELOPE_BYTES: usize = 2;
+
+impl DType {
+    /// Bytes of one element; 0 for the unspecified type.
+    pub fn size(self) -> usize {
+        match self {
+            Self::Unspecified => 0,
+            Self::Bool | Self::U8 | Self::I8 => 1,
+            Self::U16 | Self::I16 | Self::F16 | Self::Bf16 => 2,
+            Self::U32 | Self::I32 | Self::F32 => 4,
+            Self::U64 | Self::I64 | Self::F64 => 8,
+        }
+    }
+
+    /// Lower-case name, as in `f32`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Unspecified => "unspecified",
+            Self::Bool => "bool",
+            Self::U8 => "u8",
+            Self::I8 => "i8",
+            Self::U16 => "u16",
+            Self::I16 => "i16",
+            Self::U32 => "u32",
+            Self::I32 => "i32",
+            Self::U64 => "u64",
+            Self::I64 => "i64",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+            Self::F32 => "f32",
+            Self::F64 => "f64",
+        }
+    }
+}
+
+/// A Rust type that is the element of a tensor.
+pub trait Element: AnyBitPattern + NoUninit {
+    /// Its type on the wire.
+    const DTYPE: DType;
+}
+
+macro_rules! elements {
+    ($($rust:ty = $dtype:ident),*) => { $(impl Element for $rust { const DTYPE: DType = DType::$dtype; })* };
+}
+elements!(
+    u8 = U8, i8 = I8, u16 = U16, i16 = I16, u32 = U32, i32 = I32, u64 = U64, i64 = I64,
+    half::f16 = F16, half::bf16 = Bf16, f32 = F32, f64 = F64
+);
+
+/// Elements of a shape.
+///
+/// # Errors
+/// `BAD_ARGUMENT` at `path` for more than [`TENSOR_RANK_MAX`] axes, a negative dimension, or a product beyond `usize`.
+pub fn element_count(path: &str, shape: &[i64]) -> Result<usize, Error> {
+    let refuse = |expected: &str| Error::field(format!("{path}.shape"), expected, format!("{shape:?}"));
+    if shape.len() > TENSOR_RANK_MAX {
+        return Err(Error::field(
+            format!("{path}.shape"),
+            format!("at most {TENSOR_RANK_MAX} dimensions"),
+            shape.len(),
+        ));
+    }
+    shape.iter().try_fold(1_usize, |count, &dimension| {
+        let dimension = usize::try_from(dimension).map_err(|_| refuse("dimensions of 0 or more"))?;
+        count.checked_mul(dimension).ok_or_else(|| refuse("a shape whose size can be counted"))
+    })
+}
+
+impl Tensor {
+    /// A tensor over elements the sender has.
+    ///
+    /// # Errors
+    /// `BAD_ARGUMENT` when the shape does not have as many elements as `elements`.
+    pub fn new<T: Element>(shape: &[i64], elements: &[T]) -> Result<Self, Error> {
+        let tensor = Self::from_bytes(T::DTYPE, shape, Bytes::copy_from_slice(bytemuck::cast_slice(elements)));
+        tensor.check("tensor").map(|_| tensor)
+    }
+
+    /// A tensor over bytes the sender has, little-endian, unchecked.
+    pub fn from_bytes(dtype: DType, shape: &[i64], data: Bytes) -> Self {
+        Self { dtype: dtype.into(), shape: shape.to_vec(), pad: Bytes::new(), data }
+    }
+
+    /// Checks type, shape and size against each other and returns the number of elements.
+    ///
+    /// # Errors
+    /// `BAD_ARGUMENT` naming the field under `path`.
+    pub fn check(&self, path: &str) -> Result<usize, Error> {
+        let dtype = DType::try_from(self.dtype).unwrap_or_default();
+        if dtype == DType::Unspecified {
+            return Err(Error::field(format!("{path}.dtype"), "a known type", self.dtype));
+        }
+        let count = element_count(path, &self.shape)?;
+        let expected = count.checked_mul(dtype.size());
+        if expected != Some(self.data.len()) {
+            let expected = expected.map_or("a size that can be counted".to_owned(), |bytes| format!("{bytes} bytes"));
+            let shape = &self.shape;
+            return Err(Error::field(
+                format!("{path}.data"),
+                format!("{expected} for {}{shape:?}", dtype.name()),
+                format!("{} bytes", self.data.len()),
+            ));
+        }
+        Ok(count)
+    }
+
+    /// The elements: in place where the data is aligned, else one copy.
+    ///
+    /// # Errors
+    /// `BAD_ARGUMENT` when the type is another or the size is not a whole number of elements.
+    pub fn elements<T: Element>(&self) -> Result<Cow<'_, [T]>, Error> {
+        if self.dtype() != T::DTYPE {
+            return Err(Error::field("tensor.dtype", T::DTYPE.name(), self.dtype().name()));
+        }
+        if self.data.len() % size_of::<T>() != 0 {
+            let whole = format!("a multiple of {} bytes", size_of::<T>());
+            return Err(Error::field("tensor.data", whole, self.data.len()));
+        }
+        Ok(match bytemuck::try_cast_slice(&self.data) {
+            Ok(view) => Cow::Borrowed(view),
+            Err(_) => Cow::Owned(bytemuck::pod_collect_to_vec(&self.data)),
+        })
+    }
+
+    /// Type and shape as people write them, as in `f32[1, 8, 8]`.
+    pub fn signature(&self) -> String {
+        format!("{}{:?}", self.dtype().name(), self.shape)
+    }
+}
+
+/// Checks a list of tensors: how many, their names, and each one's sizes.
+///
+/// # Errors
+/// `BAD_ARGUMENT` naming the field under `path`.
+pub fn check_named(path: &str, tensors: &[NamedTensor]) -> Result<(), Error> {
+    if tensors.len() > TENSORS_PER_CALL_MAX {
+        return Err(Error::field(path, format!("at most {TENSORS_PER_CALL_MAX} tensors"), tensors.len()));
+    }
+    for (index, named) in tensors.iter().enumerate() {
+        if named.name.len() > NAME_BYTES_MAX {
+            let expected = format!("at most {NAME_BYTES_MAX} bytes");
+            return Err(Error::field(format!("{path}[{index}].name"), expected, named.name.len()));
+        }
+        match &named.tensor {
+            Some(tensor) => tensor.check(&format!("{path}[{index}]"))?,
+            None => return Err(Error::field(format!("{path}[{index}].tensor"), "a tensor", "none")),
+        };
+    }
+    Ok(())
+}
+
+/// A message whose tensors are its last bytes, so that each one's place can be computed before encoding.
+pub trait Aligned: Message {
+    /// The tensors, in wire order.
+    fn tensors_mut(&mut self) -> &mut [NamedTensor];
+
+    /// Chooses every tensor's pad so that its data begins on a 16-byte boundary of the receiver's buffer.
+    fn align(&mut self) {
+        // A pad can lengthen the length prefixes before it by a byte; a second pass sees them at their final length.
+        for _ in 0..2 {
+            let total = self.encoded_len();
+            let tensors = self.tensors_mut();
+            let tail: usize = tensors.iter().map(field_len).sum();
+            let mut end = GRPC_HEADER_BYTES + total - tail;
+            for named in tensors {
+                end += field_len(named);
+                let Some(tensor) = named.tensor.as_mut().filter(|tensor| !tensor.data.is_empty()) else { continue };
+                let unpadded = end - tensor.data.len() - pad_field_len(tensor.pad.len());
+                let before = tensor.pad.len();
+                tensor.pad = pad_for(unpadded);
+                end = end - pad_field_len(before) + pad_field_len(tensor.pad.len());
+            }
+        }
+    }
+}
+
+/// Bytes of a tensor as an element of a repeated field with a tag of one or two bytes: all our tensor fields have one.
+fn field_len(named: &NamedTensor) -> usize {
+    let length = named.encoded_len();
+    1 + prost::length_delimiter_len(length) + length
+}
+
+fn pad_field_len(pad: usize) -> usize {
+    if pad == 0 { 0 } else { PAD_ENVELOPE_BYTES + pad }
+}
+
+fn pad_for(unpadded: usize) -> Bytes {
+    static ZEROS: [u8; ALIGNMENT] = [0; ALIGNMENT];
+    let shift = unpadded.next_multiple_of(ALIGNMENT) - unpadded;
+    match shift {
+        0 => Bytes::new(),
+        // The envelope alone is 2 bytes and an empty field is not encoded: go on to the boundary after next.
+        1 | 2 => Bytes::from_static(&ZEROS[..shift + ALIGNMENT - PAD_ENVELOPE_BYTES]),
+        shift => Bytes::from_static(&ZEROS[..shift - PAD_ENVELOPE_BYTES]),
+    }
+}
+
+impl Aligned for RunRequest {
+    fn tensors_mut(&mut self) -> &mut [NamedTensor] {
+        match &mut self.op {
+            Some(run_request::Op::ModelRun(run)) => &mut run.inputs,
+            _ => &mut [],
+        }
+    }
+}
+
+impl Aligned for RunReply {
+    fn tensors_mut(&mut self) -> &mut [NamedTensor] {
+        match &mut self.outcome {
+            Some(run_reply::Outcome::ModelRun(run)) => &mut run.outputs,
+            _ => &mut [],
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::v1::{ModelRunReply, ModelRunRequest, Timings};
+
+    fn f32s(name: &str, count: usize) -> NamedTensor {
+        let data = vec![1.0_f32; count];
+        let shape = [i64::try_from(count).unwrap()];
+        NamedTensor { name: name.into(), tensor: Some(Tensor::new(&shape, &data).unwrap()) }
+    }
+
+    /// Offset of each tensor's data modulo the boundary, read from the encoded message as a receiver lays it out.
+    fn offsets(message: &mut impl Aligned) -> Vec<usize> {
+        message.align();
+        let marks: Vec<Bytes> = message
+            .tensors_mut()
+            .iter_mut()
+            .enumerate()
+            .map(|(index, named)| {
+                let tensor = named.tensor.as_mut().unwrap();
+                let mark = [&[0xa5, 0x5a, u8::try_from(index).unwrap()][..], &vec![0xee; tensor.data.len()]].concat();
+                tensor.data = Bytes::from(mark[..tensor.data.len()].to_vec());
+                tensor.data.clone()
+            })
+            .collect();
+        let wire = [vec![0; GRPC_HEADER_BYTES], message.encode_to_vec()].concat();
+        let find = |mark: &Bytes| wire.windows(mark.len()).position(|window| window == mark).unwrap();
+        marks.iter().map(|mark| find(mark) % ALIGNMENT).collect()
+    }
+
+    #[test]
+    fn pads_align_every_tensor_of_every_size() {
+        for count in (1..80).chain([4000, 4090, 150_528]) {
+            for name in ["", "x", "a_longer_input_name"] {
+                let inputs = vec![f32s(name, count), f32s("second", 3), f32s("third", count + 1)];
+                let run = ModelRunRequest { model: "m".repeat(count % 70), outputs: vec![], inputs };
+                let mut request =
+                    RunRequest { session: "s".repeat(32), op: Some(run_request::Op::ModelRun(run)) };
+                assert_eq!(offsets(&mut request), [0, 0, 0], "{count} elements, name {name:?}");
+
+                let outputs = vec![f32s(name, count), f32s("second", 5)];
+                let timings = Timings { queue_us: 0, run_us: count as u64, batch_size: 1 };
+                let outcome = Some(run_reply::Outcome::ModelRun(ModelRunReply { outputs }));
+                let mut reply = RunReply { timings: Some(timings), outcome };
+                assert_eq!(offsets(&mut reply), [0, 0], "reply of {count} elements, name {name:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn unaligned_data_is_copied_and_right() {
+        let values = [1.5_f32, -2.0, 3.25];
+        let mut buffer = vec![0_u8; 1];
+        buffer.extend_from_slice(bytemuck::cast_slice(&values));
+        for start in [0, 1] {
+            let padded = [vec![0; start], buffer[1..].to_vec()].concat();
+            let tensor = Tensor::from_bytes(DType::F32, &[3], Bytes::from(padded).slice(start..));
+            assert_eq!(tensor.elements::<f32>().unwrap().as_ref(), values);
+        }
+    }
+
+    #[test]
+    fn hostile_shapes_are_refused_with_the_field() {
+        let tensor = |dtype: DType, shape: &[i64], bytes: usize| {
+            Tensor::from_bytes(dtype, shape, Bytes::from(vec![0; bytes]))
+        };
+        for (tensor, field) in [
+            (tensor(DType::Unspecified, &[1], 4), "t.dtype"),
+            (tensor(DType::F32, &[-1], 4), "t.shape"),
+            (tensor(DType::F32, &[i64::MIN], 4), "t.shape"),
+            (tensor(DType::F32, &[i64::MAX, i64::MAX], 4), "t.shape"),
+            (tensor(DType::F32, &[1 << 32, 1 << 32, 0], 4), "t.shape"),
+            (tensor(DType::F64, &[i64::MAX], 8), "t.data"),
+            (tensor(DType::F32, &[1; 9], 4), "t.shape"),
+            (tensor(DType::F32, &[2], 4), "t.data"),
+            (tensor(DType::F32, &[0], 4), "t.data"),
+            (tensor(DType::F32, &[], 0), "t.data"),
+        ] {
+            let refusal = tensor.check("t").unwrap_err();
+            assert_eq!(refusal.detail(), &crate::error::Detail::Field(field.into()), "{}", tensor.signature());
+        }
+        assert_eq!(tensor(DType::F32, &[], 4).check("t").unwrap(), 1);
+        assert_eq!(tensor(DType::F16, &[0, 7], 0).check("t").unwrap(), 0);
+    }
+
+    #[test]
+    fn the_wrong_type_is_not_viewed() {
+        let tensor = Tensor::new(&[2], &[1_i32, 2]).unwrap();
+        assert!(tensor.elements::<f32>().is_err());
+        assert_eq!(tensor.elements::<i32>().unwrap().as_ref(), [1, 2]);
+    }
+}
