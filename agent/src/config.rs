@@ -143,7 +143,8 @@ impl fmt::Display for ConfigError {
 impl std::error::Error for ConfigError {}
 
 impl ConfigError {
-    pub(crate) fn new(message: impl Into<String>) -> Self {
+    /// An error with its whole text.
+    pub fn new(message: impl Into<String>) -> Self {
         Self(message.into())
     }
 }

@@ -1,0 +1,139 @@
+//! The vAccel agent: one GPU server, every guest.
+//!
+//! [`Agent::start`] binds every address of a [`Config`] and serves; [`Agent::drain`] stops it without losing a call.
+//! `ARCHITECTURE.md` is the map of the rooms.
+
+mod backend;
+pub mod config;
+pub mod demo;
+mod direct;
+mod dispatch;
+mod identity;
+mod ops;
+mod quota;
+mod resource;
+mod scheduler;
+mod service;
+mod session;
+mod transport;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use vaccel_proto::Endpoint;
+use vaccel_proto::v1::OperationInfo;
+
+pub use crate::config::{Config, ConfigError, Settings};
+pub use crate::direct::Direct;
+use crate::dispatch::Dispatch;
+use crate::identity::{Identity, Tokens};
+use crate::ops::Workshop;
+use crate::scheduler::Scheduler;
+use crate::service::{Gate, Health};
+use crate::transport::{Acceptor, Entrance, Listener};
+
+/// After the calls are done, how long connections may take to say goodbye.
+const GOODBYE: Duration = Duration::from_secs(1);
+
+/// Why an agent did not start.
+#[derive(Debug)]
+pub enum StartError {
+    /// The configuration names something that cannot be used.
+    Config(ConfigError),
+    /// An address could not be bound.
+    Bind(Endpoint, std::io::Error),
+    /// An engine or device that was asked for is not there.
+    Engine(vaccel_proto::Error),
+}
+
+impl fmt::Display for StartError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Config(error) => error.fmt(f),
+            Self::Bind(endpoint, error) => write!(f, "cannot listen on {endpoint}: {error}"),
+            Self::Engine(error) => error.fmt(f),
+        }
+    }
+}
+
+impl std::error::Error for StartError {}
+
+impl From<ConfigError> for StartError {
+    fn from(error: ConfigError) -> Self {
+        Self::Config(error)
+    }
+}
+
+/// The operations an agent knows.
+pub fn operations() -> Vec<OperationInfo> {
+    ops::list()
+}
+
+/// A running agent.
+#[derive(Debug)]
+pub struct Agent {
+    endpoints: Vec<Endpoint>,
+    dispatch: Arc<Dispatch>,
+    health: Health,
+    closing: watch::Sender<bool>,
+    listeners: JoinSet<()>,
+    housekeeping: JoinSet<()>,
+    grace: Duration,
+}
+
+impl Agent {
+    /// Finds the engines, binds every address and serves. On return every address accepts.
+    ///
+    /// # Errors
+    /// Anything the configuration asked for that cannot be had.
+    pub async fn start(config: Config) -> Result<Self, StartError> {
+        let engines = backend::Engines::new(&config.engines).map_err(StartError::Engine)?;
+        let tokens = config.token_file.as_deref().map(Tokens::from_file).transpose()?;
+        let acceptor = config.tls.as_ref().map(Acceptor::new).transpose()?;
+        let mut bound = Vec::new();
+        for endpoint in &config.addresses {
+            let listener = Listener::bind(endpoint, config.unix_mode).await;
+            bound.push(listener.map_err(|error| StartError::Bind(endpoint.clone(), error))?);
+        }
+
+        let workshop = Workshop::new(engines, Scheduler::new(config.lanes), config.load_deadline);
+        let dispatch = Arc::new(Dispatch::new(&config, workshop));
+        let health = Health::new();
+        let gate = Gate::new(Arc::clone(&dispatch), Identity::new(tokens), health.clone());
+        let (closing, is_closing) = watch::channel(false);
+        let entrance =
+            Arc::new(Entrance::new(gate, Arc::clone(&dispatch), acceptor, config.connections_max, is_closing));
+
+        let endpoints = bound.iter().map(|listener| listener.endpoint().clone()).collect();
+        let mut listeners = JoinSet::new();
+        for listener in bound {
+            listeners.spawn(Arc::clone(&entrance).serve(listener));
+        }
+        let mut housekeeping = JoinSet::new();
+        let housed = Arc::clone(&dispatch);
+        housekeeping.spawn(async move { housed.housekeep().await });
+        Ok(Self { endpoints, dispatch, health, closing, listeners, housekeeping, grace: config.grace })
+    }
+
+    /// What it listens on, with the ports the kernel chose, in the order of the configuration.
+    pub fn endpoints(&self) -> &[Endpoint] {
+        &self.endpoints
+    }
+
+    /// Stops: turns health off, refuses new calls, lets running ones finish within the grace, closes connections and
+    /// removes its sockets. Returns whether every call finished.
+    pub async fn drain(mut self) -> bool {
+        self.health.off().await;
+        self.dispatch.begin_drain();
+        let finished = tokio::time::timeout(self.grace, self.dispatch.drained()).await.is_ok();
+        self.closing.send_replace(true);
+        let goodbye = async { while self.listeners.join_next().await.is_some() {} };
+        let _ = tokio::time::timeout(GOODBYE, goodbye).await;
+        self.listeners.shutdown().await;
+        self.housekeeping.shutdown().await;
+        finished
+    }
+}

@@ -1,0 +1,54 @@
+//! Calls a vaccel agent: sessions, models and the operations that run on them, over vsock, hybrid vsock, unix sockets,
+//! TCP or TLS.
+//!
+//! ```no_run
+//! use vaccel_client::{ResourceFiles, SessionOptions, Tensor, named};
+//!
+//! # async fn example() -> Result<(), vaccel_client::Error> {
+//! let client = vaccel_client::connect("unix:///run/vaccel.sock").await?;
+//! let session = client.open_session(SessionOptions::default()).await?;
+//! let model = session.register(ResourceFiles::model("model.onnx", std::fs::read("model.onnx").unwrap())).await?;
+//! let input = Tensor::new(&[1, 4], &[1.0_f32, 2.0, 3.0, 4.0])?;
+//! let run = session.run(&model, vec![named("x", input)], &[]).await?;
+//! println!("{:?} in {} µs", run.outputs[0].name, run.timings.run_us);
+//! session.close().await
+//! # }
+//! ```
+//!
+//! # What happens when something breaks
+//! A call ends by its deadline ([`Builder::deadline`], [`CallOptions`]), whatever happens. Until then:
+//!
+//! * The connection is dialed again when it is gone, with pauses from 50 ms to 5 s.
+//! * A call that the agent cannot have run is repeated. One that may have run is repeated only if it is
+//!   [`repeatable`](CallOptions::repeatable), which all calls are by default: operations compute, they change nothing.
+//! * An agent that was restarted knows no sessions. The client then opens one, registers again what the session held,
+//!   and goes on. [`Session`] and [`Resource`] stay valid.
+//!
+//! Every error is an [`Error`] with a [`Reason`] from one table.
+
+pub mod env;
+#[cfg(feature = "cli")]
+pub mod npy;
+pub mod vsock;
+
+mod backoff;
+mod client;
+mod dial;
+mod error;
+mod hybrid;
+mod link;
+mod opening;
+mod retry;
+mod session;
+mod tls;
+mod upload;
+mod wire;
+
+pub use client::{Builder, Client, connect};
+pub use link::Link;
+pub use session::{CallOptions, ClassifyOptions, ModelRun, Resource, Session, SessionOptions, named};
+pub use tls::{Pem, Tls};
+pub use upload::ResourceFiles;
+pub use vaccel_proto as proto;
+pub use vaccel_proto::v1::{DType, Label, NamedTensor, ResourceKind, Tensor, Timings};
+pub use vaccel_proto::{Endpoint, Error, Reason};

@@ -1,0 +1,247 @@
+//! The workshop: engines behind one seam.
+//!
+//! An [`Engine`] loads a scanned model and runs it; everything an engine-independent part can know about a model (its
+//! inputs and outputs, its metadata, whether it may be loaded at all) comes from [`onnx`]. The crates of the engines are
+//! named in [`tract`] and [`onnxruntime`] and nowhere else.
+
+mod onnx;
+mod onnxruntime;
+mod tract;
+
+use std::any::Any;
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use bytes::Bytes;
+use tokio::sync::{OnceCell, Semaphore};
+use vaccel_proto::v1::{EngineInfo, Tensor};
+use vaccel_proto::{Error, Reason};
+
+use crate::config::EngineConfig;
+use crate::scheduler::Cancel;
+
+pub(crate) use onnx::{OnnxModel, Port};
+
+/// Engine and device a session asked for; empty where it leaves the choice to the agent.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) struct Choice {
+    pub(crate) engine: String,
+    pub(crate) device: String,
+}
+
+/// Something that loads models.
+pub(crate) trait Engine: Send + Sync {
+    /// Name, version and devices.
+    fn info(&self) -> EngineInfo;
+
+    /// Makes a scanned model ready to run.
+    ///
+    /// # Errors
+    /// `MODEL_REJECTED` with the engine's message.
+    fn load(&self, model: &OnnxModel, cancel: &Cancel) -> Result<Box<dyn Program>, Error>;
+}
+
+/// A model ready to run.
+pub(crate) trait Program: Send + Sync {
+    /// Runs once. `inputs` are checked against the model's ports and in their order; the result has the outputs with
+    /// the given indices, in the given order.
+    ///
+    /// # Errors
+    /// `BAD_ARGUMENT` when shapes do not fit together, `BACKEND_FAILED` otherwise.
+    fn run(&self, inputs: Vec<Tensor>, outputs: &[usize], cancel: &Cancel) -> Result<Vec<Tensor>, Error>;
+
+    /// Runs that may go on at the same time.
+    fn parallel_runs(&self) -> usize;
+}
+
+/// A loaded model and what is known about it.
+pub(crate) struct Model {
+    pub(crate) file: OnnxModel,
+    pub(crate) program: Box<dyn Program>,
+    /// Turns at a program that does not run in parallel; waiting for one holds no lane.
+    turns: Semaphore,
+    /// What the operation that uses this model worked out about it.
+    note: OnceLock<Arc<dyn Any + Send + Sync>>,
+}
+
+impl std::fmt::Debug for Model {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Model").field("inputs", &self.file.inputs).field("outputs", &self.file.outputs).finish()
+    }
+}
+
+impl Model {
+    fn new(file: OnnxModel, program: Box<dyn Program>) -> Self {
+        let turns = Semaphore::new(program.parallel_runs().min(Semaphore::MAX_PERMITS));
+        Self { file, program, turns, note: OnceLock::new() }
+    }
+
+    /// What an operation needs to know about the model, worked out on its first use.
+    ///
+    /// # Errors
+    /// What `read` returns.
+    pub(crate) fn note<T: Any + Send + Sync>(
+        &self,
+        read: impl FnOnce(&Self) -> Result<T, Error>,
+    ) -> Result<Arc<T>, Error> {
+        if let Some(Ok(note)) = self.note.get().map(|note| Arc::clone(note).downcast()) {
+            return Ok(note);
+        }
+        let note = Arc::new(read(self)?);
+        let _ = self.note.set(Arc::clone(&note) as Arc<dyn Any + Send + Sync>);
+        Ok(note)
+    }
+
+    /// Waits for a turn.
+    pub(crate) async fn turn(&self) -> Result<tokio::sync::SemaphorePermit<'_>, Error> {
+        let closed = |error| Error::new(Reason::ShuttingDown, "the agent is stopping").caused_by(error);
+        self.turns.acquire().await.map_err(closed)
+    }
+}
+
+/// What engines made of one resource; concurrent first uses share one load.
+#[derive(Debug, Default)]
+pub(crate) struct LoadedModels(Mutex<HashMap<Choice, Arc<OnceCell<Arc<Model>>>>>);
+
+impl LoadedModels {
+    /// The place of the model for an engine and device.
+    pub(crate) fn slot(&self, choice: &Choice) -> Arc<OnceCell<Arc<Model>>> {
+        let mut slots = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(slots.entry(choice.clone()).or_default())
+    }
+}
+
+/// The engines of this agent.
+pub(crate) struct Engines {
+    tract: tract::Tract,
+    onnxruntime: OnnxRuntime,
+    default: Choice,
+}
+
+/// ONNX Runtime is a large library: one that was found and not asked for is loaded on first use.
+struct OnnxRuntime {
+    found: Option<PathBuf>,
+    threads: usize,
+    loaded: OnceLock<Result<onnxruntime::OnnxRuntime, String>>,
+}
+
+impl OnnxRuntime {
+    fn get(&self) -> Result<&onnxruntime::OnnxRuntime, String> {
+        let loaded = self.loaded.get_or_init(|| match &self.found {
+            Some(path) => onnxruntime::OnnxRuntime::load(path, self.threads),
+            None => Err("no libonnxruntime.so in the usual places; name one with --onnxruntime PATH".into()),
+        });
+        loaded.as_ref().map_err(Clone::clone)
+    }
+}
+
+impl std::fmt::Debug for Engines {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Engines").field("default", &self.default).finish_non_exhaustive()
+    }
+}
+
+impl Engines {
+    /// Finds the engines.
+    ///
+    /// # Errors
+    /// A library, engine or device the configuration names cannot be used.
+    pub(crate) fn new(config: &EngineConfig) -> Result<Self, Error> {
+        let named = config.onnxruntime.clone().or_else(|| std::env::var_os("ORT_DYLIB_PATH").map(PathBuf::from));
+        let must_load = named.is_some();
+        let found = named.or_else(onnxruntime::usual_place);
+        let onnxruntime = OnnxRuntime { found, threads: config.threads, loaded: OnceLock::new() };
+        if must_load {
+            onnxruntime.get().map_err(|why| Error::new(Reason::Disabled, why))?;
+        }
+        let default = Choice { engine: config.engine.clone(), device: config.device.clone() };
+        let engines = Self { tract: tract::Tract, onnxruntime, default };
+        engines.choose(&Choice::default())?;
+        Ok(engines)
+    }
+
+    /// All engines, present or not.
+    pub(crate) fn info(&self) -> Vec<EngineInfo> {
+        let absent = |why| EngineInfo { name: "onnxruntime".into(), absent_because: why, ..EngineInfo::default() };
+        let onnxruntime = match (&self.onnxruntime.found, self.onnxruntime.loaded.get()) {
+            (_, Some(Ok(engine))) => engine.info(),
+            (_, Some(Err(why))) => absent(why.clone()),
+            (Some(_), None) => EngineInfo {
+                name: "onnxruntime".into(),
+                version: "found, loaded on first use".into(),
+                devices: vec![CPU.into()],
+                absent_because: String::new(),
+            },
+            (None, None) => absent(self.onnxruntime.get().err().unwrap_or_default()),
+        };
+        vec![self.tract.info(), onnxruntime]
+    }
+
+    /// Fills in what a session left open, and checks that it can be had.
+    ///
+    /// # Errors
+    /// `DISABLED`, naming what is there, when an engine or device was asked for and is absent.
+    pub(crate) fn choose(&self, asked: &Choice) -> Result<Choice, Error> {
+        let or = |asked: &String, default: &String| if asked.is_empty() { default.clone() } else { asked.clone() };
+        let mut choice =
+            Choice { engine: or(&asked.engine, &self.default.engine), device: or(&asked.device, &self.default.device) };
+        if choice.engine.is_empty() {
+            choice.engine = match self.onnxruntime.found {
+                // Found and broken, and nobody asked for it: the built-in engine serves.
+                Some(_) if self.onnxruntime.loaded.get().is_none_or(Result::is_ok) => "onnxruntime".into(),
+                _ => "tract".into(),
+            };
+        }
+        if choice.device.is_empty() {
+            choice.device = CPU.into();
+        }
+        if !["tract", "onnxruntime"].contains(&choice.engine.as_str()) {
+            let asked = vaccel_proto::error::shown(&choice.engine);
+            return Err(Error::field("engine", "tract or onnxruntime", asked));
+        }
+        if choice.engine == "onnxruntime" && self.onnxruntime.found.is_none() {
+            let why = self.onnxruntime.get().err().unwrap_or_default();
+            return Err(Error::new(Reason::Disabled, format!("engine onnxruntime was asked for and is absent: {why}")));
+        }
+        if choice.device != CPU {
+            let asked = vaccel_proto::error::shown(&choice.device);
+            return Err(Error::new(
+                Reason::Disabled,
+                format!("device {asked} was asked for and is absent; {} computes on: {CPU}", choice.engine),
+            ));
+        }
+        Ok(choice)
+    }
+
+    /// Scans and loads a model. Takes as long as the model takes: for a lane.
+    ///
+    /// # Errors
+    /// `MODEL_REJECTED` from the scan or the engine, `DISABLED` when the engine cannot be loaded.
+    pub(crate) fn load(&self, choice: &Choice, files: &[(&str, Bytes)], cancel: &Cancel) -> Result<Model, Error> {
+        let file = OnnxModel::scan(files)?;
+        let program = match choice.engine.as_str() {
+            "onnxruntime" => match self.onnxruntime.get() {
+                Ok(engine) => engine.load(&file, cancel)?,
+                Err(why) => return Err(Error::new(Reason::Disabled, why)),
+            },
+            _ => self.tract.load(&file, cancel)?,
+        };
+        Ok(Model::new(file, program))
+    }
+}
+
+/// The device every engine has.
+pub(crate) const CPU: &str = "cpu";
+
+/// An engine's refusal of a model, for its guest: without the source locations and paths engines like to add.
+pub(crate) fn rejected(engine: &str, cause: impl std::fmt::Display) -> Error {
+    let text = cause.to_string();
+    Error::new(Reason::ModelRejected, format!("{engine} cannot load this model: {}", public(&text))).caused_by(text)
+}
+
+/// The text with every word that looks like a path left out, at most 400 characters of it.
+fn public(text: &str) -> String {
+    let words = text.split_whitespace().map(|word| if word.contains('/') { "…" } else { word });
+    words.collect::<Vec<_>>().join(" ").chars().take(400).collect()
+}

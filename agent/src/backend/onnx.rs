@@ -1,0 +1,362 @@
+//! ONNX files before any engine sees them: what goes in and out, the metadata, and whether the file may be loaded.
+//!
+//! *External data.* An ONNX tensor may keep its bytes in another file, named by a path, and engines open such paths
+//! relative to wherever they run. No engine of the agent ever opens a file for a guest: [`OnnxModel::scan`] takes the
+//! bytes from the same resource and writes them into the model, and refuses names the resource does not have.
+//!
+//! *Source:* onnx.proto3 of ONNX IR version 11; only the fields read here are declared.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+
+use bytes::{Buf, BufMut, Bytes};
+use prost::Message;
+use prost::encoding::{DecodeContext, WireType, decode_key, decode_varint, encode_key, encode_varint};
+use vaccel_proto::error::shown;
+use vaccel_proto::v1::DType;
+use vaccel_proto::{Error, Reason};
+
+/// Bytes of one initializer or constant written out in a model: 1 GiB is beyond what one resource may hold.
+const INITIALIZER_BYTES_MAX: u64 = 1 << 30;
+
+/// An input or output of a model.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Port {
+    pub(crate) name: String,
+    pub(crate) dtype: DType,
+    /// Dimensions, none where the model leaves one open; none at all where it leaves even their number open.
+    pub(crate) shape: Option<Vec<Option<i64>>>,
+}
+
+/// A scanned model: complete in itself.
+#[derive(Clone, Debug)]
+pub(crate) struct OnnxModel {
+    pub(crate) bytes: Bytes,
+    pub(crate) inputs: Vec<Port>,
+    pub(crate) outputs: Vec<Port>,
+    pub(crate) metadata: HashMap<String, String>,
+    /// Files of the resource beside the model, by name.
+    pub(crate) companions: HashMap<String, Bytes>,
+}
+
+fn refuse(message: impl Into<String>) -> Error {
+    Error::new(Reason::ModelRejected, message)
+}
+
+impl OnnxModel {
+    /// Reads the model of a resource: its only file, or its only file that ends in `.onnx`.
+    ///
+    /// # Errors
+    /// `MODEL_REJECTED`: no model, bytes that are not ONNX, sizes that do not add up, or external data that is not in
+    /// the resource.
+    pub(crate) fn scan(files: &[(&str, Bytes)]) -> Result<Self, Error> {
+        let (name, bytes) = model_file(files)?;
+        let not_onnx = |why: &dyn std::fmt::Display| {
+            refuse(format!("{}: expected an ONNX model, these {} bytes are not one ({why})", shown(name), bytes.len()))
+        };
+        let model = ModelProto::decode(bytes.clone()).map_err(|error| not_onnx(&error))?;
+        let graph = model.graph.as_ref().ok_or_else(|| not_onnx(&"it has no graph"))?;
+        if graph.node.is_empty() {
+            return Err(not_onnx(&"its graph has no nodes"));
+        }
+        let mut external = false;
+        check_graph(graph, &mut external, true)?;
+        let files_by_name: HashMap<&str, &Bytes> = files.iter().map(|(name, bytes)| (*name, bytes)).collect();
+        let bytes = if external { inline_external(bytes, &files_by_name)? } else { bytes.clone() };
+
+        let initialized = |name: &str| graph.initializer.iter().any(|tensor| tensor.name == name);
+        let inputs = graph.input.iter().filter(|input| !initialized(&input.name));
+        let companions = files.iter().filter(|(other, _)| *other != name);
+        Ok(Self {
+            bytes,
+            inputs: inputs.map(port).collect::<Result<_, _>>()?,
+            outputs: graph.output.iter().map(port).collect::<Result<_, _>>()?,
+            metadata: model.metadata_props.into_iter().map(|entry| (entry.key, entry.value)).collect(),
+            companions: companions.map(|(name, bytes)| ((*name).to_owned(), bytes.clone())).collect(),
+        })
+    }
+}
+
+fn model_file<'a>(files: &'a [(&'a str, Bytes)]) -> Result<(&'a str, &'a Bytes), Error> {
+    if let [(name, bytes)] = files {
+        return Ok((name, bytes));
+    }
+    let mut models = files.iter().filter(|(name, _)| name.ends_with(".onnx"));
+    match (models.next(), models.next()) {
+        (Some((name, bytes)), None) => Ok((name, bytes)),
+        (None, _) => Err(refuse("expected a resource with one .onnx file, it has none")),
+        (Some(_), Some(_)) => Err(refuse("expected a resource with one .onnx file, it has several")),
+    }
+}
+
+fn port(info: &ValueInfoProto) -> Result<Port, Error> {
+    let name = info.name.clone();
+    let Some(tensor) = info.r#type.as_ref().and_then(|r#type| r#type.tensor_type.as_ref()) else {
+        return Err(refuse(format!("{} is not a tensor; only tensors go in and out", shown(&name))));
+    };
+    let dtype = dtype(tensor.elem_type)
+        .ok_or_else(|| refuse(format!("{} has element type {}, which is not supported", shown(&name), tensor.elem_type)))?;
+    let dimension = |dim: &Dimension| dim.dim_value.filter(|value| *value >= 0);
+    let shape = tensor.shape.as_ref().map(|shape| shape.dim.iter().map(dimension).collect());
+    Ok(Port { name, dtype, shape })
+}
+
+/// The type of `TensorProto.DataType`.
+fn dtype(onnx: i32) -> Option<DType> {
+    Some(match onnx {
+        1 => DType::F32,
+        2 => DType::U8,
+        3 => DType::I8,
+        4 => DType::U16,
+        5 => DType::I16,
+        6 => DType::I32,
+        7 => DType::I64,
+        9 => DType::Bool,
+        10 => DType::F16,
+        11 => DType::F64,
+        12 => DType::U32,
+        13 => DType::U64,
+        16 => DType::Bf16,
+        _ => return None,
+    })
+}
+
+/// Checks every tensor a graph writes out. External data is for initializers of the main graph alone.
+fn check_graph(graph: &GraphProto, external: &mut bool, main: bool) -> Result<(), Error> {
+    for tensor in &graph.initializer {
+        check_tensor(tensor)?;
+        if tensor.is_external() {
+            if !main {
+                return Err(misplaced(tensor));
+            }
+            *external = true;
+        }
+    }
+    let attributes = graph.node.iter().flat_map(|node| &node.attribute);
+    for attribute in attributes {
+        for tensor in attribute.t.iter().chain(&attribute.tensors) {
+            check_tensor(tensor)?;
+            if tensor.is_external() {
+                return Err(misplaced(tensor));
+            }
+        }
+        for inner in attribute.g.iter().chain(&attribute.graphs) {
+            check_graph(inner, external, false)?;
+        }
+        if attribute.sparse_tensor.is_some() {
+            return Err(refuse("sparse constants are not supported; store them dense"));
+        }
+    }
+    if !graph.sparse_initializer.is_empty() {
+        return Err(refuse("sparse initializers are not supported; store them dense"));
+    }
+    Ok(())
+}
+
+fn misplaced(tensor: &TensorProto) -> Error {
+    refuse(format!("tensor {}: external data is for initializers of the main graph; store it inside", shown(&tensor.name)))
+}
+
+fn check_tensor(tensor: &TensorProto) -> Result<(), Error> {
+    let name = shown(&tensor.name);
+    let count = tensor.dims.iter().try_fold(1_u64, |count, dim| u64::try_from(*dim).ok()?.checked_mul(count));
+    let size = dtype(tensor.data_type).map_or(1, |dtype| dtype.size() as u64);
+    let bytes = count.and_then(|count| count.checked_mul(size)).filter(|bytes| *bytes <= INITIALIZER_BYTES_MAX);
+    let Some(bytes) = bytes else {
+        return Err(refuse(format!("tensor {name}: dimensions {:?} are negative or beyond {INITIALIZER_BYTES_MAX} bytes", tensor.dims)));
+    };
+    // Text and the packed fields (float_data and so on) are counted by the engines; raw bytes must fit exactly.
+    if !tensor.raw_data.is_empty() && dtype(tensor.data_type).is_some() && tensor.raw_data.len() as u64 != bytes {
+        let got = tensor.raw_data.len();
+        return Err(refuse(format!("tensor {name}: expected {bytes} bytes for dimensions {:?}, got {got}", tensor.dims)));
+    }
+    Ok(())
+}
+
+/// The model with the bytes of external tensors inside, everything else copied as it stands.
+fn inline_external(model: &Bytes, files: &HashMap<&str, &Bytes>) -> Result<Bytes, Error> {
+    const GRAPH: u32 = 7;
+    const INITIALIZER: u32 = 5;
+    let inlined = rewrite(model, GRAPH, &mut |graph| {
+        rewrite(graph, INITIALIZER, &mut |tensor| {
+            let decoded = TensorProto::decode(tensor).map_err(|error| refuse(error.to_string()))?;
+            if decoded.is_external() { inline_tensor(tensor, &decoded, files) } else { Ok(tensor.to_vec()) }
+        })
+    })?;
+    Ok(inlined.into())
+}
+
+fn inline_tensor(wire: &[u8], tensor: &TensorProto, files: &HashMap<&str, &Bytes>) -> Result<Vec<u8>, Error> {
+    const RAW_DATA: u32 = 9;
+    let name = shown(&tensor.name);
+    let entry = |key: &str| tensor.external_data.iter().find(|entry| entry.key == key).map(|entry| entry.value.as_str());
+    let location = entry("location").unwrap_or_default();
+    let Some(file) = files.get(location) else {
+        return Err(refuse(format!(
+            "tensor {name} keeps its data in {}, which is not a file of this resource; upload it with the model",
+            shown(location)
+        )));
+    };
+    let number = |key: &str| entry(key).map(|text| text.parse::<usize>()).transpose().ok();
+    let range = number("offset").zip(number("length")).and_then(|(offset, length)| {
+        let offset = offset.unwrap_or(0);
+        let length = length.unwrap_or(file.len().checked_sub(offset)?);
+        file.get(offset..offset.checked_add(length)?)
+    });
+    let Some(data) = range else {
+        return Err(refuse(format!("tensor {name}: offset and length lie outside its file of {} bytes", file.len())));
+    };
+    check_tensor(&TensorProto { raw_data: Bytes::copy_from_slice(data), ..tensor.clone() })?;
+    let mut out = without_external(wire)?;
+    encode_key(RAW_DATA, WireType::LengthDelimited, &mut out);
+    encode_varint(data.len() as u64, &mut out);
+    out.put_slice(data);
+    Ok(out)
+}
+
+/// A tensor's encoding without the fields that say its data is elsewhere.
+fn without_external(tensor: &[u8]) -> Result<Vec<u8>, Error> {
+    const EXTERNAL_DATA: u32 = 13;
+    const DATA_LOCATION: u32 = 14;
+    let mut out = Vec::with_capacity(tensor.len());
+    for_each_field(tensor, &mut |tag, field| {
+        if ![EXTERNAL_DATA, DATA_LOCATION].contains(&tag) {
+            out.put_slice(field.whole);
+        }
+        Ok(())
+    })?;
+    Ok(out)
+}
+
+/// A message with every occurrence of one length-delimited field replaced.
+fn rewrite(
+    message: &[u8],
+    field_tag: u32,
+    replace: &mut dyn FnMut(&[u8]) -> Result<Vec<u8>, Error>,
+) -> Result<Vec<u8>, Error> {
+    let mut out = Vec::with_capacity(message.len());
+    for_each_field(message, &mut |tag, field| {
+        match field.content {
+            Some(content) if tag == field_tag => {
+                let replaced = replace(content)?;
+                encode_key(tag, WireType::LengthDelimited, &mut out);
+                encode_varint(replaced.len() as u64, &mut out);
+                out.put_slice(&replaced);
+            }
+            _ => out.put_slice(field.whole),
+        }
+        Ok(())
+    })?;
+    Ok(out)
+}
+
+/// One field of an encoded message.
+struct Field<'a> {
+    /// Key and value as they stand.
+    whole: &'a [u8],
+    /// The value of a length-delimited field.
+    content: Option<&'a [u8]>,
+}
+
+fn for_each_field<'a>(
+    message: &'a [u8],
+    each: &mut dyn FnMut(u32, Field<'a>) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let broken = |error: prost::DecodeError| refuse(format!("not an ONNX model ({error})"));
+    let mut rest = message;
+    while rest.has_remaining() {
+        let start = rest;
+        let (tag, wire_type) = decode_key(&mut rest).map_err(broken)?;
+        let mut content = None;
+        if wire_type == WireType::LengthDelimited {
+            let length = usize::try_from(decode_varint(&mut rest).map_err(broken)?).unwrap_or(usize::MAX);
+            let Some((value, after)) = rest.split_at_checked(length) else {
+                return Err(refuse("not an ONNX model (a field is longer than its message)"));
+            };
+            content = Some(value);
+            rest = after;
+        } else {
+            prost::encoding::skip_field(wire_type, tag, &mut rest, DecodeContext::default()).map_err(broken)?;
+        }
+        let whole = &start[..start.len() - rest.len()];
+        each(tag, Field { whole, content })?;
+    }
+    Ok(())
+}
+
+/// The text of a companion file or a metadata property, the file first.
+impl OnnxModel {
+    pub(crate) fn description(&self, file: &str, property: &str) -> Option<Cow<'_, str>> {
+        match self.companions.get(file) {
+            Some(bytes) => Some(String::from_utf8_lossy(bytes)),
+            None => self.metadata.get(property).map(|text| Cow::Borrowed(text.as_str())),
+        }
+    }
+}
+
+macro_rules! messages {
+    ($($name:ident { $($field:ident: $type:ty = #[$($attribute:tt)*];)* })*) => { $(
+        #[derive(Clone, PartialEq, Message)]
+        pub(crate) struct $name { $(#[$($attribute)*] pub(crate) $field: $type,)* }
+    )* };
+}
+
+messages! {
+    ModelProto {
+        graph: Option<GraphProto> = #[prost(message, optional, tag = "7")];
+        metadata_props: Vec<StringStringEntryProto> = #[prost(message, repeated, tag = "14")];
+    }
+    StringStringEntryProto {
+        key: String = #[prost(string, tag = "1")];
+        value: String = #[prost(string, tag = "2")];
+    }
+    GraphProto {
+        node: Vec<NodeProto> = #[prost(message, repeated, tag = "1")];
+        initializer: Vec<TensorProto> = #[prost(message, repeated, tag = "5")];
+        input: Vec<ValueInfoProto> = #[prost(message, repeated, tag = "11")];
+        output: Vec<ValueInfoProto> = #[prost(message, repeated, tag = "12")];
+        sparse_initializer: Vec<Bytes> = #[prost(bytes = "bytes", repeated, tag = "15")];
+    }
+    NodeProto {
+        attribute: Vec<AttributeProto> = #[prost(message, repeated, tag = "5")];
+    }
+    AttributeProto {
+        t: Option<TensorProto> = #[prost(message, optional, tag = "5")];
+        g: Option<GraphProto> = #[prost(message, optional, tag = "6")];
+        tensors: Vec<TensorProto> = #[prost(message, repeated, tag = "10")];
+        graphs: Vec<GraphProto> = #[prost(message, repeated, tag = "11")];
+        sparse_tensor: Option<Bytes> = #[prost(bytes = "bytes", optional, tag = "22")];
+    }
+    TensorProto {
+        dims: Vec<i64> = #[prost(int64, repeated, tag = "1")];
+        data_type: i32 = #[prost(int32, tag = "2")];
+        name: String = #[prost(string, tag = "8")];
+        raw_data: Bytes = #[prost(bytes = "bytes", tag = "9")];
+        external_data: Vec<StringStringEntryProto> = #[prost(message, repeated, tag = "13")];
+        data_location: i32 = #[prost(int32, tag = "14")];
+    }
+    ValueInfoProto {
+        name: String = #[prost(string, tag = "1")];
+        r#type: Option<TypeProto> = #[prost(message, optional, tag = "2")];
+    }
+    TypeProto {
+        tensor_type: Option<TensorTypeProto> = #[prost(message, optional, tag = "1")];
+    }
+    TensorTypeProto {
+        elem_type: i32 = #[prost(int32, tag = "1")];
+        shape: Option<TensorShapeProto> = #[prost(message, optional, tag = "2")];
+    }
+    TensorShapeProto {
+        dim: Vec<Dimension> = #[prost(message, repeated, tag = "1")];
+    }
+    Dimension {
+        dim_value: Option<i64> = #[prost(int64, optional, tag = "1")];
+    }
+}
+
+impl TensorProto {
+    fn is_external(&self) -> bool {
+        const EXTERNAL: i32 = 1;
+        self.data_location == EXTERNAL || !self.external_data.is_empty()
+    }
+}

@@ -1,0 +1,389 @@
+//! The hall: every call of every door passes here exactly once and leaves with exactly one outcome. Here, and only
+//! here, calls are authorised, bounded in time and number, timed and counted.
+//!
+//! **Invariant:** nothing below knows gRPC; nothing above decides.
+
+use std::fmt;
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::watch;
+use tokio::time::Instant;
+use vaccel_proto::error::Detail;
+use vaccel_proto::limits::{CHUNK_BYTES_MAX, DEADLINE_MAX, MESSAGE_BYTES_MAX};
+use vaccel_proto::v1::{
+    File, InfoReply, Limits, OpenSessionRequest, ResourceInfo, RunReply, SessionInfo, Timings, Usage,
+    run_request::Op,
+};
+use vaccel_proto::{Error, Reason};
+
+use crate::backend::Choice;
+use crate::config::Config;
+use crate::identity::Tenant;
+use crate::ops::{self, Context, Workshop};
+use crate::quota::{Account, Accounts, Hold, Unit};
+use crate::resource::{Registered, Store, UploadBegin};
+use crate::scheduler::past_deadline;
+use crate::session::{ConnectionId, Session, Sessions};
+
+/// How long one piece of an upload may take to arrive. A whole upload has [`DEADLINE_MAX`].
+const UPLOAD_PIECE_DEADLINE: Duration = Duration::from_secs(30);
+
+/// When a caller should try again while the agent stops: its successor is usually up by then.
+const SHUTDOWN_RETRY_AFTER: Duration = Duration::from_millis(500);
+
+/// Who calls, from where, and until when.
+#[derive(Clone, Debug)]
+pub(crate) struct Caller {
+    pub(crate) tenant: Tenant,
+    pub(crate) connection: ConnectionId,
+    /// Number of the call on its connection; with it, what is logged and shown as the request's id.
+    pub(crate) number: u64,
+    /// When the caller stops waiting.
+    pub(crate) deadline: Option<Instant>,
+    account: Arc<Account>,
+    /// Counts the call from its first byte until its last handle is gone.
+    _counted: Arc<Hold>,
+}
+
+impl Caller {
+    /// The tenant's account.
+    pub(crate) fn account(&self) -> &Arc<Account> {
+        &self.account
+    }
+
+    fn request_id(&self) -> String {
+        format!("{:x}-{:x}", self.connection.0, self.number)
+    }
+}
+
+/// Pieces of an upload as the door hands them on.
+pub(crate) trait Pieces: Send {
+    /// The next piece; none at the end.
+    fn next(&mut self) -> impl Future<Output = Result<Option<Bytes>, Error>> + Send;
+}
+
+/// Everything the agent holds.
+pub(crate) struct Dispatch {
+    limits: Limits,
+    call_deadline: Duration,
+    accounts: Accounts,
+    sessions: Sessions,
+    store: Store,
+    workshop: Arc<Workshop>,
+    draining: AtomicBool,
+    in_flight: watch::Sender<usize>,
+}
+
+impl fmt::Debug for Dispatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Dispatch").field("in_flight", &*self.in_flight.borrow()).finish_non_exhaustive()
+    }
+}
+
+/// Counts a call for as long as it is there.
+struct InFlight<'a>(&'a watch::Sender<usize>);
+
+impl Drop for InFlight<'_> {
+    fn drop(&mut self) {
+        self.0.send_modify(|calls| *calls -= 1);
+    }
+}
+
+impl Dispatch {
+    pub(crate) fn new(config: &Config, workshop: Workshop) -> Self {
+        let limits = Limits {
+            message_bytes_max: MESSAGE_BYTES_MAX as u64,
+            chunk_bytes_max: CHUNK_BYTES_MAX as u64,
+            session_lease_ms: millis(config.session_lease),
+            sessions_max: config.tenant.sessions,
+            calls_in_flight_max: config.tenant.calls,
+            resource_bytes_max: config.tenant.resource_bytes,
+        };
+        Self {
+            limits,
+            call_deadline: config.call_deadline,
+            accounts: Accounts::new(config.tenant.clone()),
+            sessions: Sessions::new(config.session_lease),
+            store: Store::default(),
+            workshop: Arc::new(workshop),
+            draining: AtomicBool::new(false),
+            in_flight: watch::Sender::new(0),
+        }
+    }
+
+    pub(crate) fn accounts(&self) -> &Accounts {
+        &self.accounts
+    }
+
+    pub(crate) fn sessions(&self) -> &Sessions {
+        &self.sessions
+    }
+
+    /// Admits a call by its headers: it counts from here on, however slowly its message comes.
+    ///
+    /// # Errors
+    /// `QUOTA_EXCEEDED` when the tenant has too many calls in flight.
+    pub(crate) fn arrive(
+        &self,
+        tenant: Tenant,
+        connection: ConnectionId,
+        number: u64,
+        deadline: Option<Instant>,
+    ) -> Result<Caller, Error> {
+        let account = self.accounts.of(&tenant);
+        let counted = Arc::new(account.hold(Unit::Calls, 1)?);
+        Ok(Caller { tenant, connection, number, deadline, account, _counted: counted })
+    }
+
+    /// Refuses new work from now on.
+    pub(crate) fn begin_drain(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+    }
+
+    /// Waits until no call is in flight.
+    pub(crate) async fn drained(&self) {
+        let mut calls = self.in_flight.subscribe();
+        // The sender lives as long as self: this cannot fail.
+        let _ = calls.wait_for(|calls| *calls == 0).await;
+    }
+
+    /// Frees what ended sessions left behind, for ever.
+    pub(crate) async fn housekeep(&self) {
+        tokio::join!(self.sessions.reap(), async {
+            let mut every_minute = tokio::time::interval(Duration::from_secs(60));
+            loop {
+                every_minute.tick().await;
+                self.store.sweep();
+            }
+        });
+    }
+
+    /// The way of every call: admitted, timed, answered, logged.
+    async fn call<T>(
+        &self,
+        caller: &Caller,
+        name: &'static str,
+        time_max: Duration,
+        work: impl AsyncFnOnce(&Arc<Account>, Instant) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let begun = Instant::now();
+        let outcome = self.admitted(caller, begun, time_max, work).await;
+        let outcome = outcome.map_err(|error| match error.reason() {
+            // What the guest can say to whoever reads the log.
+            Reason::BackendFailed => {
+                let id = caller.request_id();
+                tracing::error!(request = %id, tenant = %caller.tenant, call = name, ?error, "call failed");
+                error.with(Detail::Request(id))
+            }
+            _ => error,
+        });
+        let took = begun.elapsed();
+        match &outcome {
+            Ok(_) => {
+                tracing::debug!(request = %caller.request_id(), tenant = %caller.tenant, call = name, ?took, "served");
+            }
+            Err(error) => {
+                let id = caller.request_id();
+                tracing::debug!(request = %id, tenant = %caller.tenant, call = name, ?took, ?error, "refused");
+            }
+        }
+        outcome
+    }
+
+    async fn admitted<T>(
+        &self,
+        caller: &Caller,
+        begun: Instant,
+        time_max: Duration,
+        work: impl AsyncFnOnce(&Arc<Account>, Instant) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        // Counted first: a drain that begins now waits for this call, or this call sees the drain.
+        self.in_flight.send_modify(|calls| *calls += 1);
+        let _in_flight = InFlight(&self.in_flight);
+        if self.draining.load(Ordering::Relaxed) {
+            return Err(Error::new(Reason::ShuttingDown, "this agent is stopping; try again shortly")
+                .with(Detail::RetryAfter(SHUTDOWN_RETRY_AFTER)));
+        }
+        let account = &caller.account;
+        let limit = begun + time_max;
+        let deadline = caller.deadline.map_or(limit, |deadline| deadline.min(begun + DEADLINE_MAX));
+        if deadline <= begun {
+            return Err(past_deadline("queued", begun));
+        }
+        match tokio::time::timeout_at(deadline, work(account, deadline)).await {
+            Ok(outcome) => outcome,
+            Err(_) => Err(past_deadline("running", begun)),
+        }
+    }
+
+    fn session(&self, caller: &Caller, id: &str) -> Result<Arc<Session>, Error> {
+        self.sessions.get(id, &caller.tenant, caller.connection)
+    }
+
+    /// What this agent is and what the caller's tenant holds.
+    pub(crate) async fn info(&self, caller: &Caller) -> Result<InfoReply, Error> {
+        self.call(caller, "info", self.call_deadline, async |account, _| {
+            Ok(InfoReply {
+                version: env!("CARGO_PKG_VERSION").into(),
+                tenant: caller.tenant.to_string(),
+                operations: ops::list(),
+                engines: self.workshop.engines.info(),
+                limits: Some(self.limits),
+                usage: Some(Usage {
+                    sessions: account.used(Unit::Sessions),
+                    calls_in_flight: account.used(Unit::Calls),
+                    resource_bytes: account.used(Unit::ResourceBytes),
+                }),
+            })
+        })
+        .await
+    }
+
+    /// Opens a session; returns its id and lease.
+    pub(crate) async fn open_session(
+        &self,
+        caller: &Caller,
+        asked: OpenSessionRequest,
+    ) -> Result<(String, Duration), Error> {
+        self.call(caller, "open_session", self.call_deadline, async |account, _| {
+            let asked = Choice { engine: asked.engine, device: asked.device };
+            let choice = self.workshop.engines.choose(&asked)?;
+            let counted = account.hold(Unit::Sessions, 1)?;
+            let session = self.sessions.open(&caller.tenant, caller.connection, choice, counted)?;
+            Ok((session.id.as_str().to_owned(), self.sessions.lease()))
+        })
+        .await
+    }
+
+    /// Renews a session; returns its lease.
+    pub(crate) async fn renew_session(&self, caller: &Caller, id: &str) -> Result<Duration, Error> {
+        self.call(caller, "renew_session", self.call_deadline, async |_, _| {
+            self.session(caller, id).map(|_| self.sessions.lease())
+        })
+        .await
+    }
+
+    /// Ends a session.
+    pub(crate) async fn close_session(&self, caller: &Caller, id: &str) -> Result<(), Error> {
+        self.call(caller, "close_session", self.call_deadline, async |_, _| self.sessions.close(id, &caller.tenant))
+            .await
+    }
+
+    /// The tenant's sessions, oldest first.
+    pub(crate) async fn list_sessions(&self, caller: &Caller) -> Result<Vec<SessionInfo>, Error> {
+        self.call(caller, "list_sessions", self.call_deadline, async |_, _| {
+            let sessions = self.sessions.list(&caller.tenant);
+            Ok(sessions
+                .iter()
+                .map(|session| SessionInfo {
+                    session: session.id.as_str().into(),
+                    resources: session.holdings.count() as u64,
+                    age_ms: millis(session.opened.elapsed()),
+                })
+                .collect())
+        })
+        .await
+    }
+
+    /// Lets a session hold a resource, or says what is missing.
+    pub(crate) async fn register(
+        &self,
+        caller: &Caller,
+        session: &str,
+        kind: i32,
+        files: Vec<File>,
+    ) -> Result<Registered, Error> {
+        self.call(caller, "register_resource", self.call_deadline, async |_, _| {
+            let session = self.session(caller, session)?;
+            self.store.register(&caller.tenant, &session.holdings, kind, files)
+        })
+        .await
+    }
+
+    /// Receives a file; returns how many of its bytes are there.
+    pub(crate) async fn upload(
+        &self,
+        caller: &Caller,
+        session: &str,
+        begin: UploadBegin,
+        first: Bytes,
+        pieces: &mut impl Pieces,
+    ) -> Result<u64, Error> {
+        self.call(caller, "upload", DEADLINE_MAX, async |account, _| {
+            let session = self.session(caller, session)?;
+            let mut uploading = self.store.upload(&caller.tenant, &session.holdings, account, begin).await?;
+            let mut piece = Some(first);
+            while let Some(data) = piece {
+                if data.len() > CHUNK_BYTES_MAX {
+                    let limit = CHUNK_BYTES_MAX as u64;
+                    return Err(Error::limit(Reason::MessageTooLarge, "chunk", limit, data.len() as u64, "bytes"));
+                }
+                uploading.append(&data)?;
+                piece = match tokio::time::timeout(UPLOAD_PIECE_DEADLINE, pieces.next()).await {
+                    Ok(piece) => piece?,
+                    Err(_) => {
+                        let waited = UPLOAD_PIECE_DEADLINE.as_secs();
+                        let message = format!("no piece of the file came for {waited} s; go on where it stopped");
+                        return Err(Error::new(Reason::Deadline, message));
+                    }
+                };
+            }
+            uploading.finish(&self.store, &caller.tenant, &session.holdings)
+        })
+        .await
+    }
+
+    /// Lets go of a resource.
+    pub(crate) async fn unregister(&self, caller: &Caller, session: &str, resource: &str) -> Result<(), Error> {
+        self.call(caller, "unregister_resource", self.call_deadline, async |_, _| {
+            self.session(caller, session)?.holdings.unregister(resource)
+        })
+        .await
+    }
+
+    /// What a session holds.
+    pub(crate) async fn list_resources(&self, caller: &Caller, session: &str) -> Result<Vec<ResourceInfo>, Error> {
+        self.call(caller, "list_resources", self.call_deadline, async |_, _| {
+            let resources = self.session(caller, session)?.holdings.list();
+            Ok(resources
+                .iter()
+                .map(|resource| ResourceInfo {
+                    resource: resource.id.clone(),
+                    kind: resource.kind.into(),
+                    files: resource.files.iter().map(|(file, _)| file.clone()).collect(),
+                })
+                .collect())
+        })
+        .await
+    }
+
+    /// Runs an operation.
+    pub(crate) async fn run(&self, caller: &Caller, session: &str, op: Option<Op>) -> Result<RunReply, Error> {
+        let name = op.as_ref().map_or("run", ops::name);
+        self.call(caller, name, self.call_deadline, async |account, deadline| {
+            let session = self.session(caller, session)?;
+            let op = op.ok_or_else(|| {
+                let known: Vec<String> = ops::list().into_iter().map(|operation| operation.name).collect();
+                let known = known.join(", ");
+                Error::new(Reason::UnknownOperation, format!("no operation this agent knows; it knows: {known}"))
+            })?;
+            let context = Context { workshop: &self.workshop, session: &session, account, deadline };
+            let done = ops::run(op, &context).await?;
+            let timings = Timings { queue_us: micros(done.queue), run_us: micros(done.run), batch_size: 1 };
+            Ok(RunReply { timings: Some(timings), outcome: Some(done.value) })
+        })
+        .await
+    }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,156 @@
+//! The doors: from the wire to the domain and back, nothing else.
+//!
+//! [`Gate`] stands in front of all of them: no method of any service runs before it has turned the connection and the
+//! call's credentials into a tenant. A new service is a line in [`Gate::new`].
+
+mod body;
+mod deadline;
+mod vaccel;
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use http::header::AUTHORIZATION;
+use http::{Request, Response};
+use hyper::body::Incoming;
+use tonic::body::Body;
+use tonic::service::Routes;
+use tower_service::Service;
+use vaccel_proto::limits::{DEADLINE_MAX, MESSAGE_BYTES_MAX};
+use vaccel_proto::v1::agent_server::AgentServer;
+use vaccel_proto::v1::operations_server::OperationsServer;
+use vaccel_proto::v1::resources_server::ResourcesServer;
+use vaccel_proto::v1::sessions_server::SessionsServer;
+use vaccel_proto::{Error, Reason};
+
+use self::body::CountedBody;
+use crate::dispatch::Dispatch;
+use crate::identity::{Identity, Peer, Tenant};
+use crate::quota::Unit;
+use crate::session::ConnectionId;
+
+/// From a call's headers to those of its reply: the longest deadline and some time to answer that it passed.
+const CALL_DURATION_MAX: Duration = Duration::from_secs(DEADLINE_MAX.as_secs() + 30);
+
+/// One connection as the doors see it.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    pub(crate) id: ConnectionId,
+    pub(crate) peer: Peer,
+    pub(crate) tenant: Tenant,
+    pub(crate) calls: AtomicU64,
+}
+
+/// The way to all services.
+#[derive(Clone)]
+pub(crate) struct Gate {
+    dispatch: Arc<Dispatch>,
+    identity: Arc<Identity>,
+    routes: Routes,
+}
+
+impl Gate {
+    pub(crate) fn new(dispatch: Arc<Dispatch>, identity: Identity, health: Health) -> Self {
+        let door = vaccel::Door::new(Arc::clone(&dispatch));
+        macro_rules! limited {
+            ($server:ident) => {
+                $server::from_arc(Arc::clone(&door))
+                    .max_decoding_message_size(MESSAGE_BYTES_MAX)
+                    .max_encoding_message_size(MESSAGE_BYTES_MAX)
+            };
+        }
+        let routes = Routes::new(limited!(AgentServer))
+            .add_service(limited!(SessionsServer))
+            .add_service(limited!(ResourcesServer))
+            .add_service(limited!(OperationsServer))
+            .add_service(health.server)
+            .prepare();
+        Self { dispatch, identity: Arc::new(identity), routes }
+    }
+
+    /// The service of one connection.
+    pub(crate) fn of(&self, connection: Arc<Connection>) -> ConnectionService {
+        ConnectionService { gate: self.clone(), connection }
+    }
+
+    fn admit(&self, connection: &Connection, request: Request<Incoming>) -> Result<Request<Body>, Error> {
+        let headers = request.headers();
+        let authorization = headers.get(AUTHORIZATION).map(http::HeaderValue::as_bytes);
+        let tenant = self.identity.of_call(&connection.tenant, &connection.peer, authorization)?;
+        let deadline = deadline::of(headers)?;
+        let number = connection.calls.fetch_add(1, Ordering::Relaxed);
+        let caller = self.dispatch.arrive(tenant, connection.id, number, deadline)?;
+        let counted = caller.account().hold(Unit::InFlightBytes, 0)?;
+        let (mut parts, body) = request.into_parts();
+        let (body, held) = CountedBody::new(body, counted);
+        parts.extensions.insert(caller);
+        // The bytes stay counted until the call is over: the handler's request owns this.
+        parts.extensions.insert(held);
+        Ok(Request::from_parts(parts, Body::new(body)))
+    }
+}
+
+/// All services, for one connection.
+#[derive(Clone)]
+pub(crate) struct ConnectionService {
+    gate: Gate,
+    connection: Arc<Connection>,
+}
+
+impl hyper::service::Service<Request<Incoming>> for ConnectionService {
+    type Response = Response<Body>;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
+
+    fn call(&self, request: Request<Incoming>) -> Self::Future {
+        match self.gate.admit(&self.connection, request) {
+            Ok(request) => {
+                let mut routes = self.gate.routes.clone();
+                let answered = async move {
+                    std::future::poll_fn(|context: &mut Context<'_>| -> Poll<Result<(), Infallible>> {
+                        Service::<Request<Body>>::poll_ready(&mut routes, context).map_err(|error| match error {})
+                    })
+                    .await?;
+                    routes.call(request).await.map_err(|error| match error {})
+                };
+                Box::pin(async move {
+                    // A message that never becomes whole ends here; whole calls have their own, shorter deadlines.
+                    tokio::time::timeout(CALL_DURATION_MAX, answered).await.unwrap_or_else(|_| {
+                        let message = "the request was not whole in time";
+                        Ok(Error::new(Reason::Deadline, message).to_status().into_http())
+                    })
+                })
+            }
+            Err(refusal) => {
+                let connection = self.connection.id;
+                tracing::debug!(?connection, peer = ?self.connection.peer, ?refusal, "call refused at the gate");
+                Box::pin(std::future::ready(Ok(refusal.to_status().into_http())))
+            }
+        }
+    }
+}
+
+/// The standard health service (`grpc.health.v1`) and the switch that turns it off.
+#[derive(Clone, Debug)]
+pub(crate) struct Health {
+    reporter: tonic_health::server::HealthReporter,
+    server: tonic_health::pb::health_server::HealthServer<tonic_health::server::HealthService>,
+}
+
+impl Health {
+    pub(crate) fn new() -> Self {
+        let reporter = tonic_health::server::HealthReporter::new();
+        let service = tonic_health::server::HealthService::from_health_reporter(reporter.clone());
+        Self { reporter, server: tonic_health::pb::health_server::HealthServer::new(service) }
+    }
+
+    /// Tells every watcher and checker that this agent takes no more work.
+    pub(crate) async fn off(&self) {
+        self.reporter.set_service_status("", tonic_health::ServingStatus::NotServing).await;
+    }
+}

@@ -1,0 +1,225 @@
+//! The entrance: listeners to connections, within caps and deadlines.
+//!
+//! The accept loop is the agent's own, because a server library's keeps peers that never speak, and spins when the
+//! process is out of file descriptors. A connection has [`OPENING_DEADLINE`] for its TLS handshake and HTTP/2 preface
+//! together. **Invariant:** knows no messages.
+
+mod listener;
+mod preface;
+mod tls;
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
+use vaccel_proto::Endpoint;
+
+use crate::dispatch::Dispatch;
+use crate::identity::{self, Peer, Tenant};
+use crate::quota::{Hold, Unit};
+use crate::service::{Connection, ConnectionService, Gate};
+use crate::session::ConnectionId;
+
+pub(crate) use listener::Listener;
+pub(crate) use tls::Acceptor;
+
+/// From accept to the end of the HTTP/2 preface, TLS handshake included. A live client is through in a few round trips.
+const OPENING_DEADLINE: Duration = Duration::from_secs(5);
+
+/// After a refused TLS handshake, how long the peer may take to read why before the connection is cut.
+const LINGER: Duration = Duration::from_millis(500);
+
+/// Pause of an accept loop that cannot accept, for example for want of file descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Pause between PINGs to a peer that is silent, and how long it may take to answer one: vsock has no keep-alive of its
+/// own, and a VM that vanished says nothing.
+const KEEP_ALIVE: Duration = Duration::from_secs(20);
+
+/// Streams of one connection. With the default cap of calls a tenant uses them all on one connection.
+const STREAMS_MAX: u32 = 128;
+
+/// Received and not yet read, by stream and by connection, in bytes: what one peer can make the agent hold.
+const STREAM_WINDOW: u32 = 1 << 20;
+const CONNECTION_WINDOW: u32 = 4 << 20;
+
+/// Largest frame a peer may send, in bytes. 16 KiB, the protocol's default, costs four times the system calls.
+const FRAME_BYTES_MAX: u32 = 64 << 10;
+
+/// All request headers of one call, in bytes.
+const HEADER_BYTES_MAX: u32 = 16 << 10;
+
+/// A byte stream, whatever carries it.
+pub(crate) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+
+/// What every connection needs.
+pub(crate) struct Entrance {
+    pub(crate) gate: Gate,
+    pub(crate) dispatch: Arc<Dispatch>,
+    pub(crate) acceptor: Option<Acceptor>,
+    slots: Arc<Semaphore>,
+    next: AtomicU64,
+    /// Becomes true when connections should finish what they are doing and close.
+    closing: watch::Receiver<bool>,
+}
+
+impl Entrance {
+    pub(crate) fn new(
+        gate: Gate,
+        dispatch: Arc<Dispatch>,
+        acceptor: Option<Acceptor>,
+        connections_max: usize,
+        closing: watch::Receiver<bool>,
+    ) -> Self {
+        let slots = Arc::new(Semaphore::new(connections_max));
+        Self { gate, dispatch, acceptor, slots, next: AtomicU64::new(1), closing }
+    }
+
+    /// Serves a listener until closing; returns when its last connection is gone.
+    pub(crate) async fn serve(self: Arc<Self>, listener: Listener) {
+        let mut closing = self.closing.clone();
+        let mut connections = JoinSet::new();
+        loop {
+            tokio::select! {
+                accepted = listener.accept() => match accepted {
+                    Ok((stream, peer)) => self.admit(&listener, stream, peer, &mut connections),
+                    Err(error) => {
+                        tracing::warn!(listener = %listener.endpoint(), %error, "cannot accept");
+                        tokio::time::sleep(ACCEPT_PAUSE).await;
+                    }
+                },
+                Some(_) = connections.join_next() => {}
+                () = closed(&mut closing) => break,
+            }
+        }
+        drop(listener);
+        while connections.join_next().await.is_some() {}
+    }
+
+    fn admit(
+        self: &Arc<Self>,
+        listener: &Listener,
+        stream: Box<dyn Stream>,
+        peer: Peer,
+        connections: &mut JoinSet<()>,
+    ) {
+        let endpoint = listener.endpoint().clone();
+        let Ok(slot) = Arc::clone(&self.slots).try_acquire_owned() else {
+            tracing::warn!(listener = %endpoint, ?peer, "connection refused: the agent has as many as it may have");
+            return;
+        };
+        // A TLS peer has no certificate yet; until its handshake it counts by its address.
+        let tenant = identity::of_connection(&endpoint, &peer);
+        let counted = match self.dispatch.accounts().of(&tenant).hold(Unit::Connections, 1) {
+            Ok(counted) => counted,
+            Err(refusal) => {
+                tracing::warn!(listener = %endpoint, ?peer, %refusal, "connection refused");
+                return;
+            }
+        };
+        let entrance = Arc::clone(self);
+        connections.spawn(async move {
+            let _slot = slot;
+            let _counted: Hold = counted;
+            if let Err(error) = entrance.converse(&endpoint, stream, peer, tenant).await {
+                tracing::debug!(listener = %endpoint, %error, "connection ended");
+            }
+        });
+    }
+
+    async fn converse(
+        &self,
+        endpoint: &Endpoint,
+        stream: Box<dyn Stream>,
+        peer: Peer,
+        tenant: Tenant,
+    ) -> io::Result<()> {
+        let opening = async {
+            let (stream, peer, tenant) = match (&self.acceptor, endpoint, &peer) {
+                (Some(acceptor), Endpoint::Tls(_), Peer::Tcp { ip }) => {
+                    let (stream, certificate) = secure(acceptor, stream).await?;
+                    let peer = Peer::Tls { ip: *ip, certificate };
+                    let tenant = identity::of_connection(endpoint, &peer);
+                    (stream, peer, tenant)
+                }
+                _ => (stream, peer, tenant),
+            };
+            Ok::<_, io::Error>((preface::expect(stream).await?, peer, tenant))
+        };
+        let late = |_| io::Error::new(io::ErrorKind::TimedOut, "the peer did not open HTTP/2 in time");
+        let (stream, peer, tenant) = tokio::time::timeout(OPENING_DEADLINE, opening).await.map_err(late)??;
+
+        let id = ConnectionId(self.next.fetch_add(1, Ordering::Relaxed));
+        tracing::debug!(connection = id.0, listener = %endpoint, %tenant, ?peer, "connected");
+        let _present = Present::new(&self.dispatch, id);
+        let connection = Arc::new(Connection { id, peer, tenant, calls: AtomicU64::new(0) });
+        self.speak(stream, self.gate.of(connection)).await.map_err(io::Error::other)
+    }
+
+    async fn speak(&self, stream: Box<dyn Stream>, service: ConnectionService) -> hyper::Result<()> {
+        let mut http = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+        http.timer(TokioTimer::new())
+            .max_concurrent_streams(STREAMS_MAX)
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_frame_size(FRAME_BYTES_MAX)
+            .max_header_list_size(HEADER_BYTES_MAX)
+            .keep_alive_interval(KEEP_ALIVE)
+            .keep_alive_timeout(KEEP_ALIVE);
+        let mut connection = std::pin::pin!(http.serve_connection(TokioIo::new(stream), service));
+        let mut closing = self.closing.clone();
+        tokio::select! {
+            ended = connection.as_mut() => return ended,
+            () = closed(&mut closing) => {}
+        }
+        connection.as_mut().graceful_shutdown();
+        connection.await
+    }
+}
+
+/// Waits for the signal to close.
+async fn closed(closing: &mut watch::Receiver<bool>) {
+    // An agent that was dropped without draining closes too.
+    let _ = closing.wait_for(|closing| *closing).await;
+}
+
+async fn secure(
+    acceptor: &Acceptor,
+    stream: Box<dyn Stream>,
+) -> io::Result<(Box<dyn Stream>, Option<identity::CertificateName>)> {
+    match acceptor.accept(stream).await {
+        Ok(accepted) => Ok(accepted),
+        Err((error, mut stream)) => {
+            // The alert that says why is on its way. Closing now, with bytes of the peer unread, would reset the
+            // connection and could destroy it: say that no more comes, and read until the peer is done.
+            let _ = stream.shutdown().await;
+            let _ = tokio::time::timeout(LINGER, tokio::io::copy(&mut stream, &mut tokio::io::sink())).await;
+            Err(error)
+        }
+    }
+}
+
+/// Tells the sessions that a connection is there, for as long as it is.
+struct Present<'a> {
+    dispatch: &'a Dispatch,
+    id: ConnectionId,
+}
+
+impl<'a> Present<'a> {
+    fn new(dispatch: &'a Dispatch, id: ConnectionId) -> Self {
+        dispatch.sessions().connected(id);
+        Self { dispatch, id }
+    }
+}
+
+impl Drop for Present<'_> {
+    fn drop(&mut self) {
+        self.dispatch.sessions().disconnected(self.id);
+    }
+}

@@ -1,0 +1,231 @@
+//! A client: one agent, one connection, and what can be asked without a session.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tonic::Request;
+use vaccel_proto::v1::agent_client::AgentClient;
+use vaccel_proto::v1::sessions_client::SessionsClient;
+use vaccel_proto::v1::{InfoReply, InfoRequest, ListSessionsRequest, SessionInfo};
+use vaccel_proto::{Endpoint, Error, Reason};
+
+use crate::dial::Dialer;
+use crate::env;
+use crate::link::Link;
+use crate::retry::Deadline;
+use crate::session::{Session, SessionOptions};
+use crate::tls::Tls;
+
+/// How long a dial may take.
+const CONNECT_TIMEOUT_DEFAULT: Duration = Duration::from_secs(5);
+/// How long a call may take, repetitions included.
+const DEADLINE_DEFAULT: Duration = Duration::from_secs(60);
+
+/// A client of one agent. Clones share the connection.
+#[derive(Clone, Debug)]
+pub struct Client {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    link: Link,
+    deadline: Duration,
+}
+
+/// How to reach an agent; see [`Client::builder`].
+#[derive(Clone)]
+pub struct Builder {
+    endpoint: Endpoint,
+    tls: Tls,
+    token: Option<String>,
+    connect_timeout: Duration,
+    deadline: Duration,
+}
+
+/// Connects to the agent at an address such as `unix:///run/vaccel.sock`.
+///
+/// # Errors
+/// Those of [`Builder::connect`].
+pub async fn connect(address: &str) -> Result<Client, Error> {
+    let endpoint = address.parse().map_err(|e| Error::new(Reason::BadArgument, format!("{e}")))?;
+    Client::builder(endpoint).connect().await
+}
+
+impl Client {
+    /// Begins to describe a client of the agent at `endpoint`.
+    pub fn builder(endpoint: Endpoint) -> Builder {
+        Builder {
+            endpoint,
+            tls: Tls::default(),
+            token: None,
+            connect_timeout: CONNECT_TIMEOUT_DEFAULT,
+            deadline: DEADLINE_DEFAULT,
+        }
+    }
+
+    /// Connects as the variables in [`env`] say.
+    ///
+    /// # Errors
+    /// `BAD_ARGUMENT` for a variable that cannot be used, and those of [`Builder::connect`].
+    pub async fn from_env() -> Result<Self, Error> {
+        let mut builder = Self::builder(env::address()?).tls(env::tls()?);
+        builder.token = env::token()?;
+        builder.connect().await
+    }
+
+    /// What the agent is and can do, and who it takes this client for.
+    ///
+    /// # Errors
+    /// `UNREACHABLE`, `UNAUTHENTICATED`, `DENIED`, `DEADLINE`.
+    pub async fn info(&self) -> Result<InfoReply, Error> {
+        self.link()
+            .repeat(self.deadline(None), true, |wire, time| async move {
+                AgentClient::new(wire).info(timed(InfoRequest {}, time)).await
+            })
+            .await
+    }
+
+    /// Opens a session.
+    ///
+    /// # Errors
+    /// `BAD_ARGUMENT` or `DISABLED` for a device or an engine that is not there, `QUOTA_EXCEEDED`, and those of
+    /// [`Client::info`].
+    pub async fn open_session(&self, options: SessionOptions) -> Result<Session, Error> {
+        Session::open(self.clone(), options).await
+    }
+
+    /// The caller's own sessions, oldest first.
+    ///
+    /// # Errors
+    /// Those of [`Client::info`].
+    pub async fn list_sessions(&self) -> Result<Vec<SessionInfo>, Error> {
+        self.link()
+            .repeat(self.deadline(None), true, |wire, time| async move {
+                SessionsClient::new(wire).list(timed(ListSessionsRequest {}, time)).await
+            })
+            .await
+            .map(|reply| reply.sessions)
+    }
+
+    /// The agent's address.
+    pub fn endpoint(&self) -> &Endpoint {
+        self.link().endpoint()
+    }
+
+    /// The connection itself, for generated clients of other services or with other options.
+    pub fn link(&self) -> &Link {
+        &self.shared.link
+    }
+
+    pub(crate) fn deadline(&self, own: Option<Duration>) -> Deadline {
+        Deadline::after(own.unwrap_or(self.shared.deadline))
+    }
+}
+
+/// A request that tells the agent how long the caller waits.
+pub(crate) fn timed<M>(message: M, time: Duration) -> Request<M> {
+    let mut request = Request::new(message);
+    request.set_timeout(time);
+    request
+}
+
+impl Builder {
+    /// How to speak TLS; other addresses than `tls://` ignore it.
+    #[must_use]
+    pub fn tls(mut self, tls: Tls) -> Self {
+        self.tls = tls;
+        self
+    }
+
+    /// Token that every request carries. Only TLS, vsock and unix sockets keep it from others on the way.
+    #[must_use]
+    pub fn token(mut self, token: impl Into<String>) -> Self {
+        self.token = Some(token.into());
+        self
+    }
+
+    /// How long a dial may take, the handshakes included; 5 seconds if not said.
+    #[must_use]
+    pub fn connect_timeout(mut self, timeout: Duration) -> Self {
+        self.connect_timeout = timeout;
+        self
+    }
+
+    /// How long a call may take, repetitions included; 60 seconds if not said, at most
+    /// [`DEADLINE_MAX`](vaccel_proto::limits::DEADLINE_MAX).
+    #[must_use]
+    pub fn deadline(mut self, deadline: Duration) -> Self {
+        self.deadline = deadline;
+        self
+    }
+
+    /// Dials once. Later, calls dial again by themselves whenever the connection is gone.
+    ///
+    /// # Errors
+    /// `BAD_ARGUMENT` for an address, a token or TLS files that cannot be used; `UNREACHABLE`; `UNAUTHENTICATED` when
+    /// one side does not accept the other's certificate.
+    pub async fn connect(self) -> Result<Client, Error> {
+        let client = self.build()?;
+        client.link().wire().await?;
+        Ok(client)
+    }
+
+    /// The client without a connection: its first call dials, and keeps trying until that call's deadline.
+    ///
+    /// # Errors
+    /// `BAD_ARGUMENT`, as in [`Builder::connect`].
+    pub fn build(self) -> Result<Client, Error> {
+        let dialer = Dialer::new(self.endpoint, &self.tls)?;
+        let link = Link::new(dialer, self.token.as_deref(), self.connect_timeout)?;
+        Ok(Client { shared: Arc::new(Shared { link, deadline: self.deadline }) })
+    }
+}
+
+impl fmt::Debug for Builder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Builder")
+            .field("endpoint", &self.endpoint)
+            .field("tls", &self.tls)
+            .field("token", &self.token.as_ref().map(|_| "…"))
+            .field("connect_timeout", &self.connect_timeout)
+            .field("deadline", &self.deadline)
+            .finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_timeout_header_has_at_most_eight_digits() {
+        for (time, header) in [
+            (Duration::from_nanos(1), "1n"),
+            (Duration::from_nanos(99_999_999), "99999999n"),
+            (Duration::from_nanos(100_000_000), "100000u"),
+            (Duration::from_millis(1500), "1500000u"),
+            (Duration::from_secs(60), "60000000u"),
+            (Duration::from_secs(100), "100000m"),
+            (Duration::from_secs(600), "600000m"),
+        ] {
+            let request = timed((), time);
+            assert_eq!(request.metadata().get("grpc-timeout").unwrap(), header, "{time:?}");
+        }
+    }
+
+    #[test]
+    fn secrets_are_not_printed() {
+        let builder = Client::builder("tcp://127.0.0.1:1".parse().unwrap()).token("secret");
+        assert!(!format!("{builder:?}").contains("secret"));
+        let client = builder.build().unwrap();
+        assert!(!format!("{client:?}").contains("secret"), "{client:?}");
+    }
+
+    #[test]
+    fn a_token_that_no_header_carries_is_refused() {
+        let refusal = Client::builder("tcp://127.0.0.1:1".parse().unwrap()).token("a\nb").build().unwrap_err();
+        assert_eq!(refusal.reason(), Reason::BadArgument);
+    }
+}

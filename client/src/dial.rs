@@ -1,0 +1,175 @@
+//! From an address to a byte stream.
+
+use std::io;
+use std::path::Path;
+
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, UnixStream};
+use tokio_vsock::{VsockAddr, VsockStream};
+use vaccel_proto::endpoint::{Authority, CID_HOST, hybrid_listen_path};
+use vaccel_proto::{Endpoint, Error, Reason};
+
+use crate::error::Failure;
+use crate::hybrid;
+use crate::tls::{self, Tls, TlsDialer};
+use crate::vsock::ShortWrites;
+
+/// What a connection runs over.
+pub(crate) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
+
+/// Opens byte streams to one address.
+#[derive(Debug)]
+pub(crate) struct Dialer {
+    endpoint: Endpoint,
+    tls: Option<TlsDialer>,
+}
+
+impl Dialer {
+    /// # Errors
+    /// `BAD_ARGUMENT` for an address that can only be listened on, and for unusable TLS files.
+    pub(crate) fn new(endpoint: Endpoint, tls: &Tls) -> Result<Self, Error> {
+        let endpoint = endpoint.for_dialing().map_err(|e| Error::new(Reason::BadArgument, e.to_string()))?;
+        let tls = match &endpoint {
+            Endpoint::Tls(authority) => Some(tls.dialer(authority)?),
+            _ => None,
+        };
+        Ok(Self { endpoint, tls })
+    }
+
+    pub(crate) fn endpoint(&self) -> &Endpoint {
+        &self.endpoint
+    }
+
+    /// One stream, after all handshakes below HTTP/2.
+    pub(crate) async fn dial(&self) -> Result<Box<dyn Stream>, Failure> {
+        self.connect().await.map_err(|error| self.failure(&error))
+    }
+
+    async fn connect(&self) -> io::Result<Box<dyn Stream>> {
+        Ok(match &self.endpoint {
+            Endpoint::Unix(path) => Box::new(UnixStream::connect(path).await?),
+            // To tokio a leading NUL means the abstract namespace, as to the kernel.
+            Endpoint::UnixAbstract(name) => Box::new(UnixStream::connect(format!("\0{name}")).await?),
+            Endpoint::HybridVsock { path, port } => Box::new(hybrid_vsock(path, *port).await?),
+            Endpoint::Vsock { cid, port } => {
+                let stream = VsockStream::connect(VsockAddr::new(*cid, *port)).await?;
+                Box::new(ShortWrites::new(stream, *cid > CID_HOST))
+            }
+            Endpoint::Tcp(authority) => Box::new(tcp(authority).await?),
+            Endpoint::Tls(authority) => {
+                let stream = tcp(authority).await?;
+                let tls = self.tls.as_ref().ok_or(io::ErrorKind::Unsupported)?;
+                Box::new(tls.connector.connect(tls.server_name.clone(), stream).await?)
+            }
+        })
+    }
+
+    /// What an error on the way to the agent's first bytes means.
+    pub(crate) fn failure(&self, error: &io::Error) -> Failure {
+        let endpoint = &self.endpoint;
+        tls::failure(endpoint, error).unwrap_or_else(|| {
+            Failure::unreachable(format!("cannot reach {endpoint}: {error}{}", advice(endpoint, error.kind())))
+        })
+    }
+}
+
+/// What to do about an error.
+fn advice(endpoint: &Endpoint, kind: io::ErrorKind) -> &'static str {
+    use io::ErrorKind as K;
+    match (endpoint, kind) {
+        (_, K::UnexpectedEof | K::BrokenPipe) => {
+            "; something accepted the connection and closed it: is it the agent, and does it take more connections?"
+        }
+        (Endpoint::HybridVsock { .. }, K::NotFound) => "; there is neither the VMM's socket nor the agent's own",
+        (Endpoint::Unix(_) | Endpoint::UnixAbstract(_), K::NotFound | K::ConnectionRefused) => {
+            "; no agent listens there: start one with --address and this address"
+        }
+        (_, K::PermissionDenied) => "; this user may not open the socket: see its mode and owner",
+        (Endpoint::Vsock { .. }, K::TimedOut | K::ConnectionReset | K::ConnectionRefused) => {
+            "; nobody listens on that CID and port: the agent's side is vaccel-agent --vsock"
+        }
+        (Endpoint::Vsock { .. }, _) => "; is there a vsock device? on the machine that runs guests, dial hvsock:// or unix://",
+        (Endpoint::Tcp(_) | Endpoint::Tls(_), K::ConnectionRefused) => "; no agent listens there",
+        _ => "",
+    }
+}
+
+async fn tcp(authority: &Authority) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect((authority.host.as_str(), authority.port)).await?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+/// Through the VMM's socket to a port of its guest; or, where that socket is absent, straight to the one on which an
+/// agent serves the guest. The second makes one address work on the machine that runs guests even before a VMM does.
+async fn hybrid_vsock(path: &Path, port: u32) -> io::Result<UnixStream> {
+    match UnixStream::connect(path).await {
+        Ok(mut stream) => {
+            hybrid::connect(&mut stream, port).await?;
+            Ok(stream)
+        }
+        Err(absent) if absent.kind() == io::ErrorKind::NotFound => {
+            UnixStream::connect(hybrid_listen_path(path, port)).await
+        }
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::linux::net::SocketAddrExt;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::UnixListener;
+
+    fn dialer(address: &str) -> Dialer {
+        Dialer::new(address.parse().unwrap(), &Tls::default()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_hybrid_address_without_a_vmm_leads_to_the_agents_own_socket() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("vm");
+        let dialer = dialer(&format!("hvsock://{}:2048", path.display()));
+
+        let refusal = dialer.dial().await.err().unwrap();
+        assert_eq!(refusal.reason, Reason::Unreachable);
+        assert!(refusal.message.contains("neither the VMM's socket"), "{refusal}");
+
+        let agent = UnixListener::bind(hybrid_listen_path(&path, 2048)).unwrap();
+        let (stream, accepted) = tokio::join!(dialer.dial(), agent.accept());
+        accepted.unwrap().0.write_all(b"hello").await.unwrap();
+        let mut heard = String::new();
+        stream.unwrap().read_to_string(&mut heard).await.unwrap();
+        assert_eq!(heard, "hello");
+    }
+
+    #[tokio::test]
+    async fn an_abstract_socket_is_dialed() {
+        let name = format!("vaccel-client-test-{}", std::process::id());
+        let dialer = dialer(&format!("unix://@{name}"));
+        assert!(dialer.dial().await.err().unwrap().message.contains(&name));
+        let address = std::os::unix::net::SocketAddr::from_abstract_name(&name).unwrap();
+        let agent = std::os::unix::net::UnixListener::bind_addr(&address).unwrap();
+        dialer.dial().await.unwrap();
+        agent.accept().unwrap();
+    }
+
+    #[tokio::test]
+    async fn failures_name_the_address_and_what_to_do() {
+        let folder = tempfile::tempdir().unwrap();
+        let absent = format!("unix://{}/absent", folder.path().display());
+        for (address, what) in [(absent.as_str(), "start one with"), ("tcp://127.0.0.1:1", "no agent listens")] {
+            let failure = dialer(address).dial().await.err().unwrap();
+            assert_eq!(failure.reason, Reason::Unreachable);
+            assert!(failure.message.contains(address) && failure.message.contains(what), "{failure}");
+        }
+    }
+
+    #[test]
+    fn an_address_to_listen_on_is_refused() {
+        let refusal = Dialer::new("vsock://any:2048".parse().unwrap(), &Tls::default()).unwrap_err();
+        assert_eq!(refusal.reason(), Reason::BadArgument);
+    }
+}

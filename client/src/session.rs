@@ -1,0 +1,436 @@
+//! A session: what a guest holds on the agent, and the operations it runs there.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tonic::Status;
+use vaccel_proto::error::Detail;
+use vaccel_proto::limits::{IMAGES_PER_CALL_MAX, MESSAGE_BYTES_MAX};
+use vaccel_proto::tensor::{Aligned, check_named};
+use vaccel_proto::v1::operations_client::OperationsClient;
+use vaccel_proto::v1::resources_client::ResourcesClient;
+use vaccel_proto::v1::run_reply::Outcome;
+use vaccel_proto::v1::run_request::Op;
+use vaccel_proto::v1::sessions_client::SessionsClient;
+use vaccel_proto::v1::{
+    CloseSessionRequest, ImageClassificationRequest, Label, ListResourcesRequest, ModelRunRequest, NamedTensor,
+    NoopRequest, OpenSessionRequest, RenewSessionRequest, ResourceInfo, ResourceKind, RunReply, RunRequest, Tensor,
+    Timings, UnregisterResourceRequest,
+};
+use vaccel_proto::{Error, Reason};
+
+use crate::client::{Client, timed};
+use crate::retry::Deadline;
+use crate::upload::{self, Content, Meter, ResourceFiles};
+use crate::wire::Wire;
+
+/// Where a session computes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SessionOptions {
+    /// A device the agent names; empty for its choice.
+    pub device: String,
+    /// An engine the agent names; empty for its choice.
+    pub engine: String,
+}
+
+/// How a call is made; see [`Session::with`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CallOptions {
+    /// How long the call may take, repetitions included; the client's own deadline if not said. For
+    /// [`Session::register`] it is the longest time without progress.
+    pub deadline: Option<Duration>,
+    /// Whether the call may run twice: then it is repeated also when the connection broke under it.
+    pub repeatable: bool,
+}
+
+impl Default for CallOptions {
+    fn default() -> Self {
+        Self { deadline: None, repeatable: true }
+    }
+}
+
+/// What to classify images with.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ClassifyOptions<'a> {
+    /// A model of the session; the agent's embedded digit classifier if not said.
+    pub model: Option<&'a Resource>,
+    /// Labels per image; 0 for 1.
+    pub top_k: u32,
+}
+
+/// A resource that a session holds.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Resource {
+    id: String,
+    kind: ResourceKind,
+}
+
+impl Resource {
+    /// Its name, made from its content: the same files have the same name on every agent.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// What it is.
+    pub fn kind(&self) -> ResourceKind {
+        self.kind
+    }
+}
+
+/// What a model run gave.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelRun {
+    /// The outputs asked for, in that order, or all in the model's order.
+    pub outputs: Vec<NamedTensor>,
+    /// Where the time went on the agent's side.
+    pub timings: Timings,
+}
+
+/// A tensor with the name of an input; an empty name means its place in the list.
+pub fn named(name: impl Into<String>, tensor: Tensor) -> NamedTensor {
+    NamedTensor { name: name.into(), tensor: Some(tensor) }
+}
+
+/// An open session. Clones are the same session.
+///
+/// Dropping it tells the agent nothing: the session then ends by its lease, after the client's connection is gone.
+/// [`Session::close`] frees what it holds at once.
+#[derive(Clone)]
+pub struct Session {
+    inner: Arc<Inner>,
+    options: CallOptions,
+}
+
+struct Inner {
+    client: Client,
+    options: SessionOptions,
+    state: Mutex<State>,
+    /// Held while a lost session is opened again, so that calls that lost it together open one.
+    recovery: tokio::sync::Mutex<()>,
+}
+
+struct State {
+    id: String,
+    /// How many times the session was opened again.
+    epoch: u64,
+    closed: bool,
+    held: BTreeMap<String, Arc<Content>>,
+}
+
+impl fmt::Debug for Session {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Session")
+            .field("endpoint", self.inner.client.endpoint())
+            .field("id", &self.id())
+            .field("options", &self.options)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Session {
+    pub(crate) async fn open(client: Client, options: SessionOptions) -> Result<Self, Error> {
+        let id = open(&client, &options, client.deadline(None)).await?;
+        let state = Mutex::new(State { id, epoch: 0, closed: false, held: BTreeMap::new() });
+        let inner = Inner { client, options, state, recovery: tokio::sync::Mutex::default() };
+        Ok(Self { inner: Arc::new(inner), options: CallOptions::default() })
+    }
+
+    /// The same session with other options for the calls made through the returned handle.
+    #[must_use]
+    pub fn with(&self, options: CallOptions) -> Self {
+        Self { inner: Arc::clone(&self.inner), options }
+    }
+
+    /// Its present id on the agent, as in [`Client::list_sessions`]. It changes when an agent that was restarted made
+    /// the client open the session again.
+    pub fn id(&self) -> String {
+        self.state().id.clone()
+    }
+
+    /// Starts the session's lease anew; every other call does so too. Returns its length.
+    ///
+    /// # Errors
+    /// Those of [`Client::info`].
+    pub async fn renew(&self) -> Result<Duration, Error> {
+        let reply = self.call(|wire, time, session| async move {
+            SessionsClient::new(wire).renew(timed(RenewSessionRequest { session }, time)).await
+        });
+        Ok(Duration::from_millis(reply.await?.lease_ms))
+    }
+
+    /// Ends the session and frees what it holds. Later calls fail, and nothing opens it again.
+    ///
+    /// # Errors
+    /// Those of [`Client::info`]; the session then ends by its lease.
+    pub async fn close(&self) -> Result<(), Error> {
+        let deadline = self.deadline();
+        let id = deadline
+            .bound("the session was opened again", async {
+                let _turn = self.inner.recovery.lock().await;
+                let mut state = self.state();
+                state.closed = true;
+                state.held.clear();
+                state.id.clone()
+            })
+            .await?;
+        match close(&self.inner.client, &id, deadline).await {
+            // It is gone already, which is what was wanted.
+            Err(error) if is_lost_session(&error) => Ok(()),
+            outcome => outcome,
+        }
+    }
+
+    /// Classifies PNG or JPEG files; for each one its labels, best first.
+    ///
+    /// # Errors
+    /// `BAD_ARGUMENT` for a file that is no image or too many of them, `MESSAGE_TOO_LARGE`, `NOT_FOUND` for the model,
+    /// `MODEL_REJECTED`, `BACKEND_FAILED`, `OVERLOADED`, and those of [`Client::info`].
+    pub async fn classify(
+        &self,
+        images: impl IntoIterator<Item = Bytes>,
+        options: ClassifyOptions<'_>,
+    ) -> Result<Vec<Vec<Label>>, Error> {
+        let images: Vec<Bytes> = images.into_iter().collect();
+        let count = images.len();
+        if count > IMAGES_PER_CALL_MAX {
+            return Err(Error::field("images", format!("at most {IMAGES_PER_CALL_MAX} images"), count));
+        }
+        let model = options.model.map(|model| model.id.clone()).unwrap_or_default();
+        let op = Op::ImageClassification(ImageClassificationRequest { model, top_k: options.top_k, images });
+        match self.operate(op).await?.outcome {
+            Some(Outcome::ImageClassification(reply)) if reply.classifications.len() == count => {
+                Ok(reply.classifications.into_iter().map(|classification| classification.labels).collect())
+            }
+            _ => Err(malformed("image_classification")),
+        }
+    }
+
+    /// Runs a model on `inputs`, by name or by place. `outputs` are those wanted; empty for all.
+    ///
+    /// # Errors
+    /// `BAD_ARGUMENT` for tensors that are not what the model takes, and those of [`Session::classify`].
+    pub async fn run(&self, model: &Resource, inputs: Vec<NamedTensor>, outputs: &[&str]) -> Result<ModelRun, Error> {
+        check_named("inputs", &inputs)?;
+        let outputs = outputs.iter().map(|&name| name.to_owned()).collect();
+        let reply = self.operate(Op::ModelRun(ModelRunRequest { model: model.id.clone(), outputs, inputs })).await?;
+        match reply.outcome {
+            Some(Outcome::ModelRun(run)) if check_named("outputs", &run.outputs).is_ok() => {
+                Ok(ModelRun { outputs: run.outputs, timings: reply.timings.unwrap_or_default() })
+            }
+            _ => Err(malformed("model_run")),
+        }
+    }
+
+    /// Does nothing, all the way to the agent's scheduler and back.
+    ///
+    /// # Errors
+    /// `OVERLOADED`, and those of [`Client::info`].
+    pub async fn noop(&self) -> Result<Timings, Error> {
+        let reply = self.operate(Op::Noop(NoopRequest {})).await?;
+        Ok(reply.timings.unwrap_or_default())
+    }
+
+    /// Makes the session hold a resource; only what the agent lacks goes over the wire. The content stays in memory as
+    /// long as the session holds it, for an agent that was restarted.
+    ///
+    /// # Errors
+    /// `BAD_ARGUMENT` for a list of files that cannot be, `QUOTA_EXCEEDED`, `MODEL_REJECTED`, `DEADLINE` when the agent
+    /// takes nothing more for that long, and those of [`Client::info`].
+    pub async fn register(&self, files: ResourceFiles) -> Result<Resource, Error> {
+        let kind = files.kind;
+        let (content, meter) = files.hash().await?;
+        let (content, meter) = (Arc::new(content), &meter);
+        loop {
+            let (content, link) = (&content, self.inner.client.link());
+            let register = |session: String| async move {
+                upload::register(link, &session, content, meter, self.deadline().remaining()).await
+            };
+            let (id, epoch) = self.on_session(|| self.deadline(), register).await?;
+            let mut state = self.state();
+            // A session that was opened again meanwhile did not get it.
+            if state.epoch == epoch {
+                state.held.insert(id.clone(), Arc::clone(content));
+                return Ok(Resource { id, kind });
+            }
+        }
+    }
+
+    /// Lets a resource go.
+    ///
+    /// # Errors
+    /// `NOT_FOUND` when the session does not hold it, and those of [`Client::info`].
+    pub async fn unregister(&self, resource: &Resource) -> Result<(), Error> {
+        let name = &resource.id;
+        self.call(|wire, time, session| {
+            let request = timed(UnregisterResourceRequest { session, resource: name.clone() }, time);
+            async move { ResourcesClient::new(wire).unregister(request).await }
+        })
+        .await?;
+        self.state().held.remove(name);
+        Ok(())
+    }
+
+    /// What the session holds.
+    ///
+    /// # Errors
+    /// Those of [`Client::info`].
+    pub async fn list_resources(&self) -> Result<Vec<ResourceInfo>, Error> {
+        let reply = self.call(|wire, time, session| async move {
+            ResourcesClient::new(wire).list(timed(ListResourcesRequest { session }, time)).await
+        });
+        Ok(reply.await?.resources)
+    }
+}
+
+// === calls and recovery ===
+
+impl Session {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.inner.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn deadline(&self) -> Deadline {
+        self.inner.client.deadline(self.options.deadline)
+    }
+
+    async fn operate(&self, op: Op) -> Result<RunReply, Error> {
+        let mut request = RunRequest { session: self.id(), op: Some(op) };
+        request.align();
+        check_size(&request)?;
+        self.call(|wire, time, session| {
+            let mut request = request.clone();
+            // Ids have one length, so the tensors stay where they were aligned.
+            request.session = session;
+            async move {
+                OperationsClient::new(wire)
+                    .max_decoding_message_size(MESSAGE_BYTES_MAX)
+                    .max_encoding_message_size(MESSAGE_BYTES_MAX)
+                    .run(timed(request, time))
+                    .await
+            }
+        })
+        .await
+    }
+
+    async fn call<R, F, Fut>(&self, call: F) -> Result<R, Error>
+    where
+        F: Fn(Wire, Duration, String) -> Fut,
+        Fut: Future<Output = Result<tonic::Response<R>, Status>>,
+    {
+        let (deadline, call) = (self.deadline(), &call);
+        let run = |session: String| async move {
+            let link = self.inner.client.link();
+            link.repeat(deadline, self.options.repeatable, |wire, time| call(wire, time, session.clone())).await
+        };
+        Ok(self.on_session(|| deadline, run).await?.0)
+    }
+
+    /// Runs `body` with the session's id. If the agent does not know the session, it did not run anything: the session
+    /// is opened again and the body runs once more. Returns also the epoch in which it succeeded. `deadline` bounds
+    /// each wait for the session.
+    async fn on_session<R, D, F, Fut>(&self, deadline: D, body: F) -> Result<(R, u64), Error>
+    where
+        D: Fn() -> Deadline,
+        F: Fn(String) -> Fut,
+        Fut: Future<Output = Result<R, Error>>,
+    {
+        const DOING: &str = "the session was opened again";
+        let mut recovered = false;
+        loop {
+            let (id, epoch) = deadline().bound(DOING, self.current()).await??;
+            match body(id).await {
+                Ok(reply) => return Ok((reply, epoch)),
+                Err(error) if !recovered && is_lost_session(&error) => {
+                    let deadline = deadline();
+                    deadline.bound(DOING, self.recover(epoch, deadline)).await??;
+                    recovered = true;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// The session's id and epoch, after a recovery that is under way.
+    async fn current(&self) -> Result<(String, u64), Error> {
+        let _turn = self.inner.recovery.lock().await;
+        let state = self.state();
+        if state.closed {
+            return Err(Error::new(Reason::NotFound, "this session was closed"));
+        }
+        Ok((state.id.clone(), state.epoch))
+    }
+
+    /// Opens the session again and registers what it holds, unless another call did so since `epoch`.
+    async fn recover(&self, epoch: u64, deadline: Deadline) -> Result<(), Error> {
+        let _turn = self.inner.recovery.lock().await;
+        let held: Vec<_> = {
+            let state = self.state();
+            if state.closed || state.epoch != epoch {
+                return Ok(());
+            }
+            state.held.values().cloned().collect()
+        };
+        let client = &self.inner.client;
+        let failed = |error: Error| {
+            let message = format!("the agent lost this session, and it could not be opened again: {error}");
+            Error::new(error.reason(), message).with(error.detail().clone())
+        };
+        let id = open(client, &self.inner.options, deadline).await.map_err(failed)?;
+        for content in held {
+            let meter = Meter::silent(&content);
+            if let Err(error) = upload::register(client.link(), &id, &content, &meter, deadline.remaining()).await {
+                // The next call opens another one; this one need not wait for its lease.
+                let _ = close(client, &id, deadline).await;
+                return Err(failed(error));
+            }
+        }
+        let mut state = self.state();
+        state.id = id;
+        state.epoch += 1;
+        Ok(())
+    }
+}
+
+async fn open(client: &Client, options: &SessionOptions, deadline: Deadline) -> Result<String, Error> {
+    let SessionOptions { device, engine } = options;
+    let reply = client
+        .link()
+        // A session that was opened without our hearing of it ends by its lease.
+        .repeat(deadline, true, |wire, time| {
+            let request = timed(OpenSessionRequest { device: device.clone(), engine: engine.clone() }, time);
+            async move { SessionsClient::new(wire).open(request).await }
+        })
+        .await?;
+    Ok(reply.session)
+}
+
+async fn close(client: &Client, id: &str, deadline: Deadline) -> Result<(), Error> {
+    client
+        .link()
+        .repeat(deadline, true, |wire, time| {
+            let request = timed(CloseSessionRequest { session: id.into() }, time);
+            async move { SessionsClient::new(wire).close(request).await }
+        })
+        .await?;
+    Ok(())
+}
+
+fn is_lost_session(error: &Error) -> bool {
+    error.reason() == Reason::NotFound
+        && matches!(error.detail(), Detail::Resource { kind, .. } if kind == "session")
+}
+
+fn check_size<M: Aligned>(message: &M) -> Result<(), Error> {
+    let (limit, length) = (MESSAGE_BYTES_MAX as u64, message.encoded_len() as u64);
+    if length > limit {
+        return Err(Error::limit(Reason::MessageTooLarge, "message", limit, length, "bytes"));
+    }
+    Ok(())
+}
+
+fn malformed(operation: &str) -> Error {
+    Error::new(Reason::BackendFailed, format!("the agent's answer is not one to {operation}"))
+}

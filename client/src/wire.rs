@@ -1,0 +1,146 @@
+//! One HTTP/2 connection as a gRPC transport: it addresses and signs requests, and tells how far a failed one got.
+
+use std::error::Error as _;
+use std::fmt;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll};
+
+use http::header::{AUTHORIZATION, HeaderValue, USER_AGENT};
+use http::uri::{Authority, Parts, Scheme};
+use http_body_util::BodyExt;
+use hyper::client::conn::http2::SendRequest;
+use tonic::body::Body;
+use tower_service::Service;
+use vaccel_proto::{Endpoint, Error, Reason};
+
+use crate::error::{Failure, Reach, chain};
+
+const AGENT: HeaderValue = HeaderValue::from_static(concat!("vaccel-client/", env!("CARGO_PKG_VERSION")));
+
+/// What every request begins with.
+#[derive(Debug)]
+pub(crate) struct Head {
+    endpoint: Endpoint,
+    scheme: Scheme,
+    authority: Authority,
+    authorization: Option<HeaderValue>,
+}
+
+impl Head {
+    /// # Errors
+    /// `BAD_ARGUMENT` for a host or a token that a header cannot carry.
+    pub(crate) fn new(endpoint: &Endpoint, token: Option<&str>) -> Result<Self, Error> {
+        let bad = |what: String| Error::new(Reason::BadArgument, what);
+        let (scheme, host) = match endpoint {
+            Endpoint::Tls(authority) => (Scheme::HTTPS, authority.to_string()),
+            Endpoint::Tcp(authority) => (Scheme::HTTP, authority.to_string()),
+            _ => (Scheme::HTTP, "localhost".to_owned()),
+        };
+        let authority = Authority::try_from(host.as_str())
+            .map_err(|e| bad(format!("address {endpoint}: {host:?} is not a host name: {e}")))?;
+        if token.is_some_and(str::is_empty) {
+            return Err(bad("the token is empty".into()));
+        }
+        let authorization = token.map(|token| {
+            let mut value = HeaderValue::try_from(format!("Bearer {token}"))
+                .map_err(|_| bad("the token holds characters that a header cannot carry, such as a line end".into()))?;
+            value.set_sensitive(true);
+            Ok::<_, Error>(value)
+        });
+        Ok(Self { endpoint: endpoint.clone(), scheme, authority, authorization: authorization.transpose()? })
+    }
+
+    fn address(&self, request: &mut http::Request<Body>) {
+        let mut parts = Parts::default();
+        parts.scheme = Some(self.scheme.clone());
+        parts.authority = Some(self.authority.clone());
+        parts.path_and_query = request.uri().path_and_query().cloned();
+        // Scheme, host and path are all there, which is what a URI asks for.
+        if let Ok(uri) = http::Uri::from_parts(parts) {
+            *request.uri_mut() = uri;
+        }
+        request.headers_mut().insert(USER_AGENT, AGENT);
+        if let Some(authorization) = &self.authorization {
+            request.headers_mut().insert(AUTHORIZATION, authorization.clone());
+        }
+    }
+
+    /// What a failed exchange means.
+    fn failure(&self, error: &hyper::Error, reach: Reach) -> Failure {
+        let message = match reach {
+            Reach::Sent => format!("the connection to {} broke during the call: {}", self.endpoint, chain(error)),
+            _ => format!("{} did not take the call: {}", self.endpoint, chain(error)),
+        };
+        Failure { reason: Reason::Unreachable, message, reach }
+    }
+}
+
+/// An open connection. Clones send over the same one.
+#[derive(Clone)]
+pub(crate) struct Wire {
+    sender: SendRequest<Body>,
+    head: Arc<Head>,
+    broken: Arc<AtomicBool>,
+}
+
+impl fmt::Debug for Wire {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Wire").field("endpoint", &self.head.endpoint).field("broken", &self.broken).finish_non_exhaustive()
+    }
+}
+
+impl Wire {
+    pub(crate) fn new(sender: SendRequest<Body>, head: Arc<Head>) -> Self {
+        Self { sender, head, broken: Arc::default() }
+    }
+
+    /// Whether a new request has a chance on this connection.
+    pub(crate) fn is_usable(&self) -> bool {
+        !self.sender.is_closed() && !self.broken.load(Ordering::Relaxed)
+    }
+}
+
+impl Service<http::Request<Body>> for Wire {
+    type Response = http::Response<Body>;
+    type Error = Failure;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Failure>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Failure>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
+        self.head.address(&mut request);
+        let (head, broken) = (Arc::clone(&self.head), Arc::clone(&self.broken));
+        let response = self.sender.try_send_request(request);
+        Box::pin(async move {
+            match response.await {
+                Ok(response) => Ok(response.map(|body| {
+                    Body::new(body.map_err(move |error| head.failure(&error, Reach::Sent)))
+                })),
+                Err(mut failed) => {
+                    let unsent = failed.take_message().is_some();
+                    let error = failed.into_error();
+                    let stream = stream_error(&error);
+                    // Do not wait until the connection's own task has noticed.
+                    broken.fetch_or(!stream.is_some_and(h2::Error::is_reset), Ordering::Relaxed);
+                    let reach = if unsent || stream.is_some_and(is_refusal) { Reach::Unsent } else { Reach::Sent };
+                    Err(head.failure(&error, reach))
+                }
+            }
+        })
+    }
+}
+
+fn stream_error(error: &hyper::Error) -> Option<&h2::Error> {
+    error.source()?.downcast_ref()
+}
+
+/// Whether the agent says that it did not begin with the request: it refused the stream, or its GOAWAY names an earlier
+/// one as the last (RFC 9113, 6.8 and 8.7). Streams it did begin with do not fail with the GOAWAY.
+fn is_refusal(error: &h2::Error) -> bool {
+    error.is_remote()
+        && (error.is_go_away() || error.is_reset() && error.reason() == Some(h2::Reason::REFUSED_STREAM))
+}

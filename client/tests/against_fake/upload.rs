@@ -1,0 +1,70 @@
+//! Resources on their way to the agent.
+
+use std::sync::{Arc, Mutex};
+
+use bytes::Bytes;
+use vaccel_client::proto::limits::CHUNK_BYTES_MAX;
+use vaccel_client::{ResourceFiles, ResourceKind, SessionOptions};
+
+use crate::fake::Fake;
+
+const SIZE: usize = 5 * CHUNK_BYTES_MAX + 123;
+
+fn content() -> Bytes {
+    (0..u32::try_from(SIZE).unwrap()).map(|i| i.to_le_bytes()[1]).collect::<Vec<_>>().into()
+}
+
+#[tokio::test]
+async fn only_what_the_agent_lacks_goes_up() {
+    let fake = Fake::listening();
+    let client = fake.client().await;
+    let session = client.open_session(SessionOptions::default()).await.unwrap();
+    let files = vec![("a".to_owned(), content()), ("empty".to_owned(), Bytes::new())];
+    session.register(ResourceFiles::new(ResourceKind::Model, files.clone())).await.unwrap();
+    assert_eq!(*fake.state.uploads.lock().unwrap(), [(0, SIZE), (0, 0)]);
+    assert!(fake.state.blobs.lock().unwrap().values().any(|blob| *blob == content()));
+
+    let other = client.open_session(SessionOptions::default()).await.unwrap();
+    other.register(ResourceFiles::new(ResourceKind::Model, files)).await.unwrap();
+    assert_eq!(fake.state.uploads.lock().unwrap().len(), 2, "the second session brings nothing");
+}
+
+#[tokio::test]
+async fn a_broken_upload_goes_on_where_it_stopped() {
+    let fake = Fake::listening();
+    let session = fake.client().await.open_session(SessionOptions::default()).await.unwrap();
+    *fake.state.cut_upload_after.lock().unwrap() = Some(2 * CHUNK_BYTES_MAX);
+    let seen: Arc<Mutex<Vec<(u64, u64)>>> = Arc::default();
+    let report = Arc::clone(&seen);
+    let files = ResourceFiles::model("m", content())
+        .on_progress(move |done, total| report.lock().unwrap().push((done, total)));
+    session.register(files).await.unwrap();
+
+    let stopped = 2 * CHUNK_BYTES_MAX;
+    assert_eq!(*fake.state.uploads.lock().unwrap(), [(0, stopped), (stopped as u64, SIZE - stopped)]);
+    assert!(fake.state.blobs.lock().unwrap().values().any(|blob| *blob == content()));
+    let seen = seen.lock().unwrap();
+    assert_eq!(seen.first(), Some(&(0, SIZE as u64)));
+    assert_eq!(seen.last(), Some(&(SIZE as u64, SIZE as u64)));
+    assert!(seen.iter().all(|&(done, total)| done <= total && total == SIZE as u64), "{seen:?}");
+}
+
+#[tokio::test]
+async fn an_agent_that_forgot_the_session_under_an_upload_gets_all_of_it() {
+    let fake = Fake::listening();
+    let session = fake.client().await.open_session(SessionOptions::default()).await.unwrap();
+    *fake.state.cut_upload_after.lock().unwrap() = Some(CHUNK_BYTES_MAX);
+    let state = Arc::clone(&fake.state);
+    let files = ResourceFiles::model("m", content()).on_progress(move |done, _| {
+        // The first piece is under way: the agent that takes it will not remember it.
+        if done == CHUNK_BYTES_MAX as u64 && state.opened() == 1 && state.uploads.lock().unwrap().is_empty() {
+            state.cut_upload_after.lock().unwrap().replace(0);
+        }
+        if done > CHUNK_BYTES_MAX as u64 && state.opened() == 1 {
+            state.forget();
+        }
+    });
+    session.register(files).await.unwrap();
+    assert!(fake.state.opened() >= 1);
+    assert!(fake.state.blobs.lock().unwrap().values().any(|blob| *blob == content()));
+}
