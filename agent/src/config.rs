@@ -161,7 +161,8 @@ impl Settings {
     pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
         let text = std::fs::read_to_string(path)
             .map_err(|error| ConfigError(format!("configuration file {}: {error}", path.display())))?;
-        toml::from_str(&text).map_err(|error| ConfigError(format!("configuration file {}: {error}", path.display())))
+        toml::from_str(&text)
+            .map_err(|error| ConfigError(format!("configuration file {}: {error}", path.display())))
     }
 
     /// These settings, with those of `below` where these say nothing.
@@ -171,10 +172,32 @@ impl Settings {
             self.address = below.address;
         }
         prefer!(
-            self, below, vsock, ready_file, insecure, unix_mode, tls_cert, tls_key, tls_client_ca, token_file,
-            onnxruntime, engine, device, lanes, session_lease, call_deadline, load_deadline, grace, connections_max,
-            tenant_connections_max, tenant_sessions_max, tenant_calls_max, tenant_resource_mib, tenant_in_flight_mib,
-            log, log_format
+            self,
+            below,
+            vsock,
+            ready_file,
+            insecure,
+            unix_mode,
+            tls_cert,
+            tls_key,
+            tls_client_ca,
+            token_file,
+            onnxruntime,
+            engine,
+            device,
+            lanes,
+            session_lease,
+            call_deadline,
+            load_deadline,
+            grace,
+            connections_max,
+            tenant_connections_max,
+            tenant_sessions_max,
+            tenant_calls_max,
+            tenant_resource_mib,
+            tenant_in_flight_mib,
+            log,
+            log_format
         );
         self
     }
@@ -324,7 +347,8 @@ fn addresses(settings: &Settings) -> Result<Vec<Endpoint>, ConfigError> {
     let mut addresses = Vec::new();
     for text in &settings.address {
         let endpoint: Endpoint = text.parse().map_err(|error| ConfigError(format!("--address: {error}")))?;
-        let endpoint = endpoint.for_listening().map_err(|error| ConfigError(format!("--address: {error}")))?;
+        let endpoint =
+            endpoint.for_listening().map_err(|error| ConfigError(format!("--address: {error}")))?;
         if addresses.contains(&endpoint) {
             return Err(ConfigError(format!("--address: {endpoint} is given twice")));
         }
@@ -388,7 +412,12 @@ mod tests {
     #[test]
     fn defaults_are_local_only() {
         let config = config("").expect("defaults are valid");
-        assert!(config.addresses.iter().all(|address| !matches!(address, Endpoint::Vsock { .. } | Endpoint::Tls(_))));
+        assert!(
+            config
+                .addresses
+                .iter()
+                .all(|address| !matches!(address, Endpoint::Vsock { .. } | Endpoint::Tls(_)))
+        );
         assert_eq!(config.session_lease, Duration::from_secs(30));
         assert_eq!(config.unix_mode, 0o660);
     }

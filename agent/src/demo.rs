@@ -92,13 +92,20 @@ pub async fn run(settings: Settings, out: &mut (impl Write + Send)) -> Result<()
     let done = visit(&endpoints, &direct, out).await;
     agent.drain().await;
     done?;
-    writeln!(out, "\nnext    vaccel-agent                                   # the same agent, for your guests")?;
+    writeln!(
+        out,
+        "\nnext    vaccel-agent                                   # the same agent, for your guests"
+    )?;
     writeln!(out, "        vaccel classify examples/images/*.png          # a guest, in another terminal")?;
     writeln!(out, "        cargo run --release --example hello            # a guest of 12 lines")?;
     Ok(())
 }
 
-async fn visit(endpoints: &[Endpoint], direct: &Direct, out: &mut (impl Write + Send)) -> Result<(), DemoError> {
+async fn visit(
+    endpoints: &[Endpoint],
+    direct: &Direct,
+    out: &mut (impl Write + Send),
+) -> Result<(), DemoError> {
     let images: Vec<Bytes> = IMAGES.iter().map(|(_, content)| Bytes::from_static(content)).collect();
     let expected = direct.classify(&images, 1)?;
     let mut rows = vec![("direct call".to_owned(), measure_direct(direct, &images)?)];

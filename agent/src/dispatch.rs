@@ -269,8 +269,10 @@ impl Dispatch {
 
     /// Ends a session.
     pub(crate) async fn close_session(&self, caller: &Caller, id: &str) -> Result<(), Error> {
-        self.call(caller, "close_session", self.call_deadline, async |_, _| self.sessions.close(id, &caller.tenant))
-            .await
+        self.call(caller, "close_session", self.call_deadline, async |_, _| {
+            self.sessions.close(id, &caller.tenant)
+        })
+        .await
     }
 
     /// The tenant's sessions, oldest first.
@@ -320,14 +322,21 @@ impl Dispatch {
             while let Some(data) = piece {
                 if data.len() > CHUNK_BYTES_MAX {
                     let limit = CHUNK_BYTES_MAX as u64;
-                    return Err(Error::limit(Reason::MessageTooLarge, "chunk", limit, data.len() as u64, "bytes"));
+                    return Err(Error::limit(
+                        Reason::MessageTooLarge,
+                        "chunk",
+                        limit,
+                        data.len() as u64,
+                        "bytes",
+                    ));
                 }
                 uploading.append(&data)?;
                 piece = match tokio::time::timeout(UPLOAD_PIECE_DEADLINE, pieces.next()).await {
                     Ok(piece) => piece?,
                     Err(_) => {
                         let waited = UPLOAD_PIECE_DEADLINE.as_secs();
-                        let message = format!("no piece of the file came for {waited} s; go on where it stopped");
+                        let message =
+                            format!("no piece of the file came for {waited} s; go on where it stopped");
                         return Err(Error::new(Reason::Deadline, message));
                     }
                 };
@@ -338,7 +347,12 @@ impl Dispatch {
     }
 
     /// Lets go of a resource.
-    pub(crate) async fn unregister(&self, caller: &Caller, session: &str, resource: &str) -> Result<(), Error> {
+    pub(crate) async fn unregister(
+        &self,
+        caller: &Caller,
+        session: &str,
+        resource: &str,
+    ) -> Result<(), Error> {
         self.call(caller, "unregister_resource", self.call_deadline, async |_, _| {
             self.session(caller, session)?.holdings.unregister(resource)
         })
@@ -346,7 +360,11 @@ impl Dispatch {
     }
 
     /// What a session holds.
-    pub(crate) async fn list_resources(&self, caller: &Caller, session: &str) -> Result<Vec<ResourceInfo>, Error> {
+    pub(crate) async fn list_resources(
+        &self,
+        caller: &Caller,
+        session: &str,
+    ) -> Result<Vec<ResourceInfo>, Error> {
         self.call(caller, "list_resources", self.call_deadline, async |_, _| {
             let resources = self.session(caller, session)?.holdings.list();
             Ok(resources
@@ -362,14 +380,22 @@ impl Dispatch {
     }
 
     /// Runs an operation.
-    pub(crate) async fn run(&self, caller: &Caller, session: &str, op: Option<Op>) -> Result<RunReply, Error> {
+    pub(crate) async fn run(
+        &self,
+        caller: &Caller,
+        session: &str,
+        op: Option<Op>,
+    ) -> Result<RunReply, Error> {
         let name = op.as_ref().map_or("run", ops::name);
         self.call(caller, name, self.call_deadline, async |account, deadline| {
             let session = self.session(caller, session)?;
             let op = op.ok_or_else(|| {
                 let known: Vec<String> = ops::list().into_iter().map(|operation| operation.name).collect();
                 let known = known.join(", ");
-                Error::new(Reason::UnknownOperation, format!("no operation this agent knows; it knows: {known}"))
+                Error::new(
+                    Reason::UnknownOperation,
+                    format!("no operation this agent knows; it knows: {known}"),
+                )
             })?;
             let context = Context { workshop: &self.workshop, session: &session, account, deadline };
             let done = ops::run(op, &context).await?;

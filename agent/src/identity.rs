@@ -101,7 +101,8 @@ impl Tokens {
     pub(crate) fn from_file(path: &Path) -> Result<Self, ConfigError> {
         let text = std::fs::read_to_string(path)
             .map_err(|error| ConfigError::new(format!("--token-file {}: {error}", path.display())))?;
-        Self::parse(&text).map_err(|error| ConfigError::new(format!("--token-file {}: {error}", path.display())))
+        Self::parse(&text)
+            .map_err(|error| ConfigError::new(format!("--token-file {}: {error}", path.display())))
     }
 
     fn parse(text: &str) -> Result<Self, String> {
@@ -117,7 +118,10 @@ impl Tokens {
                 return Err(format!("line {at}: expected NAME TOKEN"));
             };
             if token.len() < TOKEN_BYTES_MIN {
-                return Err(format!("line {at}: expected a token of {TOKEN_BYTES_MIN} bytes or more, got {}", token.len()));
+                return Err(format!(
+                    "line {at}: expected a token of {TOKEN_BYTES_MIN} bytes or more, got {}",
+                    token.len()
+                ));
             }
             if names.insert(digest(token), name.to_owned()).is_some() {
                 return Err(format!("line {at}: this token is given twice"));
@@ -220,7 +224,8 @@ mod tests {
 
     #[test]
     fn each_path_and_each_uid_is_a_tenant() {
-        let tenant = |listener: &str, peer: &Peer| of_connection(&listener.parse().expect("valid"), peer).to_string();
+        let tenant =
+            |listener: &str, peer: &Peer| of_connection(&listener.parse().expect("valid"), peer).to_string();
         assert_eq!(tenant("unix:///run/a", &Peer::Unix { uid: 7 }), "unix:/run/a:7");
         assert_eq!(tenant("hvsock:///run/vm:52", &Peer::Hybrid), "hvsock:/run/vm:52");
         assert_eq!(tenant("vsock://any:1", &Peer::Vsock { cid: 9 }), "vsock:9");

@@ -104,8 +104,13 @@ impl Agent {
         let health = Health::new();
         let gate = Gate::new(Arc::clone(&dispatch), Identity::new(tokens), health.clone());
         let (closing, is_closing) = watch::channel(false);
-        let entrance =
-            Arc::new(Entrance::new(gate, Arc::clone(&dispatch), acceptor, config.connections_max, is_closing));
+        let entrance = Arc::new(Entrance::new(
+            gate,
+            Arc::clone(&dispatch),
+            acceptor,
+            config.connections_max,
+            is_closing,
+        ));
 
         let endpoints = bound.iter().map(|listener| listener.endpoint().clone()).collect();
         let mut listeners = JoinSet::new();

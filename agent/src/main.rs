@@ -93,7 +93,8 @@ fn run() -> Result<ExitCode, Failure> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Ops => {
-            let lines = vaccel_agent::operations().into_iter().map(|op| format!("{:<24} {}\n", op.name, op.summary));
+            let lines =
+                vaccel_agent::operations().into_iter().map(|op| format!("{:<24} {}\n", op.name, op.summary));
             print(&lines.collect::<String>())
         }
         Command::CheckConfig => print(&format!("{:#?}\n", Config::new(settings)?)),
@@ -133,7 +134,8 @@ async fn serve(config: Config) -> Result<ExitCode, Failure> {
         print(&format!("listening on {address}\n"))?;
     }
     if let Some(path) = &ready_file {
-        write_ready(path, &addresses).map_err(|error| failed(format!("--ready-file {}: {error}", path.display())))?;
+        write_ready(path, &addresses)
+            .map_err(|error| failed(format!("--ready-file {}: {error}", path.display())))?;
     }
     tokio::select! {
         _ = terminate.recv() => {}

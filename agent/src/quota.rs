@@ -56,18 +56,26 @@ impl Account {
     /// Counter, limit, subject and unit as they are shown.
     fn row(&self, unit: Unit) -> (&AtomicU64, u64, &'static str, &'static str) {
         match unit {
-            Unit::Connections => (&self.connections, self.limits.connections, "connections of this tenant", "connections"),
+            Unit::Connections => {
+                (&self.connections, self.limits.connections, "connections of this tenant", "connections")
+            }
             Unit::Sessions => (&self.sessions, self.limits.sessions, "sessions of this tenant", "sessions"),
             Unit::Calls => (&self.calls, self.limits.calls, "calls of this tenant in flight", "calls"),
-            Unit::AbandonedRuns => {
-                (&self.abandoned_runs, ABANDONED_RUNS_MAX, "runs of this tenant that nobody waits for", "runs")
-            }
+            Unit::AbandonedRuns => (
+                &self.abandoned_runs,
+                ABANDONED_RUNS_MAX,
+                "runs of this tenant that nobody waits for",
+                "runs",
+            ),
             Unit::ResourceBytes => {
                 (&self.resource_bytes, self.limits.resource_bytes, "stored files of this tenant", "bytes")
             }
-            Unit::InFlightBytes => {
-                (&self.in_flight_bytes, self.limits.in_flight_bytes, "requests of this tenant in flight", "bytes")
-            }
+            Unit::InFlightBytes => (
+                &self.in_flight_bytes,
+                self.limits.in_flight_bytes,
+                "requests of this tenant in flight",
+                "bytes",
+            ),
         }
     }
 
@@ -176,8 +184,13 @@ mod tests {
     use super::*;
 
     fn accounts() -> Accounts {
-        let limits =
-            TenantLimits { connections: 1, sessions: 2, calls: 1, resource_bytes: 10, in_flight_bytes: u64::MAX };
+        let limits = TenantLimits {
+            connections: 1,
+            sessions: 2,
+            calls: 1,
+            resource_bytes: 10,
+            in_flight_bytes: u64::MAX,
+        };
         Accounts::new(limits)
     }
 

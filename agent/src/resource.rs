@@ -260,7 +260,11 @@ impl Uploading {
         let Some(upload) = self.upload.as_mut().and_then(|slot| slot.as_mut()) else { return Ok(()) };
         let total = upload.received.len() as u64 + chunk.len() as u64;
         if total > upload.size {
-            return Err(Error::field("data", format!("at most the {} bytes of the file", upload.size), total));
+            return Err(Error::field(
+                "data",
+                format!("at most the {} bytes of the file", upload.size),
+                total,
+            ));
         }
         upload.hasher.update(chunk);
         upload.received.extend_from_slice(chunk);
@@ -271,7 +275,12 @@ impl Uploading {
     ///
     /// # Errors
     /// `BAD_ARGUMENT` when the content is not what its name says; the upload begins anew then.
-    pub(crate) fn finish(mut self, store: &Store, tenant: &Tenant, holdings: &Holdings) -> Result<u64, Error> {
+    pub(crate) fn finish(
+        mut self,
+        store: &Store,
+        tenant: &Tenant,
+        holdings: &Holdings,
+    ) -> Result<u64, Error> {
         let Some(slot) = self.upload.as_mut() else { return Ok(self.begin.size) };
         let reached = slot.as_ref().map_or(0, |upload| upload.received.len() as u64);
         if slot.as_ref().is_some_and(|upload| reached < upload.size) {
@@ -282,7 +291,11 @@ impl Uploading {
         if found != self.begin.hash.0 {
             return Err(Error::new(
                 Reason::BadArgument,
-                format!("sha256: expected {}, the uploaded bytes have {}", hex(&self.begin.hash.0), hex(&found)),
+                format!(
+                    "sha256: expected {}, the uploaded bytes have {}",
+                    hex(&self.begin.hash.0),
+                    hex(&found)
+                ),
             )
             .with(Detail::Field("sha256".into())));
         }
@@ -294,7 +307,8 @@ impl Uploading {
 fn received(holdings: &Holdings, hash: Hash) -> u64 {
     let slot = holdings.held().uploads.get(&hash).cloned();
     // An upload that is running now is asked for again from its beginning; its own stream moves the offset on.
-    let reached = slot.as_ref().and_then(|slot| slot.try_lock().ok()?.as_ref().map(|upload| upload.received.len()));
+    let reached =
+        slot.as_ref().and_then(|slot| slot.try_lock().ok()?.as_ref().map(|upload| upload.received.len()));
     reached.unwrap_or(0) as u64
 }
 
@@ -354,8 +368,13 @@ mod tests {
 
     impl Setting {
         fn new() -> Self {
-            let limits =
-                TenantLimits { connections: 1, sessions: 9, calls: 1, resource_bytes: 64, in_flight_bytes: 1 };
+            let limits = TenantLimits {
+                connections: 1,
+                sessions: 9,
+                calls: 1,
+                resource_bytes: 64,
+                in_flight_bytes: 1,
+            };
             let tenant = Tenant::new("a");
             let account = Accounts::new(limits).of(&tenant);
             Self { store: Store::default(), tenant, account }
@@ -370,7 +389,9 @@ mod tests {
         }
 
         fn register(&self, holdings: &Holdings) -> Registered {
-            self.store.register(&self.tenant, holdings, ResourceKind::Data.into(), vec![file("f")]).expect("valid")
+            self.store
+                .register(&self.tenant, holdings, ResourceKind::Data.into(), vec![file("f")])
+                .expect("valid")
         }
     }
 
@@ -405,7 +426,10 @@ mod tests {
         let setting = Setting::new();
         let holdings = Holdings::default();
         let wrong = vec![b'x'; CONTENT.len()];
-        assert_eq!(setting.put(&holdings, 0, &wrong).await.expect_err("not its hash").reason(), Reason::BadArgument);
+        assert_eq!(
+            setting.put(&holdings, 0, &wrong).await.expect_err("not its hash").reason(),
+            Reason::BadArgument
+        );
         assert_eq!(setting.account.used(Unit::ResourceBytes), 0);
         let long = [CONTENT, b"!"].concat();
         assert!(setting.put(&holdings, 0, &long).await.is_err());

@@ -45,13 +45,18 @@ impl Cancel {
 
     fn set(&self) {
         self.0.set.store(true, Ordering::Relaxed);
-        if let Some(interrupt) = &*self.0.interrupt.lock().unwrap_or_else(std::sync::PoisonError::into_inner) {
+        if let Some(interrupt) = &*self.0.interrupt.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        {
             interrupt();
         }
     }
 
     /// Runs `work` with a way to interrupt it from another thread: `interrupt` is called at most until `work` returns.
-    pub(crate) fn interruptible<T>(&self, interrupt: impl Fn() + Send + 'static, work: impl FnOnce() -> T) -> T {
+    pub(crate) fn interruptible<T>(
+        &self,
+        interrupt: impl Fn() + Send + 'static,
+        work: impl FnOnce() -> T,
+    ) -> T {
         let slot = |value| {
             *self.0.interrupt.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = value;
         };
@@ -165,8 +170,11 @@ impl Scheduler {
         let started = Instant::now();
         let cancel = Cancel::default();
         let left_behind = Arc::new(std::sync::Mutex::new(Progress::Running));
-        let abandon =
-            Abandon { cancel: cancel.clone(), account: Arc::clone(account), left_behind: Arc::clone(&left_behind) };
+        let abandon = Abandon {
+            cancel: cancel.clone(),
+            account: Arc::clone(account),
+            left_behind: Arc::clone(&left_behind),
+        };
         let thread = tokio::task::spawn_blocking(move || {
             let result = work(&cancel);
             *left_behind.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Progress::Finished;
@@ -199,7 +207,8 @@ mod tests {
     use std::sync::mpsc;
 
     fn account() -> Arc<Account> {
-        let limits = TenantLimits { connections: 1, sessions: 1, calls: 9, resource_bytes: 1, in_flight_bytes: 1 };
+        let limits =
+            TenantLimits { connections: 1, sessions: 1, calls: 9, resource_bytes: 1, in_flight_bytes: 1 };
         Accounts::new(limits).of(&Tenant::new("a"))
     }
 

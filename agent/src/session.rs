@@ -111,8 +111,12 @@ impl Sessions {
         let opened = Instant::now();
         let holdings = Holdings::default();
         let session = Arc::new(Session { id: id.clone(), choice, holdings, opened, _counted: counted });
-        let mut entry =
-            Entry { tenant: tenant.clone(), session: Arc::clone(&session), connections: HashSet::new(), ends: None };
+        let mut entry = Entry {
+            tenant: tenant.clone(),
+            session: Arc::clone(&session),
+            connections: HashSet::new(),
+            ends: None,
+        };
         let mut table = self.table();
         self.renew(&mut entry, connection, &table.connections);
         table.sessions.insert(id, entry);
@@ -123,7 +127,12 @@ impl Sessions {
     ///
     /// # Errors
     /// `NOT_FOUND`, also for another tenant's.
-    pub(crate) fn get(&self, id: &str, tenant: &Tenant, connection: ConnectionId) -> Result<Arc<Session>, Error> {
+    pub(crate) fn get(
+        &self,
+        id: &str,
+        tenant: &Tenant,
+        connection: ConnectionId,
+    ) -> Result<Arc<Session>, Error> {
         let mut table = self.table();
         let Table { sessions, connections } = &mut *table;
         let entry = sessions
@@ -208,8 +217,11 @@ impl Sessions {
     /// Ends what is due and says when the next one will be.
     fn end_due(&self, now: Instant) -> Option<Instant> {
         let mut table = self.table();
-        let ended: Vec<Entry> =
-            table.sessions.extract_if(|_, entry| entry.ends.is_some_and(|ends| ends <= now)).map(|(_, e)| e).collect();
+        let ended: Vec<Entry> = table
+            .sessions
+            .extract_if(|_, entry| entry.ends.is_some_and(|ends| ends <= now))
+            .map(|(_, e)| e)
+            .collect();
         let next = table.sessions.values().filter_map(|entry| entry.ends).min();
         // Freeing a large resource takes time that nobody else should wait for.
         drop(table);

@@ -225,7 +225,8 @@ mod tests {
 
     #[test]
     fn a_token_that_no_header_carries_is_refused() {
-        let refusal = Client::builder("tcp://127.0.0.1:1".parse().unwrap()).token("a\nb").build().unwrap_err();
+        let refusal =
+            Client::builder("tcp://127.0.0.1:1".parse().unwrap()).token("a\nb").build().unwrap_err();
         assert_eq!(refusal.reason(), Reason::BadArgument);
     }
 }

@@ -69,7 +69,10 @@ impl Dialer {
     pub(crate) fn failure(&self, error: &io::Error) -> Failure {
         let endpoint = &self.endpoint;
         tls::failure(endpoint, error).unwrap_or_else(|| {
-            Failure::unreachable(format!("cannot reach {endpoint}: {error}{}", advice(endpoint, error.kind())))
+            Failure::unreachable(format!(
+                "cannot reach {endpoint}: {error}{}",
+                advice(endpoint, error.kind())
+            ))
         })
     }
 }
@@ -81,7 +84,9 @@ fn advice(endpoint: &Endpoint, kind: io::ErrorKind) -> &'static str {
         (_, K::UnexpectedEof | K::BrokenPipe) => {
             "; something accepted the connection and closed it: is it the agent, and does it take more connections?"
         }
-        (Endpoint::HybridVsock { .. }, K::NotFound) => "; there is neither the VMM's socket nor the agent's own",
+        (Endpoint::HybridVsock { .. }, K::NotFound) => {
+            "; there is neither the VMM's socket nor the agent's own"
+        }
         (Endpoint::Unix(_) | Endpoint::UnixAbstract(_), K::NotFound | K::ConnectionRefused) => {
             "; no agent listens there: start one with --address and this address"
         }
@@ -89,7 +94,9 @@ fn advice(endpoint: &Endpoint, kind: io::ErrorKind) -> &'static str {
         (Endpoint::Vsock { .. }, K::TimedOut | K::ConnectionReset | K::ConnectionRefused) => {
             "; nobody listens on that CID and port: the agent's side is vaccel-agent --vsock"
         }
-        (Endpoint::Vsock { .. }, _) => "; is there a vsock device? on the machine that runs guests, dial hvsock:// or unix://",
+        (Endpoint::Vsock { .. }, _) => {
+            "; is there a vsock device? on the machine that runs guests, dial hvsock:// or unix://"
+        }
         (Endpoint::Tcp(_) | Endpoint::Tls(_), K::ConnectionRefused) => "; no agent listens there",
         _ => "",
     }
@@ -160,7 +167,9 @@ mod tests {
     async fn failures_name_the_address_and_what_to_do() {
         let folder = tempfile::tempdir().unwrap();
         let absent = format!("unix://{}/absent", folder.path().display());
-        for (address, what) in [(absent.as_str(), "start one with"), ("tcp://127.0.0.1:1", "no agent listens")] {
+        for (address, what) in
+            [(absent.as_str(), "start one with"), ("tcp://127.0.0.1:1", "no agent listens")]
+        {
             let failure = dialer(address).dial().await.err().unwrap();
             assert_eq!(failure.reason, Reason::Unreachable);
             assert!(failure.message.contains(address) && failure.message.contains(what), "{failure}");

@@ -54,7 +54,8 @@ pub fn token() -> Result<Option<String>, Error> {
 /// # Errors
 /// `BAD_ARGUMENT` for a file that cannot be read.
 pub fn token_in(path: &Path) -> Result<String, Error> {
-    let unreadable = |e| Error::new(Reason::BadArgument, format!("cannot read the token in {}: {e}", path.display()));
+    let unreadable =
+        |e| Error::new(Reason::BadArgument, format!("cannot read the token in {}: {e}", path.display()));
     Ok(std::fs::read_to_string(path).map_err(unreadable)?.trim().to_owned())
 }
 

@@ -126,7 +126,9 @@ impl Shared {
             .keep_alive_while_idle(true)
             .handshake(TokioIo::new(stream))
             .await
-            .map_err(|error| Failure::unreachable(format!("cannot reach {}: {}", self.dialer.endpoint(), chain(&error))))?;
+            .map_err(|error| {
+                Failure::unreachable(format!("cannot reach {}: {}", self.dialer.endpoint(), chain(&error)))
+            })?;
         tokio::spawn(async move {
             // How the connection ends is told to the calls that are on it.
             let _ = connection.await;

@@ -40,13 +40,19 @@ impl<S> Opening<S> {
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Opening<S> {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
         let read = ready!(Pin::new(&mut self.stream).poll_read(cx, buf));
         if let Some(report) = self.report.take() {
             let outcome = match &read {
                 Ok(()) if buf.filled().len() > before => Ok(()),
-                Ok(()) => Err(self.failed_write.take().unwrap_or_else(|| io::ErrorKind::UnexpectedEof.into())),
+                Ok(()) => {
+                    Err(self.failed_write.take().unwrap_or_else(|| io::ErrorKind::UnexpectedEof.into()))
+                }
                 // The same error goes to the connection; an `io::Error` cannot be cloned, its content can be told.
                 Err(error) => Err(retold(error)),
             };
@@ -61,7 +67,9 @@ impl<S: AsyncRead + Unpin> AsyncRead for Opening<S> {
 fn retold(error: &io::Error) -> io::Error {
     match error.get_ref().and_then(|cause| cause.downcast_ref::<tokio_rustls::rustls::Error>()) {
         Some(tls) => io::Error::new(error.kind(), tls.clone()),
-        None => error.raw_os_error().map_or_else(|| io::Error::new(error.kind(), error.to_string()), io::Error::from_raw_os_error),
+        None => error
+            .raw_os_error()
+            .map_or_else(|| io::Error::new(error.kind(), error.to_string()), io::Error::from_raw_os_error),
     }
 }
 
@@ -104,7 +112,11 @@ mod tests {
     struct Broken(VecDeque<io::Result<&'static [u8]>>);
 
     impl AsyncRead for Broken {
-        fn poll_read(mut self: Pin<&mut Self>, _: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            buf: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
             Poll::Ready(self.0.pop_front().unwrap_or(Ok(b"")).map(|bytes| buf.put_slice(bytes)))
         }
     }

@@ -68,7 +68,12 @@ impl Link {
     ///
     /// # Errors
     /// The last attempt's; `DEADLINE` when there was no earlier one to tell more.
-    pub(crate) async fn repeat<R, F, Fut>(&self, deadline: Deadline, repeatable: bool, attempt: F) -> Result<R, Error>
+    pub(crate) async fn repeat<R, F, Fut>(
+        &self,
+        deadline: Deadline,
+        repeatable: bool,
+        attempt: F,
+    ) -> Result<R, Error>
     where
         F: Fn(Wire, Duration) -> Fut,
         Fut: Future<Output = Result<tonic::Response<R>, Status>>,
@@ -83,10 +88,13 @@ impl Link {
             let (error, pause) = match miss {
                 Miss::LateConnecting => {
                     let doing = format!("connecting to {}", self.endpoint());
-                    return Err(last.map_or_else(|| deadline.passed(&doing), |error| deadline.gave_up(&error)));
+                    return Err(
+                        last.map_or_else(|| deadline.passed(&doing), |error| deadline.gave_up(&error))
+                    );
                 }
                 Miss::LateAnswering => {
-                    let doing = format!("waiting for the answer of {}; the call may have run", self.endpoint());
+                    let doing =
+                        format!("waiting for the answer of {}; the call may have run", self.endpoint());
                     return Err(deadline.passed(&doing));
                 }
                 Miss::Transport(failure) => after_failure(failure, repeatable, &mut backoff)?,
@@ -120,7 +128,11 @@ impl Link {
 }
 
 /// The error, and the pause before the next attempt; or the error as the call's end.
-fn after_failure(failure: Failure, repeatable: bool, backoff: &mut Backoff) -> Result<(Error, Duration), Error> {
+fn after_failure(
+    failure: Failure,
+    repeatable: bool,
+    backoff: &mut Backoff,
+) -> Result<(Error, Duration), Error> {
     match failure.reach {
         _ if failure.reason != Reason::Unreachable => Err(failure.into()),
         // The link paces dials for all calls together.
@@ -143,9 +155,10 @@ fn after_answer(
             let pause = pause_after(&error, backoff);
             Ok((error, pause))
         }
-        Reason::Unreachable => {
-            Err(may_have_run(&Error::new(Reason::Unreachable, format!("{endpoint} is not available: {error}"))))
-        }
+        Reason::Unreachable => Err(may_have_run(&Error::new(
+            Reason::Unreachable,
+            format!("{endpoint} is not available: {error}"),
+        ))),
         _ => Err(error),
     }
 }

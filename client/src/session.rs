@@ -16,9 +16,9 @@ use vaccel_proto::v1::run_reply::Outcome;
 use vaccel_proto::v1::run_request::Op;
 use vaccel_proto::v1::sessions_client::SessionsClient;
 use vaccel_proto::v1::{
-    CloseSessionRequest, ImageClassificationRequest, Label, ListResourcesRequest, ModelRunRequest, NamedTensor,
-    NoopRequest, OpenSessionRequest, RenewSessionRequest, ResourceInfo, ResourceKind, RunReply, RunRequest, Tensor,
-    Timings, UnregisterResourceRequest,
+    CloseSessionRequest, ImageClassificationRequest, Label, ListResourcesRequest, ModelRunRequest,
+    NamedTensor, NoopRequest, OpenSessionRequest, RenewSessionRequest, ResourceInfo, ResourceKind, RunReply,
+    RunRequest, Tensor, Timings, UnregisterResourceRequest,
 };
 use vaccel_proto::{Error, Reason};
 
@@ -212,10 +212,16 @@ impl Session {
     ///
     /// # Errors
     /// `BAD_ARGUMENT` for tensors that are not what the model takes, and those of [`Session::classify`].
-    pub async fn run(&self, model: &Resource, inputs: Vec<NamedTensor>, outputs: &[&str]) -> Result<ModelRun, Error> {
+    pub async fn run(
+        &self,
+        model: &Resource,
+        inputs: Vec<NamedTensor>,
+        outputs: &[&str],
+    ) -> Result<ModelRun, Error> {
         check_named("inputs", &inputs)?;
         let outputs = outputs.iter().map(|&name| name.to_owned()).collect();
-        let reply = self.operate(Op::ModelRun(ModelRunRequest { model: model.id.clone(), outputs, inputs })).await?;
+        let reply =
+            self.operate(Op::ModelRun(ModelRunRequest { model: model.id.clone(), outputs, inputs })).await?;
         match reply.outcome {
             Some(Outcome::ModelRun(run)) if check_named("outputs", &run.outputs).is_ok() => {
                 Ok(ModelRun { outputs: run.outputs, timings: reply.timings.unwrap_or_default() })
@@ -323,7 +329,8 @@ impl Session {
         let (deadline, call) = (self.deadline(), &call);
         let run = |session: String| async move {
             let link = self.inner.client.link();
-            link.repeat(deadline, self.options.repeatable, |wire, time| call(wire, time, session.clone())).await
+            link.repeat(deadline, self.options.repeatable, |wire, time| call(wire, time, session.clone()))
+                .await
         };
         Ok(self.on_session(|| deadline, run).await?.0)
     }
@@ -381,7 +388,9 @@ impl Session {
         let id = open(client, &self.inner.options, deadline).await.map_err(failed)?;
         for content in held {
             let meter = Meter::silent(&content);
-            if let Err(error) = upload::register(client.link(), &id, &content, &meter, deadline.remaining()).await {
+            if let Err(error) =
+                upload::register(client.link(), &id, &content, &meter, deadline.remaining()).await
+            {
                 // The next call opens another one; this one need not wait for its lease.
                 let _ = close(client, &id, deadline).await;
                 return Err(failed(error));

@@ -84,8 +84,9 @@ impl Tls {
     /// `BAD_ARGUMENT` for files that cannot be read or do not hold what they should, and for an unusable server name.
     pub(crate) fn dialer(&self, authority: &Authority) -> Result<TlsDialer, Error> {
         let name = self.server_name.as_ref().unwrap_or(&authority.host);
-        let server_name = ServerName::try_from(name.clone())
-            .map_err(|e| bad(format!("TLS server name {name:?} is neither a DNS name nor an IP address: {e}")))?;
+        let server_name = ServerName::try_from(name.clone()).map_err(|e| {
+            bad(format!("TLS server name {name:?} is neither a DNS name nor an IP address: {e}"))
+        })?;
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let config = ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
@@ -96,7 +97,10 @@ impl Tls {
             Some((certificate, key)) => {
                 let what = format!("{} and {}", certificate.shown(), key.shown());
                 config
-                    .with_client_auth_cert(certificate.certificates("client certificate")?, key.private_key()?)
+                    .with_client_auth_cert(
+                        certificate.certificates("client certificate")?,
+                        key.private_key()?,
+                    )
                     .map_err(|e| bad(format!("client certificate and key in {what} cannot be used: {e}")))?
             }
         };
@@ -178,7 +182,9 @@ pub(crate) fn failure(address: &dyn fmt::Display, error: &io::Error) -> Option<F
             "{address} refuses this client: {cause}; check --tls-cert and --tls-key (a certificate from the CA that the \
              agent trusts)"
         )),
-        _ => Failure::unreachable(format!("TLS with {address} failed: {cause}; does the agent listen with tls:// there?")),
+        _ => Failure::unreachable(format!(
+            "TLS with {address} failed: {cause}; does the agent listen with tls:// there?"
+        )),
     })
 }
 
@@ -188,8 +194,16 @@ fn is_refusal(alert: AlertDescription) -> bool {
     matches!(
         alert,
         // TLS 1.2 knows no better word for a missing certificate than a failed handshake.
-        A::CertificateRequired | A::NoCertificate | A::HandshakeFailure
-            | A::UnknownCA | A::BadCertificate | A::UnsupportedCertificate | A::CertificateRevoked
-            | A::CertificateExpired | A::CertificateUnknown | A::AccessDenied | A::DecryptError
+        A::CertificateRequired
+            | A::NoCertificate
+            | A::HandshakeFailure
+            | A::UnknownCA
+            | A::BadCertificate
+            | A::UnsupportedCertificate
+            | A::CertificateRevoked
+            | A::CertificateExpired
+            | A::CertificateUnknown
+            | A::AccessDenied
+            | A::DecryptError
     )
 }

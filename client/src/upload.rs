@@ -55,7 +55,11 @@ impl ResourceFiles {
     /// Checks the limits that need no agent, and names every file by its content.
     pub(crate) async fn hash(self) -> Result<(Content, Meter), Error> {
         if self.files.is_empty() || self.files.len() > FILES_PER_RESOURCE_MAX {
-            return Err(Error::field("files", format!("1 to {FILES_PER_RESOURCE_MAX} files"), self.files.len()));
+            return Err(Error::field(
+                "files",
+                format!("1 to {FILES_PER_RESOURCE_MAX} files"),
+                self.files.len(),
+            ));
         }
         for (index, (name, _)) in self.files.iter().enumerate() {
             if name.is_empty() || name.len() > NAME_BYTES_MAX {
@@ -65,9 +69,10 @@ impl ResourceFiles {
         }
         let Self { kind, files, progress } = self;
         // A gigabyte takes a second: not on a thread that others wait for.
-        let hashed = tokio::task::spawn_blocking(move || files.into_iter().map(NamedFile::new).collect()).await;
-        let files: Vec<NamedFile> =
-            hashed.map_err(|e| Error::new(Reason::Cancelled, format!("hashing the files was cut off: {e}")))?;
+        let hashed =
+            tokio::task::spawn_blocking(move || files.into_iter().map(NamedFile::new).collect()).await;
+        let files: Vec<NamedFile> = hashed
+            .map_err(|e| Error::new(Reason::Cancelled, format!("hashing the files was cut off: {e}")))?;
         let content = Content { kind, files };
         let meter = Meter::new(content.bytes(), progress);
         Ok((content, meter))
@@ -77,7 +82,10 @@ impl ResourceFiles {
 impl fmt::Debug for ResourceFiles {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let files: Vec<_> = self.files.iter().map(|(name, content)| (name, content.len())).collect();
-        f.debug_struct("ResourceFiles").field("kind", &self.kind).field("files", &files).finish_non_exhaustive()
+        f.debug_struct("ResourceFiles")
+            .field("kind", &self.kind)
+            .field("files", &files)
+            .finish_non_exhaustive()
     }
 }
 
@@ -111,7 +119,11 @@ impl Content {
     }
 
     fn request(&self, session: &str) -> RegisterResourceRequest {
-        let file = |file: &NamedFile| File { name: file.name.clone(), size: file.size(), sha256: file.sha256.clone() };
+        let file = |file: &NamedFile| File {
+            name: file.name.clone(),
+            size: file.size(),
+            sha256: file.sha256.clone(),
+        };
         RegisterResourceRequest {
             session: session.into(),
             kind: self.kind.into(),
@@ -264,7 +276,8 @@ async fn send_all(
                 }
                 Err(_) if meter.position().moved > moved => {}
                 Err(_) => {
-                    let message = format!("{} took no more of {:?} within {patience:?}", link.endpoint(), file.name);
+                    let message =
+                        format!("{} took no more of {:?} within {patience:?}", link.endpoint(), file.name);
                     return Err(Error::new(Reason::Deadline, message));
                 }
             }

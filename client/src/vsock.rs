@@ -24,7 +24,10 @@ pub struct ShortWrites<S> {
 impl<S> ShortWrites<S> {
     /// Cuts writes to what the path to the peer carries whole; `sibling` says that both ends are guests.
     pub fn new(stream: S, sibling: bool) -> Self {
-        Self { stream, write_bytes_max: if sibling { SIBLING_WRITE_BYTES_MAX } else { VSOCK_WRITE_BYTES_MAX } }
+        Self {
+            stream,
+            write_bytes_max: if sibling { SIBLING_WRITE_BYTES_MAX } else { VSOCK_WRITE_BYTES_MAX },
+        }
     }
 }
 
@@ -35,7 +38,11 @@ impl<S> fmt::Debug for ShortWrites<S> {
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for ShortWrites<S> {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_read(cx, buf)
     }
 }

@@ -44,8 +44,9 @@ impl Head {
             return Err(bad("the token is empty".into()));
         }
         let authorization = token.map(|token| {
-            let mut value = HeaderValue::try_from(format!("Bearer {token}"))
-                .map_err(|_| bad("the token holds characters that a header cannot carry, such as a line end".into()))?;
+            let mut value = HeaderValue::try_from(format!("Bearer {token}")).map_err(|_| {
+                bad("the token holds characters that a header cannot carry, such as a line end".into())
+            })?;
             value.set_sensitive(true);
             Ok::<_, Error>(value)
         });
@@ -70,7 +71,12 @@ impl Head {
     /// What a failed exchange means.
     fn failure(&self, error: &hyper::Error, reach: Reach) -> Failure {
         let message = match reach {
-            Reach::Sent => format!("the connection to {} broke during the call: {}", self.endpoint, chain(error)),
+            Reach::Sent if stream_error(error).is_some_and(h2::Error::is_reset) => {
+                format!("{} broke the call off: {}", self.endpoint, chain(error))
+            }
+            Reach::Sent => {
+                format!("the connection to {} broke during the call: {}", self.endpoint, chain(error))
+            }
             _ => format!("{} did not take the call: {}", self.endpoint, chain(error)),
         };
         Failure { reason: Reason::Unreachable, message, reach }
@@ -87,7 +93,10 @@ pub(crate) struct Wire {
 
 impl fmt::Debug for Wire {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Wire").field("endpoint", &self.head.endpoint).field("broken", &self.broken).finish_non_exhaustive()
+        f.debug_struct("Wire")
+            .field("endpoint", &self.head.endpoint)
+            .field("broken", &self.broken)
+            .finish_non_exhaustive()
     }
 }
 
@@ -117,16 +126,16 @@ impl Service<http::Request<Body>> for Wire {
         let response = self.sender.try_send_request(request);
         Box::pin(async move {
             match response.await {
-                Ok(response) => Ok(response.map(|body| {
-                    Body::new(body.map_err(move |error| head.failure(&error, Reach::Sent)))
-                })),
+                Ok(response) => Ok(response
+                    .map(|body| Body::new(body.map_err(move |error| head.failure(&error, Reach::Sent))))),
                 Err(mut failed) => {
                     let unsent = failed.take_message().is_some();
                     let error = failed.into_error();
                     let stream = stream_error(&error);
                     // Do not wait until the connection's own task has noticed.
                     broken.fetch_or(!stream.is_some_and(h2::Error::is_reset), Ordering::Relaxed);
-                    let reach = if unsent || stream.is_some_and(is_refusal) { Reach::Unsent } else { Reach::Sent };
+                    let reach =
+                        if unsent || stream.is_some_and(is_refusal) { Reach::Unsent } else { Reach::Sent };
                     Err(head.failure(&error, reach))
                 }
             }

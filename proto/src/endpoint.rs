@@ -104,9 +104,7 @@ fn split_port<'a>(text: &str, rest: &'a str, form: &str) -> Result<(&'a str, u32
     };
     match port.parse() {
         Ok(port) if port != u32::MAX => Ok((before, port)),
-        _ => refuse(format!(
-            "address {text:?}: port {port:?} is not a number from 0 to 4294967294"
-        )),
+        _ => refuse(format!("address {text:?}: port {port:?} is not a number from 0 to 4294967294")),
     }
 }
 
@@ -176,7 +174,9 @@ fn authority(text: &str, rest: &str) -> Result<Authority, EndpointError> {
     let host = match host.strip_prefix('[').and_then(|h| h.strip_suffix(']')) {
         Some(inner) => inner,
         None if host.contains(':') => {
-            return refuse(format!("address {text:?}: an IPv6 host is written in brackets, as in [::1]:65500"));
+            return refuse(format!(
+                "address {text:?}: an IPv6 host is written in brackets, as in [::1]:65500"
+            ));
         }
         None => host,
     };
@@ -213,9 +213,9 @@ impl Endpoint {
     /// CID `any`, and port 0.
     pub fn for_dialing(self) -> Result<Self, EndpointError> {
         match &self {
-            Self::Vsock { cid: CID_ANY, .. } => {
-                refuse(format!("address {self}: CID any is for listening; from inside a VM the agent is vsock://host:PORT"))
-            }
+            Self::Vsock { cid: CID_ANY, .. } => refuse(format!(
+                "address {self}: CID any is for listening; from inside a VM the agent is vsock://host:PORT"
+            )),
             Self::Vsock { port: 0, .. } | Self::HybridVsock { port: 0, .. } => {
                 refuse(format!("address {self}: port 0 cannot be dialed"))
             }

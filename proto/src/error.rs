@@ -106,11 +106,9 @@ impl Reason {
             Code::Unavailable => Self::Unreachable,
             Code::ResourceExhausted => Self::QuotaExceeded,
             Code::FailedPrecondition => Self::Disabled,
-            code => Self::ALL
-                .iter()
-                .copied()
-                .find(|reason| reason.code() == code)
-                .unwrap_or(Self::BackendFailed),
+            code => {
+                Self::ALL.iter().copied().find(|reason| reason.code() == code).unwrap_or(Self::BackendFailed)
+            }
         }
     }
 }
@@ -173,20 +171,29 @@ impl Error {
     /// `BAD_ARGUMENT` for one field: what was expected and what came.
     pub fn field(path: impl Into<String>, expected: impl fmt::Display, got: impl fmt::Display) -> Self {
         let path = path.into();
-        Self::new(Reason::BadArgument, format!("{path}: expected {expected}, got {got}")).with(Detail::Field(path))
+        Self::new(Reason::BadArgument, format!("{path}: expected {expected}, got {got}"))
+            .with(Detail::Field(path))
     }
 
     /// `NOT_FOUND` for a session or a resource, whether it is absent or another tenant's.
     pub fn not_found(kind: &str, name: &str) -> Self {
         let shown = shown(name);
-        Self::new(Reason::NotFound, format!("no {kind} {shown}; it was never opened here, was closed, or its lease ended"))
-            .with(Detail::Resource { kind: kind.into(), name: shown })
+        Self::new(
+            Reason::NotFound,
+            format!("no {kind} {shown}; it was never opened here, was closed, or its lease ended"),
+        )
+        .with(Detail::Resource { kind: kind.into(), name: shown })
     }
 
     /// `QUOTA_EXCEEDED` or `MESSAGE_TOO_LARGE` with its figures.
     pub fn limit(reason: Reason, subject: &str, limit: u64, used: u64, unit: &str) -> Self {
         let message = format!("{subject}: at most {limit} {unit}, this call needs {used}");
-        Self::new(reason, message).with(Detail::Limit { subject: subject.into(), limit, used, unit: unit.into() })
+        Self::new(reason, message).with(Detail::Limit {
+            subject: subject.into(),
+            limit,
+            used,
+            unit: unit.into(),
+        })
     }
 
     /// Adds what a program needs.
@@ -227,7 +234,8 @@ impl Error {
                 details.add_bad_request_violation(path.as_str(), self.message.as_str());
             }
             Detail::Limit { subject, limit, used, unit } => {
-                let figures = [("limit", limit.to_string()), ("used", used.to_string()), ("unit", unit.clone())];
+                let figures =
+                    [("limit", limit.to_string()), ("used", used.to_string()), ("unit", unit.clone())];
                 let metadata = figures.map(|(key, value)| (key.to_owned(), value));
                 details.set_error_info(self.reason.name(), ERROR_DOMAIN, metadata);
                 details.add_quota_failure_violation(subject.as_str(), self.message.as_str());
@@ -271,7 +279,10 @@ fn detail_of(details: &ErrorDetails) -> Detail {
         };
     }
     if let Some(resource) = details.resource_info() {
-        return Detail::Resource { kind: resource.resource_type.clone(), name: resource.resource_name.clone() };
+        return Detail::Resource {
+            kind: resource.resource_type.clone(),
+            name: resource.resource_name.clone(),
+        };
     }
     if let Some(delay) = details.retry_info().and_then(|retry| retry.retry_delay) {
         return Detail::RetryAfter(delay);
@@ -337,7 +348,8 @@ mod tests {
             Error::not_found("session", "ab\ncd"),
             Error::limit(Reason::QuotaExceeded, "sessions", 64, 65, "sessions"),
             Error::limit(Reason::MessageTooLarge, "message", 32, 4 << 30, "bytes"),
-            Error::new(Reason::Overloaded, "queue is full").with(Detail::RetryAfter(Duration::from_millis(50))),
+            Error::new(Reason::Overloaded, "queue is full")
+                .with(Detail::RetryAfter(Duration::from_millis(50))),
             Error::new(Reason::BackendFailed, "failed").with(Detail::Request("r-1".into())),
             Error::new(Reason::Disabled, "exec is off"),
         ] {

@@ -14,6 +14,7 @@ pub use error::{Error, Reason};
     missing_docs,
     unreachable_pub,
     clippy::pedantic,
+    clippy::allow_attributes_without_reason,
     reason = "generated code; the .proto files carry the documentation"
 )]
 pub mod v1 {

@@ -66,8 +66,18 @@ macro_rules! elements {
     ($($rust:ty = $dtype:ident),*) => { $(impl Element for $rust { const DTYPE: DType = DType::$dtype; })* };
 }
 elements!(
-    u8 = U8, i8 = I8, u16 = U16, i16 = I16, u32 = U32, i32 = I32, u64 = U64, i64 = I64,
-    half::f16 = F16, half::bf16 = Bf16, f32 = F32, f64 = F64
+    u8 = U8,
+    i8 = I8,
+    u16 = U16,
+    i16 = I16,
+    u32 = U32,
+    i32 = I32,
+    u64 = U64,
+    i64 = I64,
+    half::f16 = F16,
+    half::bf16 = Bf16,
+    f32 = F32,
+    f64 = F64
 );
 
 /// Elements of a shape.
@@ -95,7 +105,8 @@ impl Tensor {
     /// # Errors
     /// `BAD_ARGUMENT` when the shape does not have as many elements as `elements`.
     pub fn new<T: Element>(shape: &[i64], elements: &[T]) -> Result<Self, Error> {
-        let tensor = Self::from_bytes(T::DTYPE, shape, Bytes::copy_from_slice(bytemuck::cast_slice(elements)));
+        let tensor =
+            Self::from_bytes(T::DTYPE, shape, Bytes::copy_from_slice(bytemuck::cast_slice(elements)));
         tensor.check("tensor").map(|_| tensor)
     }
 
@@ -116,7 +127,8 @@ impl Tensor {
         let count = element_count(path, &self.shape)?;
         let expected = count.checked_mul(dtype.size());
         if expected != Some(self.data.len()) {
-            let expected = expected.map_or("a size that can be counted".to_owned(), |bytes| format!("{bytes} bytes"));
+            let expected =
+                expected.map_or("a size that can be counted".to_owned(), |bytes| format!("{bytes} bytes"));
             let shape = &self.shape;
             return Err(Error::field(
                 format!("{path}.data"),
@@ -179,18 +191,21 @@ pub trait Aligned: Message {
 
     /// Chooses every tensor's pad so that its data begins on a 16-byte boundary of the receiver's buffer.
     fn align(&mut self) {
-        // A pad can lengthen the length prefixes before it by a byte; a second pass sees them at their final length.
-        for _ in 0..2 {
+        // A pad can lengthen the length prefixes before it by a byte, which the next pass sees. Pads only ever grow, so
+        // that no two passes undo each other.
+        for _ in 0..3 {
             let total = self.encoded_len();
             let tensors = self.tensors_mut();
             let tail: usize = tensors.iter().map(field_len).sum();
             let mut end = GRPC_HEADER_BYTES + total - tail;
             for named in tensors {
                 end += field_len(named);
-                let Some(tensor) = named.tensor.as_mut().filter(|tensor| !tensor.data.is_empty()) else { continue };
+                let Some(tensor) = named.tensor.as_mut().filter(|tensor| !tensor.data.is_empty()) else {
+                    continue;
+                };
                 let unpadded = end - tensor.data.len() - pad_field_len(tensor.pad.len());
                 let before = tensor.pad.len();
-                tensor.pad = pad_for(unpadded);
+                tensor.pad = pad_for(unpadded, before);
                 end = end - pad_field_len(before) + pad_field_len(tensor.pad.len());
             }
         }
@@ -207,14 +222,14 @@ fn pad_field_len(pad: usize) -> usize {
     if pad == 0 { 0 } else { PAD_ENVELOPE_BYTES + pad }
 }
 
-fn pad_for(unpadded: usize) -> Bytes {
-    static ZEROS: [u8; ALIGNMENT] = [0; ALIGNMENT];
-    let shift = unpadded.next_multiple_of(ALIGNMENT) - unpadded;
-    match shift {
-        0 => Bytes::new(),
-        // The envelope alone is 2 bytes and an empty field is not encoded: go on to the boundary after next.
-        1 | 2 => Bytes::from_static(&ZEROS[..shift + ALIGNMENT - PAD_ENVELOPE_BYTES]),
-        shift => Bytes::from_static(&ZEROS[..shift - PAD_ENVELOPE_BYTES]),
+/// The shortest pad, of `at_least` bytes or more, that moves what follows it to a boundary.
+fn pad_for(unpadded: usize, at_least: usize) -> Bytes {
+    static ZEROS: [u8; 4 * ALIGNMENT] = [0; 4 * ALIGNMENT];
+    // An empty field is not encoded, one byte costs the envelope too: the shifts of 1 and 2 bytes do not exist.
+    let fits = |pad: &usize| (unpadded + pad_field_len(*pad)).is_multiple_of(ALIGNMENT);
+    match (at_least..ZEROS.len()).find(fits) {
+        Some(pad) => Bytes::from_static(&ZEROS[..pad]),
+        None => Bytes::new(),
     }
 }
 
@@ -256,7 +271,8 @@ mod tests {
             .enumerate()
             .map(|(index, named)| {
                 let tensor = named.tensor.as_mut().unwrap();
-                let mark = [&[0xa5, 0x5a, u8::try_from(index).unwrap()][..], &vec![0xee; tensor.data.len()]].concat();
+                let mark = [&[0xa5, 0x5a, u8::try_from(index).unwrap()][..], &vec![0xee; tensor.data.len()]]
+                    .concat();
                 tensor.data = Bytes::from(mark[..tensor.data.len()].to_vec());
                 tensor.data.clone()
             })
@@ -315,7 +331,12 @@ mod tests {
             (tensor(DType::F32, &[], 0), "t.data"),
         ] {
             let refusal = tensor.check("t").unwrap_err();
-            assert_eq!(refusal.detail(), &crate::error::Detail::Field(field.into()), "{}", tensor.signature());
+            assert_eq!(
+                refusal.detail(),
+                &crate::error::Detail::Field(field.into()),
+                "{}",
+                tensor.signature()
+            );
         }
         assert_eq!(tensor(DType::F32, &[], 4).check("t").unwrap(), 1);
         assert_eq!(tensor(DType::F16, &[0, 7], 0).check("t").unwrap(), 0);

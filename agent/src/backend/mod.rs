@@ -67,7 +67,10 @@ pub(crate) struct Model {
 
 impl std::fmt::Debug for Model {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Model").field("inputs", &self.file.inputs).field("outputs", &self.file.outputs).finish()
+        f.debug_struct("Model")
+            .field("inputs", &self.file.inputs)
+            .field("outputs", &self.file.outputs)
+            .finish()
     }
 }
 
@@ -148,7 +151,8 @@ impl Engines {
     /// # Errors
     /// A library, engine or device the configuration names cannot be used.
     pub(crate) fn new(config: &EngineConfig) -> Result<Self, Error> {
-        let named = config.onnxruntime.clone().or_else(|| std::env::var_os("ORT_DYLIB_PATH").map(PathBuf::from));
+        let named =
+            config.onnxruntime.clone().or_else(|| std::env::var_os("ORT_DYLIB_PATH").map(PathBuf::from));
         let must_load = named.is_some();
         let found = named.or_else(onnxruntime::usual_place);
         let onnxruntime = OnnxRuntime { found, threads: config.threads, loaded: OnceLock::new() };
@@ -163,7 +167,8 @@ impl Engines {
 
     /// All engines, present or not.
     pub(crate) fn info(&self) -> Vec<EngineInfo> {
-        let absent = |why| EngineInfo { name: "onnxruntime".into(), absent_because: why, ..EngineInfo::default() };
+        let absent =
+            |why| EngineInfo { name: "onnxruntime".into(), absent_because: why, ..EngineInfo::default() };
         let onnxruntime = match (&self.onnxruntime.found, self.onnxruntime.loaded.get()) {
             (_, Some(Ok(engine))) => engine.info(),
             (_, Some(Err(why))) => absent(why.clone()),
@@ -183,9 +188,12 @@ impl Engines {
     /// # Errors
     /// `DISABLED`, naming what is there, when an engine or device was asked for and is absent.
     pub(crate) fn choose(&self, asked: &Choice) -> Result<Choice, Error> {
-        let or = |asked: &String, default: &String| if asked.is_empty() { default.clone() } else { asked.clone() };
-        let mut choice =
-            Choice { engine: or(&asked.engine, &self.default.engine), device: or(&asked.device, &self.default.device) };
+        let or =
+            |asked: &String, default: &String| if asked.is_empty() { default.clone() } else { asked.clone() };
+        let mut choice = Choice {
+            engine: or(&asked.engine, &self.default.engine),
+            device: or(&asked.device, &self.default.device),
+        };
         if choice.engine.is_empty() {
             choice.engine = match self.onnxruntime.found {
                 // Found and broken, and nobody asked for it: the built-in engine serves.
@@ -202,7 +210,10 @@ impl Engines {
         }
         if choice.engine == "onnxruntime" && self.onnxruntime.found.is_none() {
             let why = self.onnxruntime.get().err().unwrap_or_default();
-            return Err(Error::new(Reason::Disabled, format!("engine onnxruntime was asked for and is absent: {why}")));
+            return Err(Error::new(
+                Reason::Disabled,
+                format!("engine onnxruntime was asked for and is absent: {why}"),
+            ));
         }
         if choice.device != CPU {
             let asked = vaccel_proto::error::shown(&choice.device);
@@ -218,7 +229,12 @@ impl Engines {
     ///
     /// # Errors
     /// `MODEL_REJECTED` from the scan or the engine, `DISABLED` when the engine cannot be loaded.
-    pub(crate) fn load(&self, choice: &Choice, files: &[(&str, Bytes)], cancel: &Cancel) -> Result<Model, Error> {
+    pub(crate) fn load(
+        &self,
+        choice: &Choice,
+        files: &[(&str, Bytes)],
+        cancel: &Cancel,
+    ) -> Result<Model, Error> {
         let file = OnnxModel::scan(files)?;
         let program = match choice.engine.as_str() {
             "onnxruntime" => match self.onnxruntime.get() {
@@ -237,7 +253,8 @@ pub(crate) const CPU: &str = "cpu";
 /// An engine's refusal of a model, for its guest: without the source locations and paths engines like to add.
 pub(crate) fn rejected(engine: &str, cause: impl std::fmt::Display) -> Error {
     let text = cause.to_string();
-    Error::new(Reason::ModelRejected, format!("{engine} cannot load this model: {}", public(&text))).caused_by(text)
+    Error::new(Reason::ModelRejected, format!("{engine} cannot load this model: {}", public(&text)))
+        .caused_by(text)
 }
 
 /// The text with every word that looks like a path left out, at most 400 characters of it.

@@ -52,7 +52,11 @@ impl OnnxModel {
     pub(crate) fn scan(files: &[(&str, Bytes)]) -> Result<Self, Error> {
         let (name, bytes) = model_file(files)?;
         let not_onnx = |why: &dyn std::fmt::Display| {
-            refuse(format!("{}: expected an ONNX model, these {} bytes are not one ({why})", shown(name), bytes.len()))
+            refuse(format!(
+                "{}: expected an ONNX model, these {} bytes are not one ({why})",
+                shown(name),
+                bytes.len()
+            ))
         };
         let model = ModelProto::decode(bytes.clone()).map_err(|error| not_onnx(&error))?;
         let graph = model.graph.as_ref().ok_or_else(|| not_onnx(&"it has no graph"))?;
@@ -94,8 +98,9 @@ fn port(info: &ValueInfoProto) -> Result<Port, Error> {
     let Some(tensor) = info.r#type.as_ref().and_then(|r#type| r#type.tensor_type.as_ref()) else {
         return Err(refuse(format!("{} is not a tensor; only tensors go in and out", shown(&name))));
     };
-    let dtype = dtype(tensor.elem_type)
-        .ok_or_else(|| refuse(format!("{} has element type {}, which is not supported", shown(&name), tensor.elem_type)))?;
+    let dtype = dtype(tensor.elem_type).ok_or_else(|| {
+        refuse(format!("{} has element type {}, which is not supported", shown(&name), tensor.elem_type))
+    })?;
     let dimension = |dim: &Dimension| dim.dim_value.filter(|value| *value >= 0);
     let shape = tensor.shape.as_ref().map(|shape| shape.dim.iter().map(dimension).collect());
     Ok(Port { name, dtype, shape })
@@ -154,21 +159,34 @@ fn check_graph(graph: &GraphProto, external: &mut bool, main: bool) -> Result<()
 }
 
 fn misplaced(tensor: &TensorProto) -> Error {
-    refuse(format!("tensor {}: external data is for initializers of the main graph; store it inside", shown(&tensor.name)))
+    refuse(format!(
+        "tensor {}: external data is for initializers of the main graph; store it inside",
+        shown(&tensor.name)
+    ))
 }
 
 fn check_tensor(tensor: &TensorProto) -> Result<(), Error> {
     let name = shown(&tensor.name);
     let count = tensor.dims.iter().try_fold(1_u64, |count, dim| u64::try_from(*dim).ok()?.checked_mul(count));
     let size = dtype(tensor.data_type).map_or(1, |dtype| dtype.size() as u64);
-    let bytes = count.and_then(|count| count.checked_mul(size)).filter(|bytes| *bytes <= INITIALIZER_BYTES_MAX);
+    let bytes =
+        count.and_then(|count| count.checked_mul(size)).filter(|bytes| *bytes <= INITIALIZER_BYTES_MAX);
     let Some(bytes) = bytes else {
-        return Err(refuse(format!("tensor {name}: dimensions {:?} are negative or beyond {INITIALIZER_BYTES_MAX} bytes", tensor.dims)));
+        return Err(refuse(format!(
+            "tensor {name}: dimensions {:?} are negative or beyond {INITIALIZER_BYTES_MAX} bytes",
+            tensor.dims
+        )));
     };
     // Text and the packed fields (float_data and so on) are counted by the engines; raw bytes must fit exactly.
-    if !tensor.raw_data.is_empty() && dtype(tensor.data_type).is_some() && tensor.raw_data.len() as u64 != bytes {
+    if !tensor.raw_data.is_empty()
+        && dtype(tensor.data_type).is_some()
+        && tensor.raw_data.len() as u64 != bytes
+    {
         let got = tensor.raw_data.len();
-        return Err(refuse(format!("tensor {name}: expected {bytes} bytes for dimensions {:?}, got {got}", tensor.dims)));
+        return Err(refuse(format!(
+            "tensor {name}: expected {bytes} bytes for dimensions {:?}, got {got}",
+            tensor.dims
+        )));
     }
     Ok(())
 }
@@ -189,7 +207,9 @@ fn inline_external(model: &Bytes, files: &HashMap<&str, &Bytes>) -> Result<Bytes
 fn inline_tensor(wire: &[u8], tensor: &TensorProto, files: &HashMap<&str, &Bytes>) -> Result<Vec<u8>, Error> {
     const RAW_DATA: u32 = 9;
     let name = shown(&tensor.name);
-    let entry = |key: &str| tensor.external_data.iter().find(|entry| entry.key == key).map(|entry| entry.value.as_str());
+    let entry = |key: &str| {
+        tensor.external_data.iter().find(|entry| entry.key == key).map(|entry| entry.value.as_str())
+    };
     let location = entry("location").unwrap_or_default();
     let Some(file) = files.get(location) else {
         return Err(refuse(format!(
@@ -204,7 +224,10 @@ fn inline_tensor(wire: &[u8], tensor: &TensorProto, files: &HashMap<&str, &Bytes
         file.get(offset..offset.checked_add(length)?)
     });
     let Some(data) = range else {
-        return Err(refuse(format!("tensor {name}: offset and length lie outside its file of {} bytes", file.len())));
+        return Err(refuse(format!(
+            "tensor {name}: offset and length lie outside its file of {} bytes",
+            file.len()
+        )));
     };
     check_tensor(&TensorProto { raw_data: Bytes::copy_from_slice(data), ..tensor.clone() })?;
     let mut out = without_external(wire)?;
@@ -276,7 +299,8 @@ fn for_each_field<'a>(
             content = Some(value);
             rest = after;
         } else {
-            prost::encoding::skip_field(wire_type, tag, &mut rest, DecodeContext::default()).map_err(broken)?;
+            prost::encoding::skip_field(wire_type, tag, &mut rest, DecodeContext::default())
+                .map_err(broken)?;
         }
         let whole = &start[..start.len() - rest.len()];
         each(tag, Field { whole, content })?;

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use bytes::Bytes;
 use ort::environment::Environment;
@@ -17,8 +17,13 @@ use super::{CPU, Engine, OnnxModel, Program, rejected};
 use crate::scheduler::Cancel;
 
 /// Folders where packages put shared libraries.
-const USUAL_FOLDERS: &[&str] =
-    &["/usr/local/lib", "/usr/lib", "/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/opt/onnxruntime/lib"];
+const USUAL_FOLDERS: &[&str] = &[
+    "/usr/local/lib",
+    "/usr/lib",
+    "/usr/lib/x86_64-linux-gnu",
+    "/usr/lib/aarch64-linux-gnu",
+    "/opt/onnxruntime/lib",
+];
 
 /// The library in a usual place: beside the agent, then in the folders of packages.
 pub(super) fn usual_place() -> Option<PathBuf> {
@@ -27,11 +32,40 @@ pub(super) fn usual_place() -> Option<PathBuf> {
     folders.map(|folder| folder.join("libonnxruntime.so")).find(|path| path.is_file())
 }
 
-/// The loaded library.
-pub(super) struct OnnxRuntime {
+/// The library can be loaded once in a process; whoever asks again shares it.
+static LIBRARY: OnceLock<Result<Library, String>> = OnceLock::new();
+
+#[derive(Clone)]
+struct Library {
+    path: PathBuf,
     environment: Environment,
-    threads: usize,
     version: String,
+}
+
+impl Library {
+    fn load(path: &Path) -> Result<Self, String> {
+        if !path.is_file() {
+            return Err("there is no such file".into());
+        }
+        let builder = ort::init_from(path).map_err(|error| error.to_string())?;
+        let builder = builder.with_name("vaccel-agent").with_telemetry(false);
+        let environment = builder.build().map_err(|error| error.to_string())?;
+        Ok(Self { path: path.to_owned(), environment, version: version(path) })
+    }
+}
+
+/// The version in the library's full name, else the commit it was built from: it tells no version by itself.
+fn version(path: &Path) -> String {
+    let full = path.canonicalize().ok().and_then(|full| full.file_name()?.to_str().map(str::to_owned));
+    let named = full.as_deref().and_then(|name| name.strip_prefix("libonnxruntime.so."));
+    let built = || ort::info().split([' ', ',']).find_map(|word| word.strip_prefix("git-commit-id="));
+    named.map(str::to_owned).or_else(|| built().map(|commit| format!("build {commit}"))).unwrap_or_default()
+}
+
+/// The engine: the library and how it is used.
+pub(super) struct OnnxRuntime {
+    library: Library,
+    threads: usize,
 }
 
 impl OnnxRuntime {
@@ -40,17 +74,12 @@ impl OnnxRuntime {
     /// # Errors
     /// Why not, with the path: for the host's operator.
     pub(super) fn load(path: &Path, threads: usize) -> Result<Self, String> {
-        let refuse = |error: &dyn std::fmt::Display| {
-            format!("ONNX Runtime library {} cannot be used: {error}", path.display())
-        };
-        if !path.is_file() {
-            return Err(refuse(&"there is no such file"));
+        let refuse = |why: &str| format!("ONNX Runtime library {} cannot be used: {why}", path.display());
+        let library = LIBRARY.get_or_init(|| Library::load(path)).clone().map_err(|why| refuse(&why))?;
+        if library.path != path {
+            return Err(refuse(&format!("this process has already loaded {}", library.path.display())));
         }
-        let builder = ort::init_from(path).map_err(|error| refuse(&error))?;
-        let environment =
-            builder.with_name("vaccel-agent").with_telemetry(false).build().map_err(|error| refuse(&error))?;
-        let version = ort::info().split("git-").next().unwrap_or_default().trim().to_owned();
-        Ok(Self { environment, threads, version })
+        Ok(Self { library, threads })
     }
 }
 
@@ -58,7 +87,7 @@ impl Engine for OnnxRuntime {
     fn info(&self) -> EngineInfo {
         EngineInfo {
             name: "onnxruntime".into(),
-            version: self.version.clone(),
+            version: self.library.version.clone(),
             devices: vec![CPU.into()],
             absent_because: String::new(),
         }
@@ -78,7 +107,7 @@ impl Engine for OnnxRuntime {
 
 impl OnnxRuntime {
     fn session(&self, model: &[u8], cancel: &Cancel) -> ort::Result<Session> {
-        let mut builder = Session::builder(&self.environment)?
+        let mut builder = Session::builder(&self.library.environment)?
             .with_optimization_level(GraphOptimizationLevel::Level3)?
             .with_intra_threads(self.threads)?
             // Threads that spin between runs would take the cores from other tenants' calls.
@@ -100,9 +129,10 @@ struct OnnxRuntimeProgram {
 
 impl Program for OnnxRuntimeProgram {
     fn run(&self, inputs: Vec<Tensor>, outputs: &[usize], cancel: &Cancel) -> Result<Vec<Tensor>, Error> {
-        let values = inputs.iter().zip(&self.inputs).map(|(tensor, name)| {
-            to_ort(tensor).map(|value| (Cow::Borrowed(name.as_str()), value))
-        });
+        let values = inputs
+            .iter()
+            .zip(&self.inputs)
+            .map(|(tensor, name)| to_ort(tensor).map(|value| (Cow::Borrowed(name.as_str()), value)));
         let values: Vec<(Cow<'_, str>, SessionInputValue<'_>)> = values.collect::<Result<_, _>>()?;
         let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
         if cancel.is_set() {
@@ -128,7 +158,8 @@ impl Program for OnnxRuntimeProgram {
 }
 
 fn failed(error: ort::Error) -> Error {
-    Error::new(Reason::BackendFailed, "ONNX Runtime failed while running the model").caused_by(error.to_string())
+    Error::new(Reason::BackendFailed, "ONNX Runtime failed while running the model")
+        .caused_by(error.to_string())
 }
 
 /// Shapes that do not fit are the caller's error; everything else is the backend's.

@@ -7,12 +7,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use tract_onnx::prelude::{
-    DatumType, Framework, InferenceFact, InferenceModel, InferenceModelExt, IntoRunnable, IntoTValue, TValue, TVec,
-    Tensor as TractTensor, TractError, TractResult, TypedSimplePlan,
+    DatumType, Framework, InferenceFact, InferenceModel, InferenceModelExt, IntoRunnable, IntoTValue, TValue,
+    TVec, Tensor as TractTensor, TractError, TractResult, TypedSimplePlan,
 };
 use tract_onnx::tract_core::internal::format_err;
-use tract_onnx::tract_hir::infer::Factoid;
 use tract_onnx::tract_core::plan::eval;
+use tract_onnx::tract_hir::infer::Factoid;
 use vaccel_proto::tensor::Element;
 use vaccel_proto::v1::{DType, EngineInfo, Tensor};
 use vaccel_proto::{Error, Reason};
@@ -119,7 +119,10 @@ fn check_sizes(model: &InferenceModel) -> TractResult<()> {
             let element = output.fact.datum_type.concretize().map_or(1, |dtype| dtype.size_of());
             let bytes = shape.iter().try_fold(element, |bytes, dim| bytes.checked_mul(*dim));
             if bytes.is_none_or(|bytes| bytes > TENSOR_BYTES_MAX) {
-                return Err(format_err!("node {} makes a tensor of shape {shape:?}, more than 1 GiB", node.name));
+                return Err(format_err!(
+                    "node {} makes a tensor of shape {shape:?}, more than 1 GiB",
+                    node.name
+                ));
             }
         }
     }
@@ -135,13 +138,15 @@ impl Program for TractProgram {
         let misfit = |error: TractError| {
             let rejection = rejected("tract", format!("{error:#}"));
             let signatures: Vec<String> = inputs.iter().map(Tensor::signature).collect();
-            let message = format!("inputs: {} do not fit this model: {}", signatures.join(", "), rejection.message());
+            let message =
+                format!("inputs: {} do not fit this model: {}", signatures.join(", "), rejection.message());
             Error::new(Reason::BadArgument, message)
         };
         let plan = self.plan(&shapes, cancel).map_err(misfit)?;
         let values = inputs.iter().map(to_tract).collect::<Result<TVec<TValue>, Error>>()?;
         let failed = |error: TractError| {
-            Error::new(Reason::BackendFailed, "tract failed while running the model").caused_by(format!("{error:#}"))
+            Error::new(Reason::BackendFailed, "tract failed while running the model")
+                .caused_by(format!("{error:#}"))
         };
         let mut state = plan.spawn().map_err(failed)?;
         let results = state.run_plan_with_eval(values, |context, state, node, inputs| {
@@ -178,7 +183,10 @@ macro_rules! with_element {
 }
 
 fn to_tract(tensor: &Tensor) -> Result<TValue, Error> {
-    fn numbers<T: Element + tract_onnx::prelude::Datum>(tensor: &Tensor, shape: &[usize]) -> Result<TValue, Error> {
+    fn numbers<T: Element + tract_onnx::prelude::Datum>(
+        tensor: &Tensor,
+        shape: &[usize],
+    ) -> Result<TValue, Error> {
         let elements = tensor.elements::<T>()?;
         let made = TractTensor::from_shape(shape, &elements);
         made.map(IntoTValue::into_tvalue).map_err(|error| Error::new(Reason::BadArgument, error.to_string()))
@@ -187,7 +195,9 @@ fn to_tract(tensor: &Tensor) -> Result<TValue, Error> {
     if tensor.dtype() == DType::Bool {
         let truths: Vec<bool> = tensor.data.iter().map(|byte| *byte != 0).collect();
         let made = TractTensor::from_shape(&shape, &truths);
-        return made.map(IntoTValue::into_tvalue).map_err(|error| Error::new(Reason::BadArgument, error.to_string()));
+        return made
+            .map(IntoTValue::into_tvalue)
+            .map_err(|error| Error::new(Reason::BadArgument, error.to_string()));
     }
     let unsupported = || Error::field("inputs.dtype", "a type tract computes with", tensor.dtype().name());
     with_element!(tensor.dtype(), numbers(tensor, &shape), Err(unsupported()))

@@ -9,9 +9,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use vaccel_proto::limits::IMAGES_PER_CALL_MAX;
-use vaccel_proto::v1::{
-    Classification, ImageClassificationReply, ImageClassificationRequest, Label, Tensor,
-};
+use vaccel_proto::v1::{Classification, ImageClassificationReply, ImageClassificationRequest, Label, Tensor};
 use vaccel_proto::{Error, Reason};
 
 use super::image_input::{ImageInput, Scores, check_pixels};
@@ -26,7 +24,11 @@ impl Operation for ImageClassificationRequest {
 
     fn validate(&self) -> Result<(), Error> {
         if self.images.is_empty() || self.images.len() > IMAGES_PER_CALL_MAX {
-            return Err(Error::field("images", format!("1 to {IMAGES_PER_CALL_MAX} files"), self.images.len()));
+            return Err(Error::field(
+                "images",
+                format!("1 to {IMAGES_PER_CALL_MAX} files"),
+                self.images.len(),
+            ));
         }
         check_pixels(&self.images)
     }
@@ -36,7 +38,8 @@ impl Operation for ImageClassificationRequest {
         let classifier = Classifier::new(Arc::clone(&model))?;
         let top_k = usize::try_from(self.top_k.max(1)).unwrap_or(usize::MAX);
         let images = self.images;
-        let mut ran = context.compute_on(&model, move |cancel| classifier.classify(&images, top_k, cancel)).await?;
+        let mut ran =
+            context.compute_on(&model, move |cancel| classifier.classify(&images, top_k, cancel)).await?;
         ran.run += loading;
         Ok(ran.map(|classifications| ImageClassificationReply { classifications }))
     }
@@ -91,7 +94,8 @@ impl Classifier {
 /// The scores of each image.
 fn rows(output: &Tensor, images: usize) -> Result<Vec<Vec<f32>>, Error> {
     let refuse = || {
-        let expected = format!("expected scores f32[{images}, classes], this model gives {}", output.signature());
+        let expected =
+            format!("expected scores f32[{images}, classes], this model gives {}", output.signature());
         Error::new(Reason::ModelRejected, expected)
     };
     let elements = output.elements::<f32>().map_err(|_| refuse())?;
@@ -106,18 +110,23 @@ fn rows(output: &Tensor, images: usize) -> Result<Vec<Vec<f32>>, Error> {
 /// The classes with the highest scores, best first; equal scores in the order of the model.
 fn best(scores: Vec<f32>, input: &ImageInput, top_k: usize) -> Result<Classification, Error> {
     if scores.len() != input.labels.len() {
-        let message = format!("this model gives {} scores and names {} labels", scores.len(), input.labels.len());
+        let message =
+            format!("this model gives {} scores and names {} labels", scores.len(), input.labels.len());
         return Err(Error::new(Reason::ModelRejected, message));
     }
     if scores.iter().any(|score| !score.is_finite()) {
-        return Err(Error::new(Reason::BackendFailed, "the model gave scores that are not numbers for this image"));
+        return Err(Error::new(
+            Reason::BackendFailed,
+            "the model gave scores that are not numbers for this image",
+        ));
     }
+    // By score: probabilities of very unlikely classes are all 0.
+    let mut order: Vec<usize> = (0..scores.len()).collect();
+    order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
     let probabilities = match input.scores {
         Scores::Logits => softmax(&scores),
         Scores::Probabilities => scores,
     };
-    let mut order: Vec<usize> = (0..probabilities.len()).collect();
-    order.sort_by(|&a, &b| probabilities[b].total_cmp(&probabilities[a]));
     let labels = order.into_iter().take(top_k).map(|index| Label {
         index: u32::try_from(index).unwrap_or(u32::MAX),
         name: input.labels[index].clone(),

@@ -127,16 +127,25 @@ impl ImageInput {
         })?;
         let input: Self = serde_json::from_str(&text)
             .map_err(|error| refuse(format!("the image description of this model is wrong: {error}")))?;
-        input.check().map_err(|why| refuse(format!("the image description of this model is wrong: {why}")))?;
+        input
+            .check()
+            .map_err(|why| refuse(format!("the image description of this model is wrong: {why}")))?;
         let [port] = model.inputs.as_slice() else {
-            return Err(refuse(format!("expected a model with 1 input, this one has {}", model.inputs.len())));
+            return Err(refuse(format!(
+                "expected a model with 1 input, this one has {}",
+                model.inputs.len()
+            )));
         };
         if port.dtype != DType::F32 {
-            return Err(refuse(format!("expected an input of type f32, this model takes {}", port.dtype.name())));
+            return Err(refuse(format!(
+                "expected an input of type f32, this model takes {}",
+                port.dtype.name()
+            )));
         }
         let expected = input.item_shape().map(Some);
         if let Some(shape) = &port.shape {
-            let fits = shape.len() == 4 && shape[1..].iter().zip(&expected).all(|(a, b)| a.is_none() || a == b);
+            let fits =
+                shape.len() == 4 && shape[1..].iter().zip(&expected).all(|(a, b)| a.is_none() || a == b);
             if !fits {
                 return Err(refuse(format!("images become {expected:?}, and this model takes {shape:?}")));
             }
@@ -157,10 +166,16 @@ impl ImageInput {
         }
         for (name, values) in [("mean", &self.mean), ("std", &self.std)] {
             if ![0, 1, self.channels()].contains(&values.len()) {
-                return Err(format!("{name}: expected 1 or {} values, got {}", self.channels(), values.len()));
+                return Err(format!(
+                    "{name}: expected 1 or {} values, got {}",
+                    self.channels(),
+                    values.len()
+                ));
             }
         }
-        if self.std.contains(&0.0) || !self.mean.iter().chain(&self.std).chain([&self.scale]).all(|v| v.is_finite()) {
+        if self.std.contains(&0.0)
+            || !self.mean.iter().chain(&self.std).chain([&self.scale]).all(|v| v.is_finite())
+        {
             return Err("scale, mean and std: expected finite numbers, std not 0".into());
         }
         if self.labels.is_empty() { Err("labels: expected at least one".into()) } else { Ok(()) }
@@ -273,7 +288,11 @@ pub(super) fn check_pixels(files: &[Bytes]) -> Result<(), Error> {
         let (width, height) = decoder(&path, file)?.dimensions();
         let pixels = u64::from(width) * u64::from(height);
         if pixels > IMAGE_PIXELS_MAX {
-            return Err(Error::field(path, format!("at most {IMAGE_PIXELS_MAX} pixels"), format!("{width} x {height}")));
+            return Err(Error::field(
+                path,
+                format!("at most {IMAGE_PIXELS_MAX} pixels"),
+                format!("{width} x {height}"),
+            ));
         }
         total += pixels;
     }
@@ -301,7 +320,11 @@ fn decode(path: &str, file: &Bytes) -> Result<DynamicImage, Error> {
 }
 
 fn undecodable(path: &str, file: &Bytes, error: &dyn std::fmt::Display) -> Error {
-    Error::field(path, "a whole PNG or JPEG file", format!("{} bytes that cannot be decoded: {error}", file.len()))
+    Error::field(
+        path,
+        "a whole PNG or JPEG file",
+        format!("{} bytes that cannot be decoded: {error}", file.len()),
+    )
 }
 
 #[cfg(test)]
@@ -321,10 +344,12 @@ mod tests {
         out.into_inner().into()
     }
 
+    /// Shape and elements, the latter rounded to thousandths.
     fn elements(input: &ImageInput, file: Bytes) -> (Vec<i64>, Vec<f32>) {
         let tensor = input.tensor(&[file], 0, &Cancel::default()).expect("decodes");
-        let elements = tensor.elements::<f32>().expect("f32").to_vec();
-        (tensor.shape, elements)
+        let elements = tensor.elements::<f32>().expect("f32");
+        let rounded = elements.iter().map(|element| (element * 1000.0).round() / 1000.0).collect();
+        (tensor.shape, rounded)
     }
 
     #[test]
@@ -346,10 +371,13 @@ mod tests {
         let gray = |width, height, sample: fn(u32, u32) -> u8| {
             png(&GrayImage::from_fn(width, height, |x, y| Luma([sample(x, y)])).into())
         };
-        let average = input(r#"{"width":2,"height":2,"color":"gray","filter":"box","scale":1,"labels":["a"]}"#);
+        let average =
+            input(r#"{"width":2,"height":2,"color":"gray","filter":"box","scale":1,"labels":["a"]}"#);
         let blocks = gray(8, 8, |x, y| if (x < 4) == (y < 4) { 200 } else { 100 });
         assert_eq!(elements(&average, blocks).1, [200.0, 100.0, 100.0, 200.0]);
-        let crop = input(r#"{"width":2,"height":2,"color":"gray","fit":"crop","filter":"nearest","scale":1,"labels":["a"]}"#);
+        let crop = input(
+            r#"{"width":2,"height":2,"color":"gray","fit":"crop","filter":"nearest","scale":1,"labels":["a"]}"#,
+        );
         let wide = gray(6, 2, |x, _| u8::try_from(x).expect("small"));
         assert_eq!(elements(&crop, wide).1, [2.0, 3.0, 2.0, 3.0]);
         let strip = gray(1, 5000, |_, _| 9);
@@ -369,7 +397,9 @@ mod tests {
             let input: ImageInput = serde_json::from_str(json).expect("parses");
             assert!(input.check().is_err(), "{json}");
         }
-        assert!(serde_json::from_str::<ImageInput>(r#"{"width":1,"height":1,"labels":["a"],"sort":1}"#).is_err());
+        assert!(
+            serde_json::from_str::<ImageInput>(r#"{"width":1,"height":1,"labels":["a"],"sort":1}"#).is_err()
+        );
     }
 
     #[test]
@@ -381,7 +411,10 @@ mod tests {
         let checksum = crc32(&huge[12..29]);
         huge[29..33].copy_from_slice(&checksum.to_be_bytes());
         let refusal = check_pixels(&[whole.clone(), huge.into()]).expect_err("2.5 Gpx");
-        assert!(refusal.message().starts_with("images[1]") && refusal.message().contains("50000 x 50000"), "{refusal}");
+        assert!(
+            refusal.message().starts_with("images[1]") && refusal.message().contains("50000 x 50000"),
+            "{refusal}"
+        );
         for broken in [Bytes::new(), Bytes::from_static(b"GIF89a"), whole.slice(..whole.len() - 20)] {
             let refusal = decode("images[0]", &broken).err().expect("broken");
             assert_eq!(refusal.reason(), Reason::BadArgument);
@@ -390,7 +423,8 @@ mod tests {
 
     fn crc32(bytes: &[u8]) -> u32 {
         !bytes.iter().fold(!0_u32, |crc, byte| {
-            (0..8).fold(crc ^ u32::from(*byte), |crc, _| (crc >> 1) ^ (0xedb8_8320 & (crc & 1).wrapping_neg()))
+            (0..8)
+                .fold(crc ^ u32::from(*byte), |crc, _| (crc >> 1) ^ (0xedb8_8320 & (crc & 1).wrapping_neg()))
         })
     }
 }

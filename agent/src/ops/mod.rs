@@ -41,7 +41,8 @@ pub(crate) trait Operation: Sized {
     fn validate(&self) -> Result<(), Error>;
 
     /// Runs it.
-    fn execute(self, context: &Context<'_>) -> impl Future<Output = Result<Timed<Self::Reply>, Error>> + Send;
+    fn execute(self, context: &Context<'_>)
+    -> impl Future<Output = Result<Timed<Self::Reply>, Error>> + Send;
 }
 
 /// The list that everything about operations is made from.
@@ -127,7 +128,8 @@ impl Context<'_> {
             if resource.kind != ResourceKind::Model {
                 return Err(Error::field("model", "a resource of kind MODEL", resource.kind.as_str_name()));
             }
-            let files = resource.files.iter().map(|(file, blob)| (file.name.clone(), blob.data.clone())).collect();
+            let files =
+                resource.files.iter().map(|(file, blob)| (file.name.clone(), blob.data.clone())).collect();
             (resource.loaded.slot(choice), files)
         };
         if let Some(model) = slot.get() {
@@ -142,7 +144,8 @@ impl Context<'_> {
         let deadline = self.deadline.min(Instant::now() + self.workshop.load_deadline);
         let (workshop, choice) = (Arc::clone(self.workshop), self.session.choice.clone());
         let loaded = self.workshop.scheduler.run(self.account, deadline, move |cancel| {
-            let files: Vec<(&str, Bytes)> = files.iter().map(|(name, data)| (name.as_str(), data.clone())).collect();
+            let files: Vec<(&str, Bytes)> =
+                files.iter().map(|(name, data)| (name.as_str(), data.clone())).collect();
             workshop.engines.load(&choice, &files, cancel)
         });
         let model = loaded.await.map_err(|error| match error.reason() {
@@ -160,7 +163,11 @@ mod tests {
         let operations = super::list();
         for (index, operation) in operations.iter().enumerate() {
             assert!(!operation.summary.is_empty(), "{}", operation.name);
-            assert!(operations[..index].iter().all(|other| other.name != operation.name), "{}", operation.name);
+            assert!(
+                operations[..index].iter().all(|other| other.name != operation.name),
+                "{}",
+                operation.name
+            );
         }
     }
 }

@@ -30,7 +30,11 @@ impl Operation for ModelRunRequest {
             return Err(Error::field("outputs", expected, self.outputs.len()));
         }
         if let Some(long) = self.outputs.iter().find(|name| name.len() > NAME_BYTES_MAX) {
-            return Err(Error::field("outputs", format!("names of at most {NAME_BYTES_MAX} bytes"), long.len()));
+            return Err(Error::field(
+                "outputs",
+                format!("names of at most {NAME_BYTES_MAX} bytes"),
+                long.len(),
+            ));
         }
         check_named("inputs", &self.inputs)
     }
@@ -61,10 +65,15 @@ fn arrange(ports: &[Port], inputs: Vec<NamedTensor>) -> Result<Vec<Tensor>, Erro
     let by_position = inputs.iter().all(|input| input.name.is_empty());
     let mut arranged: Vec<Option<Tensor>> = vec![None; ports.len()];
     for (index, input) in inputs.into_iter().enumerate() {
-        let place = if by_position { Some(index) } else { ports.iter().position(|port| port.name == input.name) };
+        let place =
+            if by_position { Some(index) } else { ports.iter().position(|port| port.name == input.name) };
         let path = format!("inputs[{index}]");
         let Some(place) = place else {
-            return Err(Error::field(format!("{path}.name"), format!("one of {}", names()), shown(&input.name)));
+            return Err(Error::field(
+                format!("{path}.name"),
+                format!("one of {}", names()),
+                shown(&input.name),
+            ));
         };
         let Some(tensor) = input.tensor else { return Err(Error::field(path, "a tensor", "none")) };
         check_port(&path, &ports[place], &tensor)?;
@@ -82,16 +91,20 @@ fn check_port(path: &str, port: &Port, tensor: &Tensor) -> Result<(), Error> {
     }
     let Some(shape) = &port.shape else { return Ok(()) };
     let fits = shape.len() == tensor.shape.len()
-        && shape.iter().zip(&tensor.shape).all(|(declared, given)| declared.is_none_or(|declared| declared == *given));
+        && shape
+            .iter()
+            .zip(&tensor.shape)
+            .all(|(declared, given)| declared.is_none_or(|declared| declared == *given));
     if fits { Ok(()) } else { Err(Error::field(format!("{path}.shape"), describe(port), tensor.signature())) }
 }
 
 /// An input as people write it, as in `"image" f32[?, 1, 8, 8]`.
 fn describe(port: &Port) -> String {
     let dimension = |dim: &Option<i64>| dim.map_or("?".to_owned(), |dim| dim.to_string());
-    let shape = port.shape.as_ref().map_or("…".to_owned(), |shape| {
-        shape.iter().map(dimension).collect::<Vec<_>>().join(", ")
-    });
+    let shape = port
+        .shape
+        .as_ref()
+        .map_or("…".to_owned(), |shape| shape.iter().map(dimension).collect::<Vec<_>>().join(", "));
     format!("{} {}[{shape}]", shown(&port.name), port.dtype.name())
 }
 
@@ -102,8 +115,11 @@ fn choose(ports: &[Port], wanted: &[String]) -> Result<Vec<usize>, Error> {
     let find = |name: &String| {
         ports.iter().position(|port| port.name == *name).ok_or_else(|| {
             let names = ports.iter().map(describe).collect::<Vec<_>>().join(", ");
-            Error::new(Reason::BadArgument, format!("outputs: expected names of {names}, got {}", shown(name)))
-                .with(vaccel_proto::error::Detail::Field("outputs".into()))
+            Error::new(
+                Reason::BadArgument,
+                format!("outputs: expected names of {names}, got {}", shown(name)),
+            )
+            .with(vaccel_proto::error::Detail::Field("outputs".into()))
         })
     };
     wanted.iter().map(find).collect()

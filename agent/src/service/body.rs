@@ -41,7 +41,10 @@ impl Body for CountedBody {
     type Data = Bytes;
     type Error = Status;
 
-    fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let this = self.get_mut();
         let frame = match ready!(Pin::new(&mut this.inner).poll_frame(context)) {
             Some(Ok(frame)) => frame,
@@ -97,7 +100,13 @@ impl Framing {
                 let length = u32::from_be_bytes(length) as usize;
                 if length > MESSAGE_BYTES_MAX {
                     let limit = MESSAGE_BYTES_MAX as u64;
-                    return Err(Error::limit(Reason::MessageTooLarge, "message", limit, length as u64, "bytes"));
+                    return Err(Error::limit(
+                        Reason::MessageTooLarge,
+                        "message",
+                        limit,
+                        length as u64,
+                        "bytes",
+                    ));
                 }
                 // The message before this one, in a stream, has been taken by its method.
                 held.release();
@@ -116,7 +125,8 @@ mod tests {
     use crate::quota::{Accounts, Unit};
 
     fn hold() -> (Arc<crate::quota::Account>, Hold) {
-        let limits = TenantLimits { connections: 1, sessions: 1, calls: 1, resource_bytes: 1, in_flight_bytes: 100 };
+        let limits =
+            TenantLimits { connections: 1, sessions: 1, calls: 1, resource_bytes: 1, in_flight_bytes: 100 };
         let account = Accounts::new(limits).of(&Tenant::new("a"));
         let hold = account.hold(Unit::InFlightBytes, 0).expect("fits");
         (account, hold)

@@ -113,7 +113,8 @@ impl hyper::service::Service<Request<Incoming>> for ConnectionService {
                 let mut routes = self.gate.routes.clone();
                 let answered = async move {
                     std::future::poll_fn(|context: &mut Context<'_>| -> Poll<Result<(), Infallible>> {
-                        Service::<Request<Body>>::poll_ready(&mut routes, context).map_err(|error| match error {})
+                        Service::<Request<Body>>::poll_ready(&mut routes, context)
+                            .map_err(|error| match error {})
                     })
                     .await?;
                     routes.call(request).await.map_err(|error| match error {})

@@ -12,8 +12,8 @@ use vaccel_proto::v1::sessions_server::Sessions;
 use vaccel_proto::v1::{
     CloseSessionReply, CloseSessionRequest, InfoReply, InfoRequest, ListResourcesReply, ListResourcesRequest,
     ListSessionsReply, ListSessionsRequest, OpenSessionReply, OpenSessionRequest, RegisterResourceReply,
-    RegisterResourceRequest, RenewSessionReply, RenewSessionRequest, RunReply, RunRequest, UnregisterResourceReply,
-    UnregisterResourceRequest, UploadReply, UploadRequest,
+    RegisterResourceRequest, RenewSessionReply, RenewSessionRequest, RunReply, RunRequest,
+    UnregisterResourceReply, UnregisterResourceRequest, UploadReply, UploadRequest,
 };
 use vaccel_proto::{Error, Reason};
 
@@ -57,17 +57,26 @@ impl Sessions for Door {
         Ok(Response::new(OpenSessionReply { session, lease_ms: millis(lease) }))
     }
 
-    async fn renew(&self, request: Request<RenewSessionRequest>) -> Result<Response<RenewSessionReply>, Status> {
+    async fn renew(
+        &self,
+        request: Request<RenewSessionRequest>,
+    ) -> Result<Response<RenewSessionReply>, Status> {
         let lease = self.dispatch.renew_session(&caller(&request)?, &request.get_ref().session).await?;
         Ok(Response::new(RenewSessionReply { lease_ms: millis(lease) }))
     }
 
-    async fn close(&self, request: Request<CloseSessionRequest>) -> Result<Response<CloseSessionReply>, Status> {
+    async fn close(
+        &self,
+        request: Request<CloseSessionRequest>,
+    ) -> Result<Response<CloseSessionReply>, Status> {
         self.dispatch.close_session(&caller(&request)?, &request.get_ref().session).await?;
         Ok(Response::new(CloseSessionReply {}))
     }
 
-    async fn list(&self, request: Request<ListSessionsRequest>) -> Result<Response<ListSessionsReply>, Status> {
+    async fn list(
+        &self,
+        request: Request<ListSessionsRequest>,
+    ) -> Result<Response<ListSessionsReply>, Status> {
         let sessions = self.dispatch.list_sessions(&caller(&request)?).await?;
         Ok(Response::new(ListSessionsReply { sessions }))
     }
@@ -85,11 +94,15 @@ impl Resources for Door {
         Ok(Response::new(RegisterResourceReply { resource: registered.id, missing: registered.missing }))
     }
 
-    async fn upload(&self, request: Request<Streaming<UploadRequest>>) -> Result<Response<UploadReply>, Status> {
+    async fn upload(
+        &self,
+        request: Request<Streaming<UploadRequest>>,
+    ) -> Result<Response<UploadReply>, Status> {
         let caller = caller(&request)?;
         let mut pieces = request.into_inner();
         let first = pieces.message().await?;
-        let first = first.ok_or_else(|| Error::field("upload", "a first message that names the file", "none"))?;
+        let first =
+            first.ok_or_else(|| Error::field("upload", "a first message that names the file", "none"))?;
         let hash = Hash::new("sha256", &first.sha256)?;
         let begin = UploadBegin { hash, size: first.size, offset: first.offset };
         let offset = self.dispatch.upload(&caller, &first.session, begin, first.data, &mut pieces).await?;
@@ -105,7 +118,10 @@ impl Resources for Door {
         Ok(Response::new(UnregisterResourceReply {}))
     }
 
-    async fn list(&self, request: Request<ListResourcesRequest>) -> Result<Response<ListResourcesReply>, Status> {
+    async fn list(
+        &self,
+        request: Request<ListResourcesRequest>,
+    ) -> Result<Response<ListResourcesReply>, Status> {
         let resources = self.dispatch.list_resources(&caller(&request)?, &request.get_ref().session).await?;
         Ok(Response::new(ListResourcesReply { resources }))
     }

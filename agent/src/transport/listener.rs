@@ -4,7 +4,9 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
-use std::os::unix::net::{SocketAddr as UnixAddress, UnixListener as StdUnixListener, UnixStream as StdUnixStream};
+use std::os::unix::net::{
+    SocketAddr as UnixAddress, UnixListener as StdUnixListener, UnixStream as StdUnixStream,
+};
 use std::path::{Path, PathBuf};
 
 use tokio::net::{TcpListener, UnixListener, UnixSocket};
@@ -138,7 +140,10 @@ fn remove_stale(path: &Path) -> io::Result<()> {
             tracing::info!(path = %path.display(), "replacing a socket that nobody listens on");
             std::fs::remove_file(path)
         }
-        _ => Err(io::Error::new(io::ErrorKind::AddrInUse, "a living process listens there; stop it or choose another path")),
+        _ => Err(io::Error::new(
+            io::ErrorKind::AddrInUse,
+            "a living process listens there; stop it or choose another path",
+        )),
     }
 }
 

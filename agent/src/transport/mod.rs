@@ -153,7 +153,8 @@ impl Entrance {
             Ok::<_, io::Error>((preface::expect(stream).await?, peer, tenant))
         };
         let late = |_| io::Error::new(io::ErrorKind::TimedOut, "the peer did not open HTTP/2 in time");
-        let (stream, peer, tenant) = tokio::time::timeout(OPENING_DEADLINE, opening).await.map_err(late)??;
+        let (stream, peer, tenant) =
+            tokio::time::timeout(OPENING_DEADLINE, opening).await.map_err(late)??;
 
         let id = ConnectionId(self.next.fetch_add(1, Ordering::Relaxed));
         tracing::debug!(connection = id.0, listener = %endpoint, %tenant, ?peer, "connected");

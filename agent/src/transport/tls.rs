@@ -75,8 +75,13 @@ impl Acceptor {
 }
 
 fn certificates(flag: &str, path: &Path) -> Result<Vec<CertificateDer<'static>>, ConfigError> {
-    let refuse = |error: &dyn std::fmt::Display| ConfigError::new(format!("{flag} {}: {error}", path.display()));
+    let refuse =
+        |error: &dyn std::fmt::Display| ConfigError::new(format!("{flag} {}: {error}", path.display()));
     let read = CertificateDer::pem_file_iter(path).map_err(|error| refuse(&error))?;
     let certificates: Vec<_> = read.collect::<Result<_, _>>().map_err(|error| refuse(&error))?;
-    if certificates.is_empty() { Err(refuse(&"expected a PEM certificate, found none")) } else { Ok(certificates) }
+    if certificates.is_empty() {
+        Err(refuse(&"expected a PEM certificate, found none"))
+    } else {
+        Ok(certificates)
+    }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use vaccel_client::proto::limits::{IMAGES_PER_CALL_MAX, MESSAGE_BYTES_MAX};
 use vaccel_client::proto::v1::operations_client::OperationsClient;
-use vaccel_client::proto::v1::{RunRequest, ResourceKind};
+use vaccel_client::proto::v1::{ResourceKind, RunRequest};
 use vaccel_client::{
     CallOptions, ClassifyOptions, Client, DType, Error, Reason, ResourceFiles, SessionOptions, Tensor, named,
 };
@@ -57,7 +57,12 @@ async fn a_large_tensor_goes_both_ways() {
 #[tokio::test]
 async fn requests_carry_the_token_and_the_deadline() {
     let fake = Fake::listening();
-    let client = Client::builder(fake.endpoint()).token("t0k").deadline(Duration::from_secs(9)).connect().await.unwrap();
+    let client = Client::builder(fake.endpoint())
+        .token("t0k")
+        .deadline(Duration::from_secs(9))
+        .connect()
+        .await
+        .unwrap();
     client.info().await.unwrap();
     let headers = fake.state.headers.lock().unwrap().clone();
     assert_eq!(headers["authorization"], "Bearer t0k");
@@ -72,11 +77,15 @@ async fn the_deadline_passes_here_too() {
     let fake = Fake::listening();
     let session = fake.client().await.open_session(SessionOptions::default()).await.unwrap();
     fake.state.then(Step::Hang);
-    let hasty = session.with(CallOptions { deadline: Some(Duration::from_millis(30)), ..CallOptions::default() });
+    let hasty =
+        session.with(CallOptions { deadline: Some(Duration::from_millis(30)), ..CallOptions::default() });
     let error = hasty.noop().await.unwrap_err();
     assert_eq!(error.reason(), Reason::Deadline);
     let text = error.to_string();
-    assert!(text.contains("30ms") && text.contains("waiting for the answer") && text.contains("may have run"), "{text}");
+    assert!(
+        text.contains("30ms") && text.contains("waiting for the answer") && text.contains("may have run"),
+        "{text}"
+    );
     session.noop().await.unwrap();
 }
 

@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::convert::Infallible;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
@@ -11,7 +11,7 @@ use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::UnixListener;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
@@ -36,8 +36,10 @@ pub(crate) enum Step {
 #[derive(Default)]
 pub(crate) struct State {
     pub(crate) steps: Mutex<VecDeque<Step>>,
-    /// Connections are cut after so many bytes of an upload.
+    /// The connection of the next upload is cut after so many bytes of it.
     pub(crate) cut_upload_after: Mutex<Option<usize>>,
+    /// That cut is a restart.
+    pub(crate) cut_forgets: AtomicBool,
     pub(crate) connections: AtomicUsize,
     pub(crate) opened: AtomicUsize,
     pub(crate) runs: AtomicUsize,
@@ -45,6 +47,8 @@ pub(crate) struct State {
     pub(crate) uploads: Mutex<Vec<(u64, usize)>>,
     /// Headers of the last request.
     pub(crate) headers: Mutex<http::HeaderMap>,
+    /// The next connection gets its first request answered with this frame, and ends.
+    pub(crate) hijack: Mutex<Option<&'static [u8]>>,
     sessions: Mutex<HashMap<String, BTreeSet<String>>>,
     pub(crate) blobs: Mutex<HashMap<Bytes, Vec<u8>>>,
     next: AtomicUsize,
@@ -86,6 +90,10 @@ impl State {
 
     async fn serve<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(self: Arc<Self>, stream: S) {
         self.connections.fetch_add(1, SeqCst);
+        let hijack = self.hijack.lock().unwrap().take();
+        if let Some(frame) = hijack {
+            return answer_with(stream, frame).await;
+        }
         let door = Door(Arc::clone(&self));
         let service = service_fn(move |request: http::Request<Incoming>| answer(door.clone(), request));
         let connection = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
@@ -97,11 +105,30 @@ impl State {
     }
 }
 
-async fn answer(door: Door, request: http::Request<Incoming>) -> Result<http::Response<tonic::body::Body>, Infallible> {
+/// Speaks just enough HTTP/2 to get one request, answers it with a frame and closes.
+async fn answer_with<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, frame: &[u8]) {
+    const SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+    const HEADERS: u8 = 1;
+    stream.write_all(&SETTINGS).await.unwrap();
+    stream.read_exact(&mut [0; b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".len()]).await.unwrap();
+    let mut head = [0; 9];
+    while head[3] != HEADERS {
+        stream.read_exact(&mut head).await.unwrap();
+        let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
+        stream.read_exact(&mut vec![0; length as usize]).await.unwrap();
+    }
+    stream.write_all(frame).await.unwrap();
+}
+
+async fn answer(
+    door: Door,
+    request: http::Request<Incoming>,
+) -> Result<http::Response<tonic::body::Body>, Infallible> {
     use tower_service::Service;
     *door.0.headers.lock().unwrap() = request.headers().clone();
     let path = request.uri().path().to_owned();
-    let request = request.map(|body| tonic::body::Body::new(body.map_err(|e| Status::unknown(e.to_string()))));
+    let request =
+        request.map(|body| tonic::body::Body::new(body.map_err(|e| Status::unknown(e.to_string()))));
     match path.split('/').nth(1) {
         Some("vaccel.v1.Agent") => AgentServer::new(door).call(request).await,
         Some("vaccel.v1.Sessions") => SessionsServer::new(door).call(request).await,
@@ -189,12 +216,18 @@ impl Sessions for Door {
         Ok(Response::new(OpenSessionReply { session, lease_ms: 1000 }))
     }
 
-    async fn renew(&self, request: Request<RenewSessionRequest>) -> Result<Response<RenewSessionReply>, Status> {
+    async fn renew(
+        &self,
+        request: Request<RenewSessionRequest>,
+    ) -> Result<Response<RenewSessionReply>, Status> {
         self.0.session(&request.get_ref().session)?;
         Ok(Response::new(RenewSessionReply { lease_ms: 1000 }))
     }
 
-    async fn close(&self, request: Request<CloseSessionRequest>) -> Result<Response<CloseSessionReply>, Status> {
+    async fn close(
+        &self,
+        request: Request<CloseSessionRequest>,
+    ) -> Result<Response<CloseSessionReply>, Status> {
         self.0.session(&request.get_ref().session)?;
         self.0.sessions.lock().unwrap().remove(&request.get_ref().session);
         Ok(Response::new(CloseSessionReply {}))
@@ -202,7 +235,9 @@ impl Sessions for Door {
 
     async fn list(&self, _: Request<ListSessionsRequest>) -> Result<Response<ListSessionsReply>, Status> {
         let info = |id: &String| SessionInfo { session: id.clone(), ..SessionInfo::default() };
-        Ok(Response::new(ListSessionsReply { sessions: self.0.sessions.lock().unwrap().keys().map(info).collect() }))
+        Ok(Response::new(ListSessionsReply {
+            sessions: self.0.sessions.lock().unwrap().keys().map(info).collect(),
+        }))
     }
 }
 
@@ -229,7 +264,10 @@ impl Resources for Door {
         Ok(Response::new(RegisterResourceReply { resource, missing }))
     }
 
-    async fn upload(&self, request: Request<Streaming<UploadRequest>>) -> Result<Response<UploadReply>, Status> {
+    async fn upload(
+        &self,
+        request: Request<Streaming<UploadRequest>>,
+    ) -> Result<Response<UploadReply>, Status> {
         let mut stream = request.into_inner();
         let first = stream.message().await?.unwrap();
         self.0.session(&first.session)?;
@@ -250,6 +288,9 @@ impl Resources for Door {
             let limit = *self.0.cut_upload_after.lock().unwrap();
             if limit.is_some_and(|limit| taken >= limit) {
                 self.0.cut_upload_after.lock().unwrap().take();
+                if self.0.cut_forgets.load(SeqCst) {
+                    self.0.forget();
+                }
                 return Err(self.0.cut().await);
             }
             match stream.message().await? {
@@ -271,7 +312,10 @@ impl Resources for Door {
         Ok(Response::new(UnregisterResourceReply {}))
     }
 
-    async fn list(&self, request: Request<ListResourcesRequest>) -> Result<Response<ListResourcesReply>, Status> {
+    async fn list(
+        &self,
+        request: Request<ListResourcesRequest>,
+    ) -> Result<Response<ListResourcesReply>, Status> {
         self.0.session(&request.get_ref().session)?;
         let sessions = self.0.sessions.lock().unwrap();
         let info = |id: &String| ResourceInfo { resource: id.clone(), ..ResourceInfo::default() };
@@ -297,7 +341,8 @@ impl Operations for Door {
             run_request::Op::Noop(_) => run_reply::Outcome::Noop(NoopReply {}),
             // The answer to an image is its length; to a model run, its inputs.
             run_request::Op::ImageClassification(run) => {
-                let label = |image: &Bytes| Label { index: u32::try_from(image.len()).unwrap(), ..Label::default() };
+                let label =
+                    |image: &Bytes| Label { index: u32::try_from(image.len()).unwrap(), ..Label::default() };
                 let classify = |image: &Bytes| Classification { labels: vec![label(image)] };
                 let classifications = run.images.iter().map(classify).collect();
                 run_reply::Outcome::ImageClassification(ImageClassificationReply { classifications })

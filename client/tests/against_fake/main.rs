@@ -1,4 +1,5 @@
 //! The client against a scripted agent, over real sockets.
+#![allow(clippy::unwrap_used, reason = "a test may fail where it stands")]
 
 mod calls;
 mod fake;

@@ -4,7 +4,9 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
 use vaccel_client::proto::error::Detail;
-use vaccel_client::{CallOptions, Client, Error, Reason, ResourceFiles, Session, SessionOptions, Tensor, named};
+use vaccel_client::{
+    CallOptions, Client, Error, Reason, ResourceFiles, Session, SessionOptions, Tensor, named,
+};
 
 use crate::fake::{Fake, Step};
 
@@ -40,41 +42,37 @@ async fn a_call_that_may_have_run_is_not_run_again_unasked() {
     session.with(ONCE).noop().await.unwrap();
 }
 
+/// What becomes of a call that must not run twice, when the connection answers it with this frame and ends.
+async fn answered(frame: &'static [u8]) -> Result<(), Error> {
+    let fake = Fake::listening();
+    let session = session(&fake).await;
+    fake.state.then(Step::Cut);
+    session.with(ONCE).noop().await.unwrap_err();
+    fake.state.hijack.lock().unwrap().replace(frame);
+    let outcome = session.with(ONCE).noop().await;
+    assert!(fake.state.hijack.lock().unwrap().is_none());
+    assert_eq!(fake.state.runs(), if outcome.is_ok() { 2 } else { 1 });
+    outcome.map(|_| ())
+}
+
 #[tokio::test]
-async fn a_call_that_the_agent_refused_to_take_is_repeated_always() {
-    let fake = Fake::new();
-    let listener = fake.bind();
-    let client = Client::builder(fake.endpoint()).build().unwrap();
-    let agent = async {
-        // The first connection serves until the session is open, the second refuses one stream and says goodbye.
-        let (stream, _) = listener.accept().await.unwrap();
-        let opening = fake.serve(stream);
-        tokio::pin!(opening);
-        let session = tokio::select! {
-            () = &mut opening => unreachable!("the connection stays open"),
-            session = client.open_session(SessionOptions::default()) => session.unwrap(),
-        };
-        fake.state.then(Step::Cut);
-        let broken = session.with(ONCE);
-        let (error, ()) = tokio::join!(broken.noop(), opening);
-        assert_eq!(error.unwrap_err().reason(), Reason::Unreachable);
+async fn a_call_that_the_agent_did_not_take_is_repeated_always() {
+    // RFC 9113, 8.7: REFUSED_STREAM, and a GOAWAY that names an earlier stream as the last.
+    const REFUSED: &[u8] = &[0, 0, 4, 3, 0, 0, 0, 0, 1, 0, 0, 0, 7];
+    const GOAWAY_BEFORE: &[u8] = &[0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    answered(REFUSED).await.unwrap();
+    answered(GOAWAY_BEFORE).await.unwrap();
+}
 
-        let call = tokio::spawn(async move { session.with(ONCE).noop().await });
-        let (stream, _) = listener.accept().await.unwrap();
-        let mut connection = h2::server::handshake(stream).await.unwrap();
-        let (_request, mut respond) = connection.accept().await.unwrap().unwrap();
-        respond.send_reset(h2::Reason::REFUSED_STREAM);
-        connection.abrupt_shutdown(h2::Reason::NO_ERROR);
-        while connection.accept().await.is_some() {}
-
-        let (stream, _) = listener.accept().await.unwrap();
-        tokio::select! {
-            () = fake.serve(stream) => unreachable!("the connection stays open"),
-            outcome = call => outcome.unwrap().unwrap(),
-        }
-    };
-    agent.await;
-    assert_eq!(fake.state.runs(), 2, "one that was cut, one that was answered");
+#[tokio::test]
+async fn a_call_that_the_agent_took_is_not() {
+    const CANCELLED: &[u8] = &[0, 0, 4, 3, 0, 0, 0, 0, 1, 0, 0, 0, 8];
+    const GOAWAY_AFTER: &[u8] = &[0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0];
+    for frame in [CANCELLED, GOAWAY_AFTER, b""] {
+        let error = answered(frame).await.unwrap_err();
+        assert_eq!(error.reason(), Reason::Unreachable);
+        assert!(error.to_string().contains("may have run"), "{error}");
+    }
 }
 
 #[tokio::test]
@@ -157,7 +155,11 @@ async fn calls_that_lose_a_session_together_open_one() {
                 let (session, model) = (session.clone(), model.clone());
                 tokio::spawn(async move {
                     let input = named("x", Tensor::new(&[1], &[number]).unwrap());
-                    session.run(&model, vec![input], &[]).await.unwrap().outputs[0].tensor.as_ref().unwrap().data[0]
+                    session.run(&model, vec![input], &[]).await.unwrap().outputs[0]
+                        .tensor
+                        .as_ref()
+                        .unwrap()
+                        .data[0]
                 })
             })
             .collect();

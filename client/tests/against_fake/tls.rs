@@ -27,7 +27,8 @@ fn pem(text: String) -> Pem {
 
 fn identity(authority: &Authority) -> (Pem, Pem) {
     let key = KeyPair::generate().unwrap();
-    let certificate = CertificateParams::new(vec!["guest".into()]).unwrap().signed_by(&key, authority).unwrap();
+    let certificate =
+        CertificateParams::new(vec!["guest".into()]).unwrap().signed_by(&key, authority).unwrap();
     (pem(certificate.pem()), pem(key.serialize_pem()))
 }
 
@@ -40,13 +41,16 @@ async fn agent(authority: &Authority, clients: Option<&Authority>) -> Endpoint {
         .signed_by(&key, authority)
         .unwrap();
     let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = ServerConfig::builder_with_provider(Arc::clone(&provider)).with_safe_default_protocol_versions().unwrap();
+    let config = ServerConfig::builder_with_provider(Arc::clone(&provider))
+        .with_safe_default_protocol_versions()
+        .unwrap();
     let config = match clients {
         None => config.with_no_client_auth(),
         Some(clients) => {
             let mut roots = RootCertStore::empty();
             roots.add(clients.der().clone()).unwrap();
-            let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider).build().unwrap();
+            let verifier =
+                WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider).build().unwrap();
             config.with_client_cert_verifier(verifier)
         }
     };
@@ -133,10 +137,17 @@ async fn files_that_are_not_what_they_should_be_are_named() {
         (Tls { ca: Some(absent.as_path().into()), ..Tls::default() }, "absent.pem"),
         (Tls { ca: Some(pem("nothing".into())), ..Tls::default() }, "no certificate"),
         (
-            Tls { ca: Some(pem(authority().pem())), identity: Some((pem(authority().pem()), pem("x".into()))), ..Tls::default() },
+            Tls {
+                ca: Some(pem(authority().pem())),
+                identity: Some((pem(authority().pem()), pem("x".into()))),
+                ..Tls::default()
+            },
             "no private key",
         ),
-        (Tls { ca: Some(pem(authority().pem())), server_name: Some("a b".into()), ..Tls::default() }, "server name"),
+        (
+            Tls { ca: Some(pem(authority().pem())), server_name: Some("a b".into()), ..Tls::default() },
+            "server name",
+        ),
     ] {
         let error = info(endpoint.clone(), tls).await.unwrap_err();
         assert_eq!(error.reason(), Reason::BadArgument);

@@ -1,1 +1,69 @@
-fn main() {}
+//! `vaccel`: asks an agent what it can do, classifies images and runs models, from a shell.
+//!
+//! Exit codes: 0 done, 1 the call failed, 2 the command line or the environment is wrong.
+
+mod args;
+mod classify;
+mod info;
+mod model;
+mod output;
+mod run;
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Parser;
+use vaccel_client::{CallOptions, Client, Error, Session, SessionOptions};
+
+use crate::args::{Args, Command, Target};
+use crate::output::{Failure, Output};
+
+/// How long to wait for the agent when a session is given back: it ends by itself if that fails.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+
+fn main() -> ExitCode {
+    // On a wrong command line clap prints why and exits with 2.
+    let Args { target, command } = Args::parse();
+    let mut output = Output::new(target.json);
+    let outcome = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|e| Failure::Usage(format!("cannot start: {e}")))
+        .and_then(|runtime| {
+            let outcome = runtime.block_on(execute(&target, command, &mut output));
+            // A name lookup that hangs must not hold up the exit.
+            runtime.shutdown_background();
+            outcome
+        });
+    match outcome.and_then(|()| output.finish()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => output::report(&failure, target.json),
+    }
+}
+
+async fn execute(target: &Target, command: Command, output: &mut Output) -> Result<(), Failure> {
+    let builder = target.builder()?;
+    let client = builder.connect().await?;
+    match command {
+        Command::Info => info::info(&client, output).await,
+        Command::Ops => info::ops(&client, output).await,
+        Command::Classify(args) => {
+            let session = open(&client, target).await?;
+            give_back(&session, classify::classify(&session, &args, output).await).await
+        }
+        Command::Run(args) => {
+            let session = open(&client, target).await?;
+            give_back(&session, run::run(&session, &args, output).await).await
+        }
+    }
+}
+
+async fn open(client: &Client, target: &Target) -> Result<Session, Error> {
+    let (device, engine) = (target.device.clone(), target.engine.clone());
+    client.open_session(SessionOptions { device, engine }).await
+}
+
+async fn give_back(session: &Session, outcome: Result<(), Failure>) -> Result<(), Failure> {
+    let _ = session.with(CallOptions { deadline: Some(CLOSE_TIMEOUT), repeatable: false }).close().await;
+    outcome
+}
