@@ -251,7 +251,7 @@ impl Dispatch {
     ) -> Result<(String, Duration), Error> {
         self.call(caller, "open_session", self.call_deadline, async |account, _| {
             let asked = Choice { engine: asked.engine, device: asked.device };
-            let choice = self.workshop.engines.choose(&asked)?;
+            let choice = self.workshop.engines.choose(asked)?;
             let counted = account.hold(Unit::Sessions, 1)?;
             let session = self.sessions.open(&caller.tenant, caller.connection, choice, counted)?;
             Ok((session.id.as_str().to_owned(), self.sessions.lease()))

@@ -85,7 +85,12 @@ fn run() -> Result<ExitCode, Failure> {
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(failed)?;
     match command.unwrap_or(Command::Serve) {
-        Command::Serve => runtime.block_on(serve(Config::new(settings)?)),
+        Command::Serve => {
+            let ended = runtime.block_on(serve(Config::new(settings)?));
+            // A run that does not stop must not keep the agent from ending.
+            runtime.shutdown_background();
+            ended
+        }
         Command::Demo => {
             let settings = Settings { log: settings.log.or_else(|| Some("warn".into())), ..settings };
             start_logs(&Config::new(settings.clone())?)?;
@@ -145,8 +150,13 @@ async fn serve(config: Config) -> Result<ExitCode, Failure> {
     if let Some(path) = &ready_file {
         let _ = std::fs::remove_file(path);
     }
-    if !agent.drain().await {
-        tracing::warn!("the grace is over; calls that were still running are cut off");
+    tokio::select! {
+        finished = agent.drain() => if !finished {
+            tracing::warn!("the grace is over; calls that were still running are cut off");
+        },
+        // Whoever asks twice does not want to wait.
+        _ = terminate.recv() => tracing::warn!("asked again to stop: running calls are cut off"),
+        _ = interrupt.recv() => tracing::warn!("asked again to stop: running calls are cut off"),
     }
     Ok(ExitCode::SUCCESS)
 }

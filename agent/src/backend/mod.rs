@@ -126,16 +126,32 @@ pub(crate) struct Engines {
 struct OnnxRuntime {
     found: Option<PathBuf>,
     threads: usize,
+    /// The error is for the host's operator: it names paths.
     loaded: OnceLock<Result<onnxruntime::OnnxRuntime, String>>,
 }
 
+/// Why guests cannot have an engine that the host has not.
+const ONNXRUNTIME_ABSENT: &str = "no libonnxruntime.so in the usual places; name one with --onnxruntime PATH";
+/// What guests are told about an engine that the host has and cannot use.
+const ONNXRUNTIME_BROKEN: &str = "its library cannot be used; the agent's log says why";
+
 impl OnnxRuntime {
-    fn get(&self) -> Result<&onnxruntime::OnnxRuntime, String> {
+    fn get(&self) -> Result<&onnxruntime::OnnxRuntime, &str> {
         let loaded = self.loaded.get_or_init(|| match &self.found {
-            Some(path) => onnxruntime::OnnxRuntime::load(path, self.threads),
-            None => Err("no libonnxruntime.so in the usual places; name one with --onnxruntime PATH".into()),
+            Some(path) => onnxruntime::OnnxRuntime::load(path, self.threads)
+                .inspect_err(|why| tracing::warn!("{why}")),
+            None => Err(ONNXRUNTIME_ABSENT.into()),
         });
-        loaded.as_ref().map_err(Clone::clone)
+        loaded.as_ref().map_err(String::as_str)
+    }
+
+    /// Why it is not there, for guests; none when it is, or may be.
+    fn absent_because(&self) -> Option<&'static str> {
+        match (&self.found, self.loaded.get()) {
+            (None, _) => Some(ONNXRUNTIME_ABSENT),
+            (Some(_), Some(Err(_))) => Some(ONNXRUNTIME_BROKEN),
+            (Some(_), _) => None,
+        }
     }
 }
 
@@ -151,8 +167,8 @@ impl Engines {
     /// # Errors
     /// A library, engine or device the configuration names cannot be used.
     pub(crate) fn new(config: &EngineConfig) -> Result<Self, Error> {
-        let named =
-            config.onnxruntime.clone().or_else(|| std::env::var_os("ORT_DYLIB_PATH").map(PathBuf::from));
+        let variable = || std::env::var_os("ORT_DYLIB_PATH").filter(|path| !path.is_empty()).map(PathBuf::from);
+        let named = config.onnxruntime.clone().or_else(variable);
         let must_load = named.is_some();
         let found = named.or_else(onnxruntime::usual_place);
         let onnxruntime = OnnxRuntime { found, threads: config.threads, loaded: OnceLock::new() };
@@ -161,66 +177,46 @@ impl Engines {
         }
         let default = Choice { engine: config.engine.clone(), device: config.device.clone() };
         let engines = Self { tract: tract::Tract, onnxruntime, default };
-        engines.choose(&Choice::default())?;
+        engines.choose(Choice::default())?;
         Ok(engines)
     }
 
     /// All engines, present or not.
     pub(crate) fn info(&self) -> Vec<EngineInfo> {
-        let absent =
-            |why| EngineInfo { name: "onnxruntime".into(), absent_because: why, ..EngineInfo::default() };
-        let onnxruntime = match (&self.onnxruntime.found, self.onnxruntime.loaded.get()) {
-            (_, Some(Ok(engine))) => engine.info(),
-            (_, Some(Err(why))) => absent(why.clone()),
-            (Some(_), None) => EngineInfo {
-                name: "onnxruntime".into(),
-                version: "found, loaded on first use".into(),
-                devices: vec![CPU.into()],
-                absent_because: String::new(),
+        let onnxruntime = match (self.onnxruntime.absent_because(), self.onnxruntime.loaded.get()) {
+            (None, Some(Ok(engine))) => engine.info(),
+            (why, _) => EngineInfo {
+                name: ONNXRUNTIME.into(),
+                version: why.map_or("found, loaded on first use", |_| "").into(),
+                devices: why.map_or(vec![CPU.into()], |_| Vec::new()),
+                absent_because: why.unwrap_or_default().into(),
             },
-            (None, None) => absent(self.onnxruntime.get().err().unwrap_or_default()),
         };
         vec![self.tract.info(), onnxruntime]
     }
 
-    /// Fills in what a session left open, and checks that it can be had.
+    /// Fills in what a session left open, and checks that it can be had. An engine that stays open is the best one
+    /// that loads.
     ///
     /// # Errors
     /// `DISABLED`, naming what is there, when an engine or device was asked for and is absent.
-    pub(crate) fn choose(&self, asked: &Choice) -> Result<Choice, Error> {
-        let or =
-            |asked: &String, default: &String| if asked.is_empty() { default.clone() } else { asked.clone() };
-        let mut choice = Choice {
-            engine: or(&asked.engine, &self.default.engine),
-            device: or(&asked.device, &self.default.device),
-        };
-        if choice.engine.is_empty() {
-            choice.engine = match self.onnxruntime.found {
-                // Found and broken, and nobody asked for it: the built-in engine serves.
-                Some(_) if self.onnxruntime.loaded.get().is_none_or(Result::is_ok) => "onnxruntime".into(),
-                _ => "tract".into(),
-            };
-        }
-        if choice.device.is_empty() {
-            choice.device = CPU.into();
-        }
-        if !["tract", "onnxruntime"].contains(&choice.engine.as_str()) {
+    pub(crate) fn choose(&self, asked: Choice) -> Result<Choice, Error> {
+        let or = |asked: String, default: &String| if asked.is_empty() { default.clone() } else { asked };
+        let engine = if asked.engine == "auto" { String::new() } else { asked.engine };
+        let choice =
+            Choice { engine: or(engine, &self.default.engine), device: or(asked.device, &self.default.device) };
+        if !["", TRACT, ONNXRUNTIME].contains(&choice.engine.as_str()) {
             let asked = vaccel_proto::error::shown(&choice.engine);
-            return Err(Error::field("engine", "tract or onnxruntime", asked));
+            return Err(Error::field("engine", format!("{TRACT} or {ONNXRUNTIME}"), asked));
         }
-        if choice.engine == "onnxruntime" && self.onnxruntime.found.is_none() {
-            let why = self.onnxruntime.get().err().unwrap_or_default();
-            return Err(Error::new(
-                Reason::Disabled,
-                format!("engine onnxruntime was asked for and is absent: {why}"),
-            ));
+        if let Some(why) = self.onnxruntime.absent_because().filter(|_| choice.engine == ONNXRUNTIME) {
+            let message = format!("engine {ONNXRUNTIME} was asked for and is absent: {why}; {TRACT} is there");
+            return Err(Error::new(Reason::Disabled, message));
         }
-        if choice.device != CPU {
+        if !["", CPU].contains(&choice.device.as_str()) {
             let asked = vaccel_proto::error::shown(&choice.device);
-            return Err(Error::new(
-                Reason::Disabled,
-                format!("device {asked} was asked for and is absent; {} computes on: {CPU}", choice.engine),
-            ));
+            let message = format!("device {asked} was asked for and is absent; the engines here compute on: {CPU}");
+            return Err(Error::new(Reason::Disabled, message));
         }
         Ok(choice)
     }
@@ -236,16 +232,26 @@ impl Engines {
         cancel: &Cancel,
     ) -> Result<Model, Error> {
         let file = OnnxModel::scan(files)?;
-        let program = match choice.engine.as_str() {
-            "onnxruntime" => match self.onnxruntime.get() {
-                Ok(engine) => engine.load(&file, cancel)?,
-                Err(why) => return Err(Error::new(Reason::Disabled, why)),
+        let engine: &dyn Engine = match choice.engine.as_str() {
+            TRACT => &self.tract,
+            ONNXRUNTIME => match self.onnxruntime.get() {
+                Ok(engine) => engine,
+                Err(_) => {
+                    let why = self.onnxruntime.absent_because().unwrap_or_default();
+                    return Err(Error::new(Reason::Disabled, format!("engine {ONNXRUNTIME}: {why}")));
+                }
             },
-            _ => self.tract.load(&file, cancel)?,
+            // Found and broken, and nobody asked for it: the built-in engine serves.
+            _ => self.onnxruntime.get().map_or(&self.tract as &dyn Engine, |engine| engine),
         };
+        let program = engine.load(&file, cancel)?;
         Ok(Model::new(file, program))
     }
 }
+
+/// Names of the engines, as sessions and configurations give them.
+const TRACT: &str = "tract";
+const ONNXRUNTIME: &str = "onnxruntime";
 
 /// The device every engine has.
 pub(crate) const CPU: &str = "cpu";

@@ -13,7 +13,7 @@ use vaccel_proto::tensor::Element;
 use vaccel_proto::v1::{DType, EngineInfo, Tensor};
 use vaccel_proto::{Error, Reason};
 
-use super::{CPU, Engine, OnnxModel, Program, rejected};
+use super::{CPU, Engine, ONNXRUNTIME, OnnxModel, Program, rejected};
 use crate::scheduler::Cancel;
 
 /// Folders where packages put shared libraries.
@@ -86,7 +86,7 @@ impl OnnxRuntime {
 impl Engine for OnnxRuntime {
     fn info(&self) -> EngineInfo {
         EngineInfo {
-            name: "onnxruntime".into(),
+            name: ONNXRUNTIME.into(),
             version: self.library.version.clone(),
             devices: vec![CPU.into()],
             absent_because: String::new(),

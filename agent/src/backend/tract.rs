@@ -17,7 +17,7 @@ use vaccel_proto::tensor::Element;
 use vaccel_proto::v1::{DType, EngineInfo, Tensor};
 use vaccel_proto::{Error, Reason};
 
-use super::{CPU, Engine, OnnxModel, Program, rejected};
+use super::{CPU, Engine, OnnxModel, Program, TRACT, rejected};
 use crate::scheduler::Cancel;
 
 /// Plans kept for one model. A plan repeats the optimised weights, so each costs about a model's size.
@@ -32,7 +32,7 @@ pub(super) struct Tract;
 impl Engine for Tract {
     fn info(&self) -> EngineInfo {
         EngineInfo {
-            name: "tract".into(),
+            name: TRACT.into(),
             version: "0.23 (built in)".into(),
             devices: vec![CPU.into()],
             absent_because: String::new(),

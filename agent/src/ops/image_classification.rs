@@ -17,6 +17,9 @@ use super::{Context, EMBEDDED_MODEL, EMBEDDED_NAME, Operation};
 use crate::backend::{Choice, Engines, Model};
 use crate::scheduler::{Cancel, Timed};
 
+/// Images that run together. All batches are powers of two, so that an engine that plans by shape needs few plans.
+const BATCH_MAX: usize = 32;
+
 impl Operation for ImageClassificationRequest {
     const NAME: &'static str = "image_classification";
     const SUMMARY: &'static str = "label PNG or JPEG images";
@@ -30,7 +33,7 @@ impl Operation for ImageClassificationRequest {
                 self.images.len(),
             ));
         }
-        check_pixels(&self.images)
+        Ok(())
     }
 
     async fn execute(self, context: &Context<'_>) -> Result<Timed<ImageClassificationReply>, Error> {
@@ -71,8 +74,9 @@ impl Classifier {
         top_k: usize,
         cancel: &Cancel,
     ) -> Result<Vec<Classification>, Error> {
-        let batch = match self.model.file.inputs[0].shape.as_ref().and_then(|shape| shape[0]) {
-            None => images.len().max(1),
+        check_pixels(images)?;
+        let size_max = match self.model.file.inputs[0].shape.as_ref().and_then(|shape| shape[0]) {
+            None => BATCH_MAX,
             Some(1) => 1,
             Some(fixed) => {
                 let expected = "expected a model that takes 1 image or any number";
@@ -80,8 +84,11 @@ impl Classifier {
             }
         };
         let mut classifications = Vec::with_capacity(images.len());
-        for (index, files) in images.chunks(batch).enumerate() {
-            let tensor = self.input.tensor(files, index * batch, cancel)?;
+        let mut rest = images;
+        while let Some(whole) = rest.len().checked_ilog2() {
+            let (files, after) = rest.split_at(size_max.min(1 << whole));
+            rest = after;
+            let tensor = self.input.tensor(files, classifications.len(), cancel)?;
             let outputs = self.model.program.run(vec![tensor], &[0], cancel)?;
             for scores in rows(&outputs[0], files.len())? {
                 classifications.push(best(scores, &self.input, top_k)?);

@@ -79,6 +79,39 @@ pub fn external(name: &str, shape: &[u64], location: &str, offset: usize, length
         .number(14, 1)
 }
 
+/// An attribute of a node: a number, a tensor, or a graph.
+pub fn number_attribute(name: &str, number: u64) -> Message {
+    Message::default().bytes(1, name).number(3, number).number(20, 2)
+}
+
+pub fn tensor_attribute(name: &str, tensor: Message) -> Message {
+    Message::default().bytes(1, name).message(5, tensor).number(20, 4)
+}
+
+pub fn graph_attribute(name: &str, graph: Message) -> Message {
+    Message::default().bytes(1, name).message(6, graph).number(20, 5)
+}
+
+/// A graph from its nodes, initializers, inputs and outputs.
+pub fn graph(
+    nodes: Vec<Message>,
+    initializers: Vec<Message>,
+    inputs: Vec<Message>,
+    outputs: Vec<Message>,
+) -> Message {
+    let each = |graph: Message, tag: u32, parts: Vec<Message>| {
+        parts.into_iter().fold(graph, |graph, part| graph.message(tag, part))
+    };
+    let graph = each(Message::default(), 1, nodes).bytes(2, "g");
+    each(each(each(graph, 5, initializers), 11, inputs), 12, outputs)
+}
+
+/// A model of one graph.
+pub fn of_graph(graph: Message) -> Message {
+    let opset = Message::default().bytes(1, "").number(2, 13);
+    Message::default().number(1, 8).message(7, graph).message(8, opset)
+}
+
 /// A model from its nodes, initializers, inputs and outputs.
 pub fn model(
     nodes: Vec<Message>,
@@ -86,13 +119,7 @@ pub fn model(
     inputs: Vec<Message>,
     outputs: Vec<Message>,
 ) -> Bytes {
-    let each = |graph: Message, tag: u32, parts: Vec<Message>| {
-        parts.into_iter().fold(graph, |graph, part| graph.message(tag, part))
-    };
-    let graph = each(Message::default(), 1, nodes).bytes(2, "g");
-    let graph = each(each(each(graph, 5, initializers), 11, inputs), 12, outputs);
-    let opset = Message::default().bytes(1, "").number(2, 13);
-    Message::default().number(1, 8).message(7, graph).message(8, opset).finish()
+    of_graph(graph(nodes, initializers, inputs, outputs)).finish()
 }
 
 /// `y = x + [1, 2]` for `x` of shape `[n, 2]`.
@@ -130,4 +157,23 @@ pub fn slow(side: i64, steps: usize) -> Bytes {
     });
     let shape = [side, side];
     model(nodes.collect(), vec![], vec![port("x", F32, &shape)], vec![port("y", F32, &shape)])
+}
+
+/// The sum of `count` numbers, added one by one inside a single operator: slow, and unable to stop on the way. `x` is
+/// `[1, 1]`; the model makes the numbers from it.
+pub fn stubborn(count: i64) -> Bytes {
+    let scalar = [1];
+    let add = node("Add", &["before", "item"], &["after"]);
+    let body = graph(
+        vec![add],
+        vec![],
+        vec![port("before", F32, &scalar), port("item", F32, &scalar)],
+        vec![port("after", F32, &scalar)],
+    );
+    let scan = node("Scan", &["zero", "items"], &["y"])
+        .message(5, number_attribute("num_scan_inputs", 1))
+        .message(5, graph_attribute("body", body));
+    let nodes = vec![node("Expand", &["x", "shape"], &["items"]), scan];
+    let initializers = vec![i64s("shape", &[count, 1]), f32s("zero", &[1], &[0.0])];
+    model(nodes, initializers, vec![port("x", F32, &[1, 1])], vec![port("y", F32, &scalar)])
 }

@@ -13,7 +13,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
-use vaccel_client::{CallOptions, Client, Error, Session, SessionOptions};
+use vaccel_client::{CallOptions, Client, Error, Reason, Session, SessionOptions};
 
 use crate::args::{Args, Command, Target};
 use crate::output::{Failure, Output};
@@ -28,7 +28,7 @@ fn main() -> ExitCode {
     let outcome = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .map_err(|e| Failure::Usage(format!("cannot start: {e}")))
+        .map_err(|e| Error::new(Reason::BackendFailed, format!("cannot start: {e}")).into())
         .and_then(|runtime| {
             let outcome = runtime.block_on(execute(&target, command, &mut output));
             // A name lookup that hangs must not hold up the exit.

@@ -59,7 +59,10 @@ fn write(folder: &Path, outputs: &[NamedTensor]) -> Result<Vec<PathBuf>, Error> 
     let mut paths = Vec::new();
     for (index, NamedTensor { name, tensor }) in outputs.iter().enumerate() {
         let mut label = file_label(name);
-        if label.is_empty() || !taken.insert(label.clone()) {
+        if label.is_empty() {
+            label = "output".into();
+        }
+        if !taken.insert(label.clone()) {
             label = format!("{label}.{index}");
             taken.insert(label.clone());
         }
@@ -118,7 +121,10 @@ mod tests {
         let outputs = ["logits", "../logits", "..", "", "a/b", "a_b"].map(output);
         let paths = write(&folder.path().join("new"), &outputs).unwrap();
         let names: Vec<_> = paths.iter().map(|path| path.file_name().unwrap().to_str().unwrap()).collect();
-        assert_eq!(names, ["logits.npy", "_logits.npy", ".2.npy", ".3.npy", "a_b.npy", "a_b.5.npy"]);
+        assert_eq!(
+            names,
+            ["logits.npy", "_logits.npy", "output.npy", "output.3.npy", "a_b.npy", "a_b.5.npy"]
+        );
         for path in paths {
             assert_eq!(npy::read(&path).unwrap(), *outputs[0].tensor.as_ref().unwrap());
         }
