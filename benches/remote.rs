@@ -1,5 +1,5 @@
-//! What it costs to be remote: one image classified by a direct call, and by the same engine behind an agent in another
-//! process, over unix and TCP sockets; and an empty call over both.
+//! What it costs to be remote: one image classified by a direct call, and by the same engine behind an agent in
+//! another process, over unix and TCP sockets; and an empty call over both.
 //!
 //! `cargo bench --bench remote` prints a table and writes `target/bench-remote.json`. Rounds interleave all rows, so
 //! that a change of the machine's mood meets them alike; a figure is the median of the rounds' medians. `-- --test`
@@ -47,7 +47,8 @@ async fn main() {
     report(&effort, &rows);
 }
 
-const ROWS: [&str; 5] = ["classify, direct call", "classify, unix", "classify, tcp", "empty call, unix", "empty call, tcp"];
+const ROWS: [&str; 5] =
+    ["classify, direct call", "classify, unix", "classify, tcp", "empty call, unix", "empty call, tcp"];
 
 /// Medians of each row in each round, in microseconds.
 async fn measure(effort: &Effort, sessions: &[Session]) -> Vec<Vec<f64>> {
@@ -89,10 +90,16 @@ fn report(effort: &Effort, rows: &[Vec<f64>]) {
     };
     let commit = said("git", &["describe", "--always", "--dirty"]);
     let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let cpu = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": ")).map_or("", |(_, n)| n);
+    let cpu = cpuinfo
+        .lines()
+        .find_map(|line| line.strip_prefix("model name")?.split_once(": "))
+        .map_or("", |(_, n)| n);
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let machine = format!("{cores} cores of {cpu}, {}", said("uname", &["-sr"]));
-    println!("{machine}\ncommit {commit}; {} rounds of {} interleaved calls, medians\n", effort.rounds, effort.calls);
+    println!(
+        "{machine}\ncommit {commit}; {} rounds of {} interleaved calls, medians\n",
+        effort.rounds, effort.calls
+    );
     println!("{:<24} {:>9}  {:>8}  rounds from … to", "", "µs", "x direct");
     let base = median(rows[0].clone());
     let mut json = Vec::new();

@@ -229,7 +229,7 @@ impl Dispatch {
         self.call(caller, "info", self.call_deadline, async |account, _| {
             Ok(InfoReply {
                 version: env!("CARGO_PKG_VERSION").into(),
-                tenant: caller.tenant.to_string(),
+                tenant: caller.tenant.public(),
                 operations: ops::list(),
                 engines: self.workshop.engines.info(),
                 limits: Some(self.limits),
@@ -317,7 +317,7 @@ impl Dispatch {
     ) -> Result<u64, Error> {
         self.call(caller, "upload", DEADLINE_MAX, async |account, _| {
             let session = self.session(caller, session)?;
-            let mut uploading = self.store.upload(&caller.tenant, &session.holdings, account, begin).await?;
+            let mut uploading = self.store.upload(&caller.tenant, &session.holdings, account, begin)?;
             let mut piece = Some(first);
             while let Some(data) = piece {
                 if data.len() > CHUNK_BYTES_MAX {

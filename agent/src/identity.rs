@@ -21,6 +21,9 @@ use vaccel_proto::{Endpoint, Error, Reason};
 
 use crate::config::ConfigError;
 
+/// Bytes of a hash that stand for a path: enough to tell a host's tenants apart.
+const PUBLIC_DIGEST_BYTES: usize = 6;
+
 /// Prefix of the `authorization` metadata.
 const BEARER: &str = "Bearer ";
 
@@ -34,6 +37,17 @@ pub(crate) struct Tenant(Arc<str>);
 impl Tenant {
     pub(crate) fn new(name: impl AsRef<str>) -> Self {
         Self(name.as_ref().into())
+    }
+
+    /// The name as the tenant itself may see it: without the host's paths, and still the same for the same tenant.
+    pub(crate) fn public(&self) -> String {
+        match self.0.split_once(':') {
+            Some((kind @ ("unix" | "hvsock"), _)) => {
+                let digest = Sha256::digest(self.0.as_bytes());
+                format!("{kind}:{}", hex(&digest[..PUBLIC_DIGEST_BYTES]))
+            }
+            _ => self.0.as_ref().into(),
+        }
     }
 }
 
@@ -228,6 +242,9 @@ mod tests {
             |listener: &str, peer: &Peer| of_connection(&listener.parse().expect("valid"), peer).to_string();
         assert_eq!(tenant("unix:///run/a", &Peer::Unix { uid: 7 }), "unix:/run/a:7");
         assert_eq!(tenant("hvsock:///run/vm:52", &Peer::Hybrid), "hvsock:/run/vm:52");
+        let seen = Tenant::new("hvsock:/run/vm:52").public();
+        assert!(seen.starts_with("hvsock:") && !seen.contains('/'), "{seen}");
+        assert_eq!(Tenant::new("cert:edge").public(), "cert:edge");
         assert_eq!(tenant("vsock://any:1", &Peer::Vsock { cid: 9 }), "vsock:9");
         let peer = Peer::Tcp { ip: IpAddr::from([127, 0, 0, 1]) };
         assert_eq!(tenant("tcp://127.0.0.1:80", &peer), "tcp:127.0.0.1:80:127.0.0.1");

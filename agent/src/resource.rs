@@ -1,12 +1,13 @@
 //! Resources: immutable sets of files named by their content, uploaded in chunks, shared by a tenant's sessions.
 //!
-//! A file is stored once per tenant under its SHA-256, a resource under the SHA-256 of its kind and files. Sessions hold
-//! both; when the last one lets go, the bytes are freed. Nothing is shared between tenants, so that no answer tells one
-//! tenant what another has.
+//! A file is stored once per tenant under its SHA-256, a resource under the SHA-256 of its kind and files. Sessions
+//! hold both; when the last one lets go, the bytes are freed. Nothing is shared between tenants, so that no answer
+//! tells one tenant what another has.
 
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
 use bytes::Bytes;
 use sha2::{Digest, Sha256};
@@ -18,6 +19,9 @@ use vaccel_proto::{Error, Reason};
 use crate::backend::LoadedModels;
 use crate::identity::{Tenant, hex};
 use crate::quota::{Account, Hold, Unit};
+
+/// When a second upload of a file should look whether the first one is done.
+const UPLOAD_RETRY_AFTER: Duration = Duration::from_millis(50);
 
 /// SHA-256 of a file's content.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -198,8 +202,9 @@ impl Store {
     /// Begins an upload or goes on with one, at the offset the session has reached.
     ///
     /// # Errors
-    /// `BAD_ARGUMENT` for another offset, `QUOTA_EXCEEDED` when the file does not fit.
-    pub(crate) async fn upload(
+    /// `BAD_ARGUMENT` for another offset, `QUOTA_EXCEEDED` when the file does not fit, `OVERLOADED` while another call
+    /// of the session uploads it.
+    pub(crate) fn upload(
         &self,
         tenant: &Tenant,
         holdings: &Holdings,
@@ -207,7 +212,10 @@ impl Store {
         begin: UploadBegin,
     ) -> Result<Uploading, Error> {
         let slot = Arc::clone(holdings.held().uploads.entry(begin.hash).or_default());
-        let mut upload = slot.lock_owned().await;
+        let Ok(mut upload) = slot.try_lock_owned() else {
+            let message = "another call of this session is uploading this file; try again shortly";
+            return Err(Error::new(Reason::Overloaded, message).with(Detail::RetryAfter(UPLOAD_RETRY_AFTER)));
+        };
         // Complete already: the session keeps it, and nothing more is read.
         if let Some(blob) = self.file(tenant, begin.hash) {
             let mut held = holdings.held();
@@ -383,7 +391,7 @@ mod tests {
         async fn put(&self, holdings: &Holdings, offset: u64, data: &[u8]) -> Result<u64, Error> {
             let hash = Hash(Sha256::digest(CONTENT).into());
             let begin = UploadBegin { hash, size: CONTENT.len() as u64, offset };
-            let mut uploading = self.store.upload(&self.tenant, holdings, &self.account, begin).await?;
+            let mut uploading = self.store.upload(&self.tenant, holdings, &self.account, begin)?;
             uploading.append(data)?;
             uploading.finish(&self.store, &self.tenant, holdings)
         }
@@ -441,7 +449,7 @@ mod tests {
         let setting = Setting::new();
         let holdings = Holdings::default();
         let begin = UploadBegin { hash: Hash([0; 32]), size: 65, offset: 0 };
-        let refusal = setting.store.upload(&setting.tenant, &holdings, &setting.account, begin).await;
+        let refusal = setting.store.upload(&setting.tenant, &holdings, &setting.account, begin);
         assert_eq!(refusal.err().expect("over 64 bytes").reason(), Reason::QuotaExceeded);
     }
 

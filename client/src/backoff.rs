@@ -20,8 +20,8 @@ impl Default for Backoff {
 }
 
 impl Backoff {
-    /// The next pause: between half of the step and all of it, so that clients that lost the same agent at the same
-    /// moment do not come back together.
+    /// The next pause: between half of the step and all of it, so that clients that lost the same agent at
+    /// the same moment do not come back together.
     pub(crate) fn pause(&mut self) -> Duration {
         let step = self.next;
         self.next = (step * 2).min(PAUSE_MAX);

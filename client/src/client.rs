@@ -65,7 +65,7 @@ impl Client {
         }
     }
 
-    /// Connects as the variables in [`env`] say.
+    /// Connects as the variables in [`env`](mod@crate::env) say.
     ///
     /// # Errors
     /// `BAD_ARGUMENT` for a variable that cannot be used, and those of [`Builder::connect`].
@@ -90,8 +90,8 @@ impl Client {
     /// Opens a session.
     ///
     /// # Errors
-    /// `BAD_ARGUMENT` or `DISABLED` for a device or an engine that is not there, `QUOTA_EXCEEDED`, and those of
-    /// [`Client::info`].
+    /// `BAD_ARGUMENT` or `DISABLED` for a device or an engine that is not there, `QUOTA_EXCEEDED`, and those
+    /// of [`Client::info`].
     pub async fn open_session(&self, options: SessionOptions) -> Result<Session, Error> {
         Session::open(self.clone(), options).await
     }
@@ -164,8 +164,8 @@ impl Builder {
     /// Dials once. Later, calls dial again by themselves whenever the connection is gone.
     ///
     /// # Errors
-    /// `BAD_ARGUMENT` for an address, a token or TLS files that cannot be used; `UNREACHABLE`; `UNAUTHENTICATED` when
-    /// one side does not accept the other's certificate.
+    /// `BAD_ARGUMENT` for an address, a token or TLS files that cannot be used; `UNREACHABLE`;
+    /// `UNAUTHENTICATED` when one side does not accept the other's certificate.
     pub async fn connect(self) -> Result<Client, Error> {
         let client = self.build()?;
         client.link().wire().await?;

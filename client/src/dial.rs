@@ -82,7 +82,7 @@ fn advice(endpoint: &Endpoint, kind: io::ErrorKind) -> &'static str {
     use io::ErrorKind as K;
     match (endpoint, kind) {
         (_, K::UnexpectedEof | K::BrokenPipe) => {
-            "; something accepted the connection and closed it: is it the agent, and does it take more connections?"
+            "; something took the connection and closed it: is it the agent, and does it take more of them?"
         }
         (Endpoint::HybridVsock { .. }, K::NotFound) => {
             "; there is neither the VMM's socket nor the agent's own"
@@ -108,8 +108,9 @@ async fn tcp(authority: &Authority) -> io::Result<TcpStream> {
     Ok(stream)
 }
 
-/// Through the VMM's socket to a port of its guest; or, where that socket is absent, straight to the one on which an
-/// agent serves the guest. The second makes one address work on the machine that runs guests even before a VMM does.
+/// Through the VMM's socket to a port of its guest; or, where that socket is absent, straight to the one on
+/// which an agent serves the guest. The second makes one address work on the machine that runs guests even
+/// before a VMM does.
 async fn hybrid_vsock(path: &Path, port: u32) -> io::Result<UnixStream> {
     match UnixStream::connect(path).await {
         Ok(mut stream) => {

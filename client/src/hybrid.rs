@@ -10,12 +10,12 @@ const ANSWER_BYTES_MAX: usize = 32;
 
 /// Asks the VMM for a port of its guest.
 ///
-/// The answer is read byte by byte: the agent's first HTTP/2 frame may follow it in the same segment and belongs to
-/// whoever reads next. Its number is not interpreted, since VMMs do not agree on what it says.
+/// The answer is read byte by byte: the agent's first HTTP/2 frame may follow it in the same segment and
+/// belongs to whoever reads next. Its number is not interpreted, since VMMs do not agree on what it says.
 ///
 /// # Errors
-/// `ConnectionRefused` when the VMM closes without an answer, which is how it says that nobody listens on the port;
-/// `InvalidData` for any other answer.
+/// `ConnectionRefused` when the VMM closes without an answer, which is how it says that nobody listens on the
+/// port; `InvalidData` for any other answer.
 pub(crate) async fn connect<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S, port: u32) -> io::Result<()> {
     let nobody = |_| {
         let text = format!("the VMM closed the connection: nobody listens on port {port} in the guest");
@@ -50,8 +50,8 @@ mod tests {
 
     const FRAME: &[u8] = b"\0\0\0\x04\0\0\0\0\0";
 
-    /// Plays a VMM that answers with these pieces, each in its own write, then closes. Returns the outcome of the
-    /// handshake and the bytes left for the next reader.
+    /// Plays a VMM that answers with these pieces, each in its own write, then closes. Returns the outcome of
+    /// the handshake and the bytes left for the next reader.
     async fn answered(pieces: &[&[u8]]) -> (io::Result<()>, Vec<u8>) {
         let (mut stream, mut vmm) = tokio::net::UnixStream::pair().unwrap();
         let pieces: Vec<Vec<u8>> = pieces.iter().map(|piece| piece.to_vec()).collect();

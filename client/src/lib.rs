@@ -1,17 +1,18 @@
-//! Calls a vaccel agent: sessions, models and the operations that run on them, over vsock, hybrid vsock, unix sockets,
-//! TCP or TLS.
+//! Calls a vaccel agent: sessions, models and the operations that run on them, over vsock, hybrid vsock, unix
+//! sockets, TCP or TLS.
 //!
 //! ```no_run
 //! use vaccel_client::{ResourceFiles, SessionOptions, Tensor, named};
 //!
-//! # async fn example() -> Result<(), vaccel_client::Error> {
+//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
 //! let client = vaccel_client::connect("unix:///run/vaccel.sock").await?;
 //! let session = client.open_session(SessionOptions::default()).await?;
-//! let model = session.register(ResourceFiles::model("model.onnx", std::fs::read("model.onnx").unwrap())).await?;
+//! let model = session.register(ResourceFiles::model("model.onnx", std::fs::read("model.onnx")?)).await?;
 //! let input = Tensor::new(&[1, 4], &[1.0_f32, 2.0, 3.0, 4.0])?;
 //! let run = session.run(&model, vec![named("x", input)], &[]).await?;
-//! println!("{:?} in {} µs", run.outputs[0].name, run.timings.run_us);
-//! session.close().await
+//! println!("{} in {} µs", run.outputs[0].name, run.timings.run_us);
+//! session.close().await?;
+//! # Ok(())
 //! # }
 //! ```
 //!
@@ -20,9 +21,10 @@
 //!
 //! * The connection is dialed again when it is gone, with pauses from 50 ms to 5 s.
 //! * A call that the agent cannot have run is repeated. One that may have run is repeated only if it is
-//!   [`repeatable`](CallOptions::repeatable), which all calls are by default: operations compute, they change nothing.
-//! * An agent that was restarted knows no sessions. The client then opens one, registers again what the session held,
-//!   and goes on. [`Session`] and [`Resource`] stay valid.
+//!   [`repeatable`](CallOptions::repeatable), which all calls are by default: operations compute, they change
+//!   nothing.
+//! * An agent that was restarted knows no sessions. The client then opens one, registers again what the
+//!   session held, and goes on. [`Session`] and [`Resource`] stay valid.
 //!
 //! Every error is an [`Error`] with a [`Reason`] from one table.
 

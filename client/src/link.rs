@@ -1,7 +1,7 @@
 //! The connection to the agent: dialed when it is needed, shared by all calls, dialed again when it broke.
 //!
-//! It is owned here, rather than left to a ready-made channel, for what only the connection knows: whether a failed
-//! request was never sent, and may be repeated, or may have run.
+//! It is owned here, rather than left to a ready-made channel, for what only the connection knows: whether a
+//! failed request was never sent, and may be repeated, or may have run.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -28,14 +28,14 @@ use crate::wire::{Head, Wire};
 const STREAM_WINDOW_BYTES: u32 = 4 << 20;
 /// The same for all replies of the connection together.
 const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
-/// Longest frame the agent may send, in bytes: fewer frames than with the usual 16 KiB, and still no call holds up
-/// the others for long.
+/// Longest frame the agent may send, in bytes: fewer frames than with the usual 16 KiB, and still no call
+/// holds up the others for long.
 const FRAME_BYTES_MAX: u32 = 64 << 10;
 /// An agent that vanished without a word is noticed after twice this time.
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
 
-/// The connection to the agent, as a `tower` service: a generated client of any gRPC service runs over it. A request
-/// is sent once; what may be repeated is repeated by the methods of [`Client`](crate::Client) and
+/// The connection to the agent, as a `tower` service: a generated client of any gRPC service runs over it. A
+/// request is sent once; what may be repeated is repeated by the methods of [`Client`](crate::Client) and
 /// [`Session`](crate::Session).
 #[derive(Clone, Debug)]
 pub struct Link {
@@ -75,8 +75,8 @@ impl Link {
 
     /// The current connection; if there is none, the outcome of one dial.
     ///
-    /// Callers that come while another one dials wait for it and share what it gets. After a failed dial the next one
-    /// starts no earlier than the backoff says.
+    /// Callers that come while another one dials wait for it and share what it gets. After a failed dial the
+    /// next one starts no earlier than the backoff says.
     pub(crate) async fn wire(&self) -> Result<Wire, Failure> {
         let shared = &*self.shared;
         let failures = shared.failures.load(Ordering::Acquire);

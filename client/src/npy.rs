@@ -1,7 +1,7 @@
 //! NumPy's `.npy` files as tensors, for the command and for programs that feed models from files.
 //!
-//! *Source.* The format is that of `numpy.lib.format`, versions 1 and 2. What would need a conversion (big-endian data,
-//! Fortran order, Python objects) is refused with the NumPy expression that does it.
+//! *Source.* The format is that of `numpy.lib.format`, versions 1 and 2. What would need a conversion
+//! (big-endian data, Fortran order, Python objects) is refused with the NumPy expression that does it.
 
 use std::fs::File;
 use std::io::Read;
@@ -38,8 +38,8 @@ const TYPES: [(&str, DType); 12] = [
 /// The tensor in a file.
 ///
 /// # Errors
-/// `BAD_ARGUMENT` for a file that cannot be read or is not such an array, `MESSAGE_TOO_LARGE` for one that no call could
-/// carry.
+/// `BAD_ARGUMENT` for a file that cannot be read or is not such an array, `MESSAGE_TOO_LARGE` for one that no
+/// call could carry.
 pub fn read(path: &Path) -> Result<Tensor, Error> {
     let unreadable = |e| bad(format!("cannot read {}: {e}", path.display()));
     let mut content = Vec::new();
@@ -94,8 +94,8 @@ pub fn parse(content: &Bytes) -> Result<Tensor, Error> {
 /// Writes a tensor to a file.
 ///
 /// # Errors
-/// `BAD_ARGUMENT` for a tensor of a type that NumPy has not, or that is not whole; `BACKEND_FAILED` when the file cannot
-/// be written.
+/// `BAD_ARGUMENT` for a tensor of a type that NumPy has not, or that is not whole; `BACKEND_FAILED` when the
+/// file cannot be written.
 pub fn write(path: &Path, tensor: &Tensor) -> Result<(), Error> {
     let content = format(tensor)?;
     std::fs::write(path, content)
@@ -258,11 +258,11 @@ mod tests {
     #[test]
     fn what_is_written_is_what_numpy_writes() {
         // numpy.save of numpy.array([1.5, -2.0], dtype="<f4"), NumPy 2.
-        let numpy = b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }\
-            \x20                                                           \n\x00\x00\xc0\x3f\x00\x00\x00\xc0";
+        let description = b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }";
+        let numpy = [&description[..], &[b' '; 60], b"\n\x00\x00\xc0\x3f\x00\x00\x00\xc0"].concat();
         let tensor = Tensor::new(&[2], &[1.5_f32, -2.0]).unwrap();
         assert_eq!(format(&tensor).unwrap(), numpy);
-        assert_eq!(parse(&Bytes::from_static(numpy)).unwrap(), tensor);
+        assert_eq!(parse(&numpy.into()).unwrap(), tensor);
     }
 
     #[test]

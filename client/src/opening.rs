@@ -1,8 +1,8 @@
 //! A byte stream that tells when its peer first spoke, and if it never did, why.
 //!
-//! With TLS 1.3 the agent judges a client's certificate after the client thinks that the handshake is over. The refusal
-//! arrives as the first thing read; writes may have failed before it was. So until the peer has spoken, failed writes
-//! are kept back and the read decides.
+//! With TLS 1.3 the agent judges a client's certificate after the client thinks that the handshake is over.
+//! The refusal arrives as the first thing read; writes may have failed before it was. So until the peer has
+//! spoken, failed writes are kept back and the read decides.
 
 use std::io;
 use std::pin::Pin;
@@ -53,7 +53,8 @@ impl<S: AsyncRead + Unpin> AsyncRead for Opening<S> {
                 Ok(()) => {
                     Err(self.failed_write.take().unwrap_or_else(|| io::ErrorKind::UnexpectedEof.into()))
                 }
-                // The same error goes to the connection; an `io::Error` cannot be cloned, its content can be told.
+                // The same error goes to the connection; an `io::Error` cannot be cloned, its content can be
+                // told.
                 Err(error) => Err(retold(error)),
             };
             // Nobody waits any more when the dial's time is over.

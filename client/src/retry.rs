@@ -60,11 +60,12 @@ enum Miss {
 }
 
 impl Link {
-    /// Runs `attempt`, which sends one request over the connection and the time it is given. It is called again as
-    /// long as that can help:
+    /// Runs `attempt`, which sends one request over the connection and the time it is given. It is called
+    /// again as long as that can help:
     ///
     /// * always, when the agent was not reached or did not take the request;
-    /// * for a `repeatable` call also when the connection broke under it, and when the agent is overloaded or stopping.
+    /// * for a `repeatable` call also when the connection broke under it, and when the agent is overloaded or
+    ///   stopping.
     ///
     /// # Errors
     /// The last attempt's; `DEADLINE` when there was no earlier one to tell more.

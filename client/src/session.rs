@@ -96,8 +96,8 @@ pub fn named(name: impl Into<String>, tensor: Tensor) -> NamedTensor {
 
 /// An open session. Clones are the same session.
 ///
-/// Dropping it tells the agent nothing: the session then ends by its lease, after the client's connection is gone.
-/// [`Session::close`] frees what it holds at once.
+/// Dropping it tells the agent nothing: the session then ends by its lease, after the client's connection is
+/// gone. [`Session::close`] frees what it holds at once.
 #[derive(Clone)]
 pub struct Session {
     inner: Arc<Inner>,
@@ -144,8 +144,8 @@ impl Session {
         Self { inner: Arc::clone(&self.inner), options }
     }
 
-    /// Its present id on the agent, as in [`Client::list_sessions`]. It changes when an agent that was restarted made
-    /// the client open the session again.
+    /// Its present id on the agent, as in [`Client::list_sessions`]. It changes when an agent that was
+    /// restarted made the client open the session again.
     pub fn id(&self) -> String {
         self.state().id.clone()
     }
@@ -186,8 +186,8 @@ impl Session {
     /// Classifies PNG or JPEG files; for each one its labels, best first.
     ///
     /// # Errors
-    /// `BAD_ARGUMENT` for a file that is no image or too many of them, `MESSAGE_TOO_LARGE`, `NOT_FOUND` for the model,
-    /// `MODEL_REJECTED`, `BACKEND_FAILED`, `OVERLOADED`, and those of [`Client::info`].
+    /// `BAD_ARGUMENT` for a file that is no image or too many of them, `MESSAGE_TOO_LARGE`, `NOT_FOUND` for
+    /// the model, `MODEL_REJECTED`, `BACKEND_FAILED`, `OVERLOADED`, and those of [`Client::info`].
     pub async fn classify(
         &self,
         images: impl IntoIterator<Item = Bytes>,
@@ -239,12 +239,12 @@ impl Session {
         Ok(reply.timings.unwrap_or_default())
     }
 
-    /// Makes the session hold a resource; only what the agent lacks goes over the wire. The content stays in memory as
-    /// long as the session holds it, for an agent that was restarted.
+    /// Makes the session hold a resource; only what the agent lacks goes over the wire. The content stays in
+    /// memory as long as the session holds it, for an agent that was restarted.
     ///
     /// # Errors
-    /// `BAD_ARGUMENT` for a list of files that cannot be, `QUOTA_EXCEEDED`, `MODEL_REJECTED`, `DEADLINE` when the agent
-    /// takes nothing more for that long, and those of [`Client::info`].
+    /// `BAD_ARGUMENT` for a list of files that cannot be, `QUOTA_EXCEEDED`, `MODEL_REJECTED`, `DEADLINE` when
+    /// the agent takes nothing more for that long, and those of [`Client::info`].
     pub async fn register(&self, files: ResourceFiles) -> Result<Resource, Error> {
         let kind = files.kind;
         let (content, meter) = files.hash().await?;
@@ -335,9 +335,9 @@ impl Session {
         Ok(self.on_session(|| deadline, run).await?.0)
     }
 
-    /// Runs `body` with the session's id. If the agent does not know the session, it did not run anything: the session
-    /// is opened again and the body runs once more. Returns also the epoch in which it succeeded. `deadline` bounds
-    /// each wait for the session.
+    /// Runs `body` with the session's id. If the agent does not know the session, it did not run anything:
+    /// the session is opened again and the body runs once more. Returns also the epoch in which it succeeded.
+    /// `deadline` bounds each wait for the session.
     async fn on_session<R, D, F, Fut>(&self, deadline: D, body: F) -> Result<(R, u64), Error>
     where
         D: Fn() -> Deadline,

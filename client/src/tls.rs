@@ -81,7 +81,8 @@ impl fmt::Debug for TlsDialer {
 
 impl Tls {
     /// # Errors
-    /// `BAD_ARGUMENT` for files that cannot be read or do not hold what they should, and for an unusable server name.
+    /// `BAD_ARGUMENT` for files that cannot be read or do not hold what they should, and for an unusable
+    /// server name.
     pub(crate) fn dialer(&self, authority: &Authority) -> Result<TlsDialer, Error> {
         let name = self.server_name.as_ref().unwrap_or(&authority.host);
         let server_name = ServerName::try_from(name.clone()).map_err(|e| {
@@ -175,12 +176,12 @@ pub(crate) fn failure(address: &dyn fmt::Display, error: &io::Error) -> Option<F
     let cause = error.get_ref()?.downcast_ref::<rustls::Error>()?;
     Some(match cause {
         rustls::Error::InvalidCertificate(_) => Failure::unauthenticated(format!(
-            "the certificate of {address} is not trusted: {cause}; check --tls-ca (the CA that signed it) and \
-             --tls-server-name (the name it is for)"
+            "the certificate of {address} is not trusted: {cause}; check --tls-ca (the CA that signed it) \
+             and --tls-server-name (the name it is for)"
         )),
         rustls::Error::AlertReceived(alert) if is_refusal(*alert) => Failure::unauthenticated(format!(
-            "{address} refuses this client: {cause}; check --tls-cert and --tls-key (a certificate from the CA that the \
-             agent trusts)"
+            "{address} refuses this client: {cause}; check --tls-cert and --tls-key (a certificate from the \
+             CA that the agent trusts)"
         )),
         _ => Failure::unreachable(format!(
             "TLS with {address} failed: {cause}; does the agent listen with tls:// there?"

@@ -200,7 +200,8 @@ impl Meter {
 
 /// Makes the session hold the content; returns the resource's name.
 ///
-/// An upload may take as long as it takes: `patience` bounds the time in which the agent gets no further byte.
+/// An upload may take as long as it takes: `patience` bounds the time in which the agent gets no further
+/// byte.
 pub(crate) async fn register(
     link: &Link,
     session: &str,

@@ -7,12 +7,12 @@ use std::task::{Context, Poll};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// Longest write to the host or to this machine over vsock, in bytes. Since Linux 6.17 a longer one reaches the VMM as
-/// several descriptors, on which some VMMs break.
+/// Longest write to the host or to this machine over vsock, in bytes. Since Linux 6.17 a longer one reaches
+/// the VMM as several descriptors, on which some VMMs break.
 const VSOCK_WRITE_BYTES_MAX: usize = 32 << 10;
 
-/// Longest write to another guest over vsock, in bytes. A device that forwards between guests may lose what does not
-/// fit the receiver's 4 KiB buffers.
+/// Longest write to another guest over vsock, in bytes. A device that forwards between guests may lose what
+/// does not fit the receiver's 4 KiB buffers.
 const SIBLING_WRITE_BYTES_MAX: usize = 3 << 10;
 
 /// A stream that takes at most so many bytes at once.

@@ -1,4 +1,5 @@
-//! One HTTP/2 connection as a gRPC transport: it addresses and signs requests, and tells how far a failed one got.
+//! One HTTP/2 connection as a gRPC transport: it addresses and signs requests, and tells how far a failed one
+//! got.
 
 use std::error::Error as _;
 use std::fmt;
@@ -147,8 +148,8 @@ fn stream_error(error: &hyper::Error) -> Option<&h2::Error> {
     error.source()?.downcast_ref()
 }
 
-/// Whether the agent says that it did not begin with the request: it refused the stream, or its GOAWAY names an earlier
-/// one as the last (RFC 9113, 6.8 and 8.7). Streams it did begin with do not fail with the GOAWAY.
+/// Whether the agent says that it did not begin with the request: it refused the stream, or its GOAWAY names
+/// an earlier one as the last (RFC 9113, 6.8 and 8.7). Streams it did begin with do not fail with the GOAWAY.
 fn is_refusal(error: &h2::Error) -> bool {
     error.is_remote()
         && (error.is_go_away() || error.is_reset() && error.reason() == Some(h2::Reason::REFUSED_STREAM))

@@ -34,7 +34,8 @@ pub enum Endpoint {
         /// Port.
         port: u32,
     },
-    /// Hybrid vsock: the unix sockets by which Firecracker, Cloud Hypervisor and vhost-device-vsock carry a guest's vsock.
+    /// Hybrid vsock: the unix sockets by which Firecracker, Cloud Hypervisor and vhost-device-vsock carry a guest's
+    /// vsock.
     HybridVsock {
         /// The VMM's own socket (its `uds_path`).
         path: PathBuf,

@@ -1,8 +1,8 @@
 //! The workshop: engines behind one seam.
 //!
 //! An [`Engine`] loads a scanned model and runs it; everything an engine-independent part can know about a model (its
-//! inputs and outputs, its metadata, whether it may be loaded at all) comes from [`onnx`]. The crates of the engines are
-//! named in [`tract`] and [`onnxruntime`] and nowhere else.
+//! inputs and outputs, its metadata, whether it may be loaded at all) comes from [`onnx`]. The crates of the engines
+//! are named in [`tract`] and [`onnxruntime`] and nowhere else.
 
 mod onnx;
 mod onnxruntime;
@@ -138,8 +138,9 @@ const ONNXRUNTIME_BROKEN: &str = "its library cannot be used; the agent's log sa
 impl OnnxRuntime {
     fn get(&self) -> Result<&onnxruntime::OnnxRuntime, &str> {
         let loaded = self.loaded.get_or_init(|| match &self.found {
-            Some(path) => onnxruntime::OnnxRuntime::load(path, self.threads)
-                .inspect_err(|why| tracing::warn!("{why}")),
+            Some(path) => {
+                onnxruntime::OnnxRuntime::load(path, self.threads).inspect_err(|why| tracing::warn!("{why}"))
+            }
             None => Err(ONNXRUNTIME_ABSENT.into()),
         });
         loaded.as_ref().map_err(String::as_str)
@@ -167,7 +168,8 @@ impl Engines {
     /// # Errors
     /// A library, engine or device the configuration names cannot be used.
     pub(crate) fn new(config: &EngineConfig) -> Result<Self, Error> {
-        let variable = || std::env::var_os("ORT_DYLIB_PATH").filter(|path| !path.is_empty()).map(PathBuf::from);
+        let variable =
+            || std::env::var_os("ORT_DYLIB_PATH").filter(|path| !path.is_empty()).map(PathBuf::from);
         let named = config.onnxruntime.clone().or_else(variable);
         let must_load = named.is_some();
         let found = named.or_else(onnxruntime::usual_place);
@@ -203,19 +205,23 @@ impl Engines {
     pub(crate) fn choose(&self, asked: Choice) -> Result<Choice, Error> {
         let or = |asked: String, default: &String| if asked.is_empty() { default.clone() } else { asked };
         let engine = if asked.engine == "auto" { String::new() } else { asked.engine };
-        let choice =
-            Choice { engine: or(engine, &self.default.engine), device: or(asked.device, &self.default.device) };
+        let choice = Choice {
+            engine: or(engine, &self.default.engine),
+            device: or(asked.device, &self.default.device),
+        };
         if !["", TRACT, ONNXRUNTIME].contains(&choice.engine.as_str()) {
             let asked = vaccel_proto::error::shown(&choice.engine);
             return Err(Error::field("engine", format!("{TRACT} or {ONNXRUNTIME}"), asked));
         }
         if let Some(why) = self.onnxruntime.absent_because().filter(|_| choice.engine == ONNXRUNTIME) {
-            let message = format!("engine {ONNXRUNTIME} was asked for and is absent: {why}; {TRACT} is there");
+            let message =
+                format!("engine {ONNXRUNTIME} was asked for and is absent: {why}; {TRACT} is there");
             return Err(Error::new(Reason::Disabled, message));
         }
         if !["", CPU].contains(&choice.device.as_str()) {
             let asked = vaccel_proto::error::shown(&choice.device);
-            let message = format!("device {asked} was asked for and is absent; the engines here compute on: {CPU}");
+            let message =
+                format!("device {asked} was asked for and is absent; the engines here compute on: {CPU}");
             return Err(Error::new(Reason::Disabled, message));
         }
         Ok(choice)

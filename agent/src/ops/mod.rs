@@ -1,7 +1,7 @@
 //! Operations: one file each, one row each.
 //!
-//! To add one: a message pair and an arm in each `oneof` of `ops.proto`, a file here, a row in [`ops!`]. Without the row
-//! the match in `run` does not cover the new arm and the crate does not compile.
+//! To add one: a message pair and an arm in each `oneof` of `ops.proto`, a file here, a row in [`ops!`]. Without the
+//! row the match in `run` does not cover the new arm and the crate does not compile.
 
 mod image_classification;
 mod image_input;

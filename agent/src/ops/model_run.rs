@@ -2,7 +2,8 @@
 //!
 //! *Shapes:* what the model declares; a dimension it leaves open takes any size. Inputs come all by name or all by
 //! position. *Errors:* `BAD_ARGUMENT` with the field for a tensor that does not fit, `NOT_FOUND` for a resource the
-//! session does not hold, `MODEL_REJECTED` when it cannot be loaded, `DEADLINE`. *Source:* ONNX 1.20 operator semantics.
+//! session does not hold, `MODEL_REJECTED` when it cannot be loaded, `DEADLINE`. *Source:* ONNX 1.20 operator
+//! semantics.
 
 use std::sync::Arc;
 

@@ -52,9 +52,10 @@ impl Acceptor {
                 builder.with_client_cert_verifier(verifier.map_err(|error| refuse(&error))?)
             }
         };
-        let mut config = builder
-            .with_single_cert(chain, key)
-            .map_err(|error| ConfigError::new(format!("--tls-cert and --tls-key: {error}")))?;
+        let mut config = builder.with_single_cert(chain, key).map_err(|error| {
+            let (cert, key) = (files.cert.display(), files.key.display());
+            ConfigError::new(format!("--tls-cert {cert} and --tls-key {key}: {error}"))
+        })?;
         config.alpn_protocols = vec![b"h2".to_vec()];
         Ok(Self(TlsAcceptor::from(Arc::new(config))))
     }

@@ -59,8 +59,9 @@ fn every_operation_reason_and_flag_is_in_the_readme() {
     }
     let help = Command::new(env!("CARGO_BIN_EXE_vaccel-agent")).arg("--help").output().unwrap();
     let help = String::from_utf8(help.stdout).unwrap();
-    let flags = help.split_whitespace().filter(|word| word.starts_with("--") && word.len() > 2);
-    for flag in flags.map(|flag| flag.trim_end_matches([',', '.', ']'])).filter(|f| !["--help", "--version"].contains(f)) {
+    let words = help.split_whitespace().map(|word| word.trim_end_matches([',', '.', ']']));
+    let flags = words.filter(|word| word.starts_with("--") && word.len() > 2);
+    for flag in flags.filter(|flag| !["--help", "--version"].contains(flag)) {
         assert!(text.contains(&format!("`{flag}`")) || text.contains(flag), "the README lacks the flag {flag}");
     }
 }
@@ -69,6 +70,9 @@ fn every_operation_reason_and_flag_is_in_the_readme() {
 fn the_guest_in_the_readme_is_the_example() {
     let example = std::fs::read_to_string(repository().join("examples/hello.rs")).unwrap();
     let shown = blocks("rust").remove(0);
-    let code = |text: &str| text.lines().filter(|l| !l.starts_with("//!") && !l.is_empty()).map(str::to_owned).collect::<Vec<_>>();
+    let code = |text: &str| -> Vec<String> {
+        let lines = text.lines().filter(|line| !line.starts_with("//!") && !line.is_empty());
+        lines.map(str::to_owned).collect()
+    };
     assert_eq!(code(&shown), code(&example));
 }

@@ -44,6 +44,21 @@ async fn every_method_reaches_the_agent() {
 }
 
 #[tokio::test]
+async fn calls_can_move_to_other_threads() {
+    fn moves<T: Send>(_: T) {}
+    let fake = Fake::listening();
+    moves(vaccel_client::connect("unix:///nonexistent"));
+    let client = fake.client().await;
+    moves(client.info());
+    let session = client.open_session(SessionOptions::default()).await.unwrap();
+    let model = session.register(ResourceFiles::model("m", &b"m"[..])).await.unwrap();
+    moves(session.register(ResourceFiles::model("m", &b"m"[..])));
+    moves(session.run(&model, vec![], &["y"]));
+    moves(session.classify([], ClassifyOptions { model: Some(&model), top_k: 1 }));
+    moves(session.close());
+}
+
+#[tokio::test]
 async fn a_large_tensor_goes_both_ways() {
     let fake = Fake::listening();
     let session = fake.client().await.open_session(SessionOptions::default()).await.unwrap();

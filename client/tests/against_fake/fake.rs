@@ -21,7 +21,7 @@ use vaccel_client::proto::v1::operations_server::{Operations, OperationsServer};
 use vaccel_client::proto::v1::resources_server::{Resources, ResourcesServer};
 use vaccel_client::proto::v1::sessions_server::{Sessions, SessionsServer};
 use vaccel_client::proto::v1::*;
-use vaccel_client::{Client, Endpoint, Error};
+use vaccel_client::{Client, Endpoint, Error, Reason};
 
 /// What to do with the next run.
 pub(crate) enum Step {
@@ -40,6 +40,8 @@ pub(crate) struct State {
     pub(crate) cut_upload_after: Mutex<Option<usize>>,
     /// That cut is a restart.
     pub(crate) cut_forgets: AtomicBool,
+    /// Uploads are refused for their size while most of them is still to come.
+    pub(crate) refuse_upload: AtomicBool,
     pub(crate) connections: AtomicUsize,
     pub(crate) opened: AtomicUsize,
     pub(crate) runs: AtomicUsize,
@@ -203,7 +205,11 @@ struct Door(Arc<State>);
 #[tonic::async_trait]
 impl Agent for Door {
     async fn info(&self, _: Request<InfoRequest>) -> Result<Response<InfoReply>, Status> {
-        Ok(Response::new(InfoReply { version: "fake".into(), ..InfoReply::default() }))
+        let operations = vec![OperationInfo { name: "noop".into(), summary: "nothing".into() }];
+        let absent = "no library".to_owned();
+        let engines =
+            vec![EngineInfo { name: "ort".into(), absent_because: absent, ..EngineInfo::default() }];
+        Ok(Response::new(InfoReply { version: "fake".into(), operations, engines, ..InfoReply::default() }))
     }
 }
 
@@ -272,6 +278,9 @@ impl Resources for Door {
         let first = stream.message().await?.unwrap();
         self.0.session(&first.session)?;
         self.0.uploads.lock().unwrap().push((first.offset, 0));
+        if self.0.refuse_upload.load(SeqCst) {
+            return Err(Error::limit(Reason::QuotaExceeded, "resources", 1, first.size, "bytes").into());
+        }
         let mut piece = first.data;
         loop {
             {

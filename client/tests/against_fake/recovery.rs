@@ -68,7 +68,9 @@ async fn a_call_that_the_agent_did_not_take_is_repeated_always() {
 async fn a_call_that_the_agent_took_is_not() {
     const CANCELLED: &[u8] = &[0, 0, 4, 3, 0, 0, 0, 0, 1, 0, 0, 0, 8];
     const GOAWAY_AFTER: &[u8] = &[0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0];
-    for frame in [CANCELLED, GOAWAY_AFTER, b""] {
+    // `:status 200` and no more.
+    const HALF_A_REPLY: &[u8] = &[0, 0, 1, 1, 4, 0, 0, 0, 1, 0x88];
+    for frame in [CANCELLED, GOAWAY_AFTER, HALF_A_REPLY, b""] {
         let error = answered(frame).await.unwrap_err();
         assert_eq!(error.reason(), Reason::Unreachable);
         assert!(error.to_string().contains("may have run"), "{error}");

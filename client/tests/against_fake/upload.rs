@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 use vaccel_client::proto::limits::CHUNK_BYTES_MAX;
-use vaccel_client::{ResourceFiles, ResourceKind, SessionOptions};
+use vaccel_client::{Reason, ResourceFiles, ResourceKind, SessionOptions};
 
 use crate::fake::Fake;
 
@@ -59,4 +59,17 @@ async fn an_agent_that_restarts_under_an_upload_gets_all_of_it() {
     session.register(ResourceFiles::model("m", content())).await.unwrap();
     assert_eq!(fake.state.opened(), 2);
     assert_eq!(*fake.state.uploads.lock().unwrap(), [(0, CHUNK_BYTES_MAX), (0, SIZE)]);
+}
+
+#[tokio::test]
+async fn an_upload_that_is_refused_in_its_middle_ends_with_the_reason() {
+    let fake = Fake::listening();
+    let session = fake.client().await.open_session(SessionOptions::default()).await.unwrap();
+    fake.state.refuse_upload.store(true, SeqCst);
+    for _ in 0..20 {
+        let error = session.register(ResourceFiles::model("m", content())).await.unwrap_err();
+        assert_eq!(error.reason(), Reason::QuotaExceeded, "{error}");
+    }
+    assert_eq!(fake.state.uploads.lock().unwrap().len(), 20);
+    assert_eq!(fake.state.connections.load(SeqCst), 1);
 }

@@ -48,23 +48,24 @@ pub(crate) struct Target {
     pub(crate) engine: String,
 
     /// PEM file of the CA that signed the agent's certificate; the system's CAs if not said
-    #[arg(long, global = true, value_name = "FILE", env = env::TLS_CA)]
+    /// [env: VACCEL_TLS_CA]
+    #[arg(long, global = true, value_name = "FILE")]
     tls_ca: Option<PathBuf>,
 
-    /// PEM file of this client's certificate chain
-    #[arg(long, global = true, value_name = "FILE", env = env::TLS_CERT)]
+    /// PEM file of this client's certificate chain [env: VACCEL_TLS_CERT]
+    #[arg(long, global = true, value_name = "FILE")]
     tls_cert: Option<PathBuf>,
 
-    /// PEM file of its private key
-    #[arg(long, global = true, value_name = "FILE", env = env::TLS_KEY)]
+    /// PEM file of its private key [env: VACCEL_TLS_KEY]
+    #[arg(long, global = true, value_name = "FILE")]
     tls_key: Option<PathBuf>,
 
     /// Name that the agent's certificate is for, where it is not the host of the address
     #[arg(long, global = true, value_name = "NAME")]
     tls_server_name: Option<String>,
 
-    /// File that holds the bearer token; the token itself may be in VACCEL_TOKEN
-    #[arg(long, global = true, value_name = "FILE", env = env::TOKEN_FILE)]
+    /// File that holds the bearer token [env: VACCEL_TOKEN_FILE, or the token itself in VACCEL_TOKEN]
+    #[arg(long, global = true, value_name = "FILE")]
     token_file: Option<PathBuf>,
 }
 
@@ -141,13 +142,15 @@ impl Target {
             None => env::address().map_err(usage)?,
         };
         let endpoint = endpoint.for_dialing().map_err(|e| Failure::Usage(e.to_string()))?;
+        let set = env::tls().map_err(usage)?;
         let file = |path: &Option<PathBuf>| path.clone().map(Pem::File);
         let identity = match (file(&self.tls_cert), file(&self.tls_key)) {
             (Some(certificate), Some(key)) => Some((certificate, key)),
-            (None, None) => None,
+            (None, None) => set.identity,
             _ => return Err(Failure::Usage("--tls-cert and --tls-key go together".into())),
         };
-        let tls = Tls { ca: file(&self.tls_ca), identity, server_name: self.tls_server_name.clone() };
+        let ca = file(&self.tls_ca).or(set.ca);
+        let tls = Tls { ca, identity, server_name: self.tls_server_name.clone() };
         let mut builder = Client::builder(endpoint).tls(tls);
         let token = match &self.token_file {
             Some(path) => Some(env::token_in(path).map_err(usage)?),

@@ -96,7 +96,8 @@ fn text(file: &str, width: usize, labels: &[Label]) -> String {
 }
 
 fn label(label: &Label) -> Value {
-    // As an f64 the shortest text of the f32 is not the shortest any more: 0.1 would print as 0.10000000149011612.
+    // As an f64 the shortest text of the f32 is not the shortest any more: 0.1 would print as
+    // 0.10000000149011612.
     let probability: f64 = label.probability.to_string().parse().unwrap_or(f64::from(label.probability));
     json!({"name": label.name, "index": label.index, "probability": probability})
 }

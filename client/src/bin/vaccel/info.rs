@@ -30,11 +30,11 @@ pub(crate) async fn info(client: &Client, output: &mut Output) -> Result<(), Fai
         },
     }));
     let mut rows = vec![
-        row("agent", format!("version {} at {}", info.version, client.endpoint())),
-        row("tenant", info.tenant.clone()),
+        row("agent", &format!("version {} at {}", info.version, client.endpoint())),
+        row("tenant", &info.tenant),
     ];
     for operation in &info.operations {
-        rows.push(row("operation", operation.name.clone()));
+        rows.push(row("operation", &operation.name));
     }
     for engine in &info.engines {
         let state = if engine.absent_because.is_empty() {
@@ -42,15 +42,15 @@ pub(crate) async fn info(client: &Client, output: &mut Output) -> Result<(), Fai
         } else {
             format!("absent: {}", engine.absent_because)
         };
-        rows.push(row("engine", format!("{} {} {state}", engine.name, engine.version)));
+        rows.push(row("engine", &format!("{} {} {state}", engine.name, engine.version)));
     }
     let of = |used: u64, limit: u64| format!("{used} of {limit}");
     rows.extend([
-        row("sessions", of(usage.sessions, limits.sessions_max)),
-        row("calls", of(usage.calls_in_flight, limits.calls_in_flight_max)),
-        row("resources", format!("{} of {}", bytes(usage.resource_bytes), bytes(limits.resource_bytes_max))),
-        row("message", format!("at most {}", bytes(limits.message_bytes_max))),
-        row("lease", format!("{} s", limits.session_lease_ms / 1000)),
+        row("sessions", &of(usage.sessions, limits.sessions_max)),
+        row("calls", &of(usage.calls_in_flight, limits.calls_in_flight_max)),
+        row("resources", &format!("{} of {}", bytes(usage.resource_bytes), bytes(limits.resource_bytes_max))),
+        row("message", &format!("at most {}", bytes(limits.message_bytes_max))),
+        row("lease", &format!("{} s", limits.session_lease_ms / 1000)),
     ]);
     output.text(&table(&rows))
 }
@@ -62,8 +62,8 @@ pub(crate) async fn ops(client: &Client, output: &mut Output) -> Result<(), Fail
     output.text(&table(&info.operations.iter().map(row).collect::<Vec<_>>()))
 }
 
-fn row(name: &str, value: String) -> Vec<String> {
-    vec![name.into(), plain(&value)]
+fn row(name: &str, value: &str) -> Vec<String> {
+    vec![name.into(), plain(value)]
 }
 
 fn operations(info: &InfoReply) -> Value {

@@ -1,0 +1,312 @@
+//! Bytes that are no calls, calls that are no messages, and connections that say nothing.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::{BufMut, Bytes, BytesMut};
+use http_body::{Body as HttpBody, Frame};
+use prost::Message;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::task::JoinSet;
+use tonic::body::Body;
+use tonic::{Code, Status};
+use tower_service::Service;
+use vaccel_client::proto::v1::{NoopRequest, RunRequest, run_request::Op};
+use vaccel_client::{Endpoint, Error, Link, Reason, SessionOptions};
+
+use super::{ATTACK_BYTES_MAX, Site, refused};
+use crate::support::{Agent, endpoint, socket_path, until};
+
+const RUN: &str = "/vaccel.v1.Operations/Run";
+
+/// A request body sent frame by frame.
+struct Frames {
+    frames: VecDeque<Bytes>,
+    /// Whether it never ends.
+    stays_open: bool,
+}
+
+impl HttpBody for Frames {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        match self.frames.pop_front() {
+            Some(data) => Poll::Ready(Some(Ok(Frame::data(data)))),
+            None if self.stays_open => Poll::Pending,
+            None => Poll::Ready(None),
+        }
+    }
+}
+
+fn request(path: &str, headers: &[(&str, &str)], body: Frames) -> http::Request<Body> {
+    let request = http::Request::post(path).header("content-type", "application/grpc").header("te", "trailers");
+    let request = headers.iter().fold(request, |request, (name, value)| request.header(*name, *value));
+    request.body(Body::new(body)).unwrap()
+}
+
+/// Sends a request and returns the status of its answer.
+async fn sent(link: &Link, request: http::Request<Body>) -> Status {
+    let response = match link.clone().call(request).await {
+        Ok(response) => response,
+        Err(status) => return status,
+    };
+    if let Some(status) = Status::from_header_map(response.headers()) {
+        return status;
+    }
+    let mut body = std::pin::pin!(response.into_body());
+    while let Some(frame) = std::future::poll_fn(|context| body.as_mut().poll_frame(context)).await {
+        match frame {
+            Ok(frame) => {
+                if let Some(status) = frame.trailers_ref().and_then(Status::from_header_map) {
+                    return status;
+                }
+            }
+            Err(status) => return status,
+        }
+    }
+    Status::unknown("an answer without a status")
+}
+
+/// A message in gRPC's framing.
+fn framed(flag: u8, message: &[u8]) -> Bytes {
+    let mut frame = BytesMut::with_capacity(message.len() + 5);
+    frame.put_u8(flag);
+    frame.put_u32(u32::try_from(message.len()).unwrap());
+    frame.put_slice(message);
+    frame.freeze()
+}
+
+fn body(frames: impl IntoIterator<Item = Bytes>) -> Frames {
+    Frames { frames: frames.into_iter().collect(), stays_open: false }
+}
+
+/// The first bytes of a message that never comes whole.
+fn begun(bytes: &'static [u8]) -> Frames {
+    Frames { stays_open: true, ..body([Bytes::from_static(bytes)]) }
+}
+
+fn too_large(attack: &str, status: &Status) {
+    refused(attack, Err::<(), _>(Error::from_status(status)), Reason::MessageTooLarge, "");
+}
+
+#[tokio::test]
+async fn a_message_beyond_the_limit_is_refused_by_its_length() {
+    let site = Site::start(&[]).await;
+    let attacker = site.attacker().await;
+    let link = attacker.link();
+    let before = site.agent.peak();
+    for (attack, header) in [
+        ("4 GiB claimed", &[0, 0xff, 0xff, 0xff, 0xff][..]),
+        ("2 GiB claimed", &[0, 0x80, 0, 0, 0]),
+        ("a byte too many claimed", &[0, 0x02, 0, 0, 1]),
+        ("4 GiB claimed in pieces", &[1, 0xff, 0xff, 0xff, 0xff]),
+    ] {
+        too_large(attack, &sent(&link, request(RUN, &[], begun(header))).await);
+        site.serves_others().await;
+    }
+    let honest = framed(0, &vec![0; 33 << 20]);
+    let pieces = honest.chunks(1 << 16).map(Bytes::copy_from_slice);
+    too_large("33 MiB sent", &sent(&link, request(RUN, &[], body(pieces))).await);
+    let grown = site.agent.peak() - before;
+    assert!(grown <= ATTACK_BYTES_MAX, "{grown} bytes");
+    attacker.session.noop().await.unwrap();
+    site.serves_others().await;
+}
+
+/// A run of the operation with number 99, which nobody has.
+fn unknown_operation(session: &str) -> Bytes {
+    let mut message = RunRequest { session: session.into(), op: None }.encode_to_vec();
+    prost::encoding::encode_key(99, prost::encoding::WireType::LengthDelimited, &mut message);
+    prost::encoding::encode_varint(0, &mut message);
+    framed(0, &message)
+}
+
+#[tokio::test]
+async fn operations_that_are_not_there_are_told_with_those_that_are() {
+    let site = Site::start(&[]).await;
+    let attacker = site.attacker().await;
+    let session = attacker.session.id();
+    let none = framed(0, &RunRequest { session: session.clone(), op: None }.encode_to_vec());
+    for (attack, message) in [("number 99", unknown_operation(&session)), ("none", none)] {
+        let status = sent(&attacker.link(), request(RUN, &[], body([message]))).await;
+        let refusal =
+            refused(attack, Err::<(), _>(Error::from_status(&status)), Reason::UnknownOperation, "");
+        for known in ["noop", "image_classification", "model_run"] {
+            assert!(refusal.message().contains(known), "{refusal}");
+        }
+    }
+    for path in ["/vaccel.v1.Operations/Exec", "/vaccel.v2.Operations/Run", "/", "/grpc.reflection.v1/x", "/%00"] {
+        let status = sent(&attacker.link(), request(path, &[], body([framed(0, &[])]))).await;
+        assert_eq!(status.code(), Code::Unimplemented, "{path}: {status:?}");
+    }
+    site.serves_others().await;
+}
+
+#[tokio::test]
+async fn calls_that_are_no_messages_end_with_a_status() {
+    let site = Site::start(&[]).await;
+    let attacker = site.attacker().await;
+    let noop = RunRequest { session: attacker.session.id(), op: Some(Op::Noop(NoopRequest {})) }.encode_to_vec();
+    let gzip = [("grpc-encoding", "gzip")];
+    let long = "x".repeat(32 << 10);
+    for (attack, headers, frames, codes) in [
+        ("compressed", &gzip[..], body([framed(1, b"\x1f\x8b\x08\0\0\0\0\0\0\x03")]), &[Code::Unimplemented][..]),
+        ("compressed by nothing", &[], body([framed(1, &noop)]), &[Code::Internal]),
+        ("a flag that is none", &[], body([framed(7, &noop)]), &[Code::Internal]),
+        ("no message", &[], body([]), &[Code::Internal, Code::Cancelled]),
+        ("half a header", &[], body([Bytes::from_static(&[0, 0])]), &[Code::Internal]),
+        ("half a message", &[], body([framed(0, &noop).slice(..20)]), &[Code::Internal]),
+        ("noise", &[], body([framed(0, &[0xff; 64])]), &[Code::Internal]),
+        ("headers of 32 KiB", &[("x-long", &*long)], body([framed(0, &noop)]), &[Code::Unavailable, Code::Unknown]),
+    ] {
+        let status = sent(&attacker.link(), request(RUN, headers, frames)).await;
+        eprintln!("{attack}: {status:?}");
+        assert!(codes.contains(&status.code()), "{attack}: {status:?}");
+        site.serves_others().await;
+    }
+    let two = sent(&attacker.link(), request(RUN, &[], body([framed(0, &noop), framed(0, &noop)]))).await;
+    assert!([Code::Ok, Code::Internal].contains(&two.code()), "{two:?}");
+    attacker.session.noop().await.unwrap();
+    site.serves_others().await;
+}
+
+/// Messages that begin and never end hold a place each, and no more places than the tenant has.
+#[tokio::test]
+async fn messages_that_never_come_whole_hold_one_tenants_places_only() {
+    let site = Site::start(&["--tenant-calls-max", "32"]).await;
+    let attacker = site.attacker().await;
+    let before = site.agent.peak();
+    let mut slow = JoinSet::new();
+    for _ in 0..32 {
+        let link = attacker.link();
+        // 32 MiB claimed, one byte sent.
+        slow.spawn(async move { sent(&link, request(RUN, &[], begun(&[0, 0x02, 0, 0, 0, 0x0a]))).await });
+    }
+    until("the last place", async || attacker.session.noop().await.is_err()).await;
+    let refusal = attacker.session.noop().await.unwrap_err();
+    assert_eq!(refusal.reason(), Reason::QuotaExceeded, "{refusal:?}");
+    assert!(slow.try_join_next().is_none());
+    site.serves_others().await;
+    let grown = site.agent.peak() - before;
+    assert!(grown <= ATTACK_BYTES_MAX, "{grown} bytes");
+    slow.abort_all();
+    until("a place", async || attacker.session.noop().await.is_ok()).await;
+}
+
+trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+
+/// A bare connection.
+async fn dial(address: &str) -> Box<dyn Stream> {
+    match endpoint(address) {
+        Endpoint::Tcp(authority) => Box::new(TcpStream::connect(authority.to_string()).await.unwrap()),
+        Endpoint::HybridVsock { path, port } => {
+            let path = vaccel_client::proto::endpoint::hybrid_listen_path(&path, port);
+            Box::new(UnixStream::connect(path).await.unwrap())
+        }
+        _ => Box::new(UnixStream::connect(socket_path(address)).await.unwrap()),
+    }
+}
+
+/// Reads until the agent closes.
+async fn closed(mut stream: Box<dyn Stream>) {
+    let mut read = [0; 1024];
+    while let Ok(1..) = stream.read(&mut read).await {}
+}
+
+const OTHER_PROTOCOLS: &[(&str, &[u8])] = &[
+    ("HTTP/1.1", b"POST /vaccel.v1.Operations/Run HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n"),
+    ("another HTTP/2", b"PRI * HTTP/2.1\r\n\r\nSM\r\n\r\n"),
+    ("TLS", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"),
+    ("a VMM", b"CONNECT 2048\n"),
+    ("SSH", b"SSH-2.0-OpenSSH_9.6\r\n"),
+    ("zeros", &[0; 64]),
+    ("ones", &[0xff; 64]),
+    ("a preface and no frames", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff"),
+];
+
+const UNFINISHED: &[(&str, &[u8])] =
+    &[("nothing", b""), ("a byte", b"P"), ("half a preface", b"PRI * HTTP/2"), ("all but a byte", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r")];
+
+fn all_sockets() -> Agent {
+    Agent::start(&["unix://{}/s", "tcp://127.0.0.1:0", "hvsock://{}/vm:2048"], &["--engine", "tract"])
+}
+
+#[tokio::test]
+async fn another_protocol_is_closed_at_once_on_every_socket() {
+    let agent = all_sockets();
+    for (index, address) in agent.addresses.iter().enumerate() {
+        let session = agent.guest(index).await.open_session(SessionOptions::default()).await.unwrap();
+        for (protocol, bytes) in OTHER_PROTOCOLS {
+            let mut stream = dial(address).await;
+            // The agent may have closed at the first byte.
+            let _ = stream.write_all(bytes).await;
+            let at_once = Duration::from_secs(4);
+            let end = tokio::time::timeout(at_once, closed(stream)).await;
+            end.unwrap_or_else(|_| panic!("{protocol} at {address}: still open"));
+            session.noop().await.unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_peer_that_does_not_open_is_closed_in_time_while_others_are_served() {
+    let agent = all_sockets();
+    let mut silent = JoinSet::new();
+    let mut sessions = Vec::new();
+    for (index, address) in agent.addresses.iter().enumerate() {
+        sessions.push(agent.guest(index).await.open_session(SessionOptions::default()).await.unwrap());
+        for (_, bytes) in UNFINISHED {
+            let mut stream = dial(address).await;
+            stream.write_all(bytes).await.unwrap();
+            silent.spawn(closed(stream));
+        }
+    }
+    let all = tokio::time::timeout(crate::support::PATIENCE, async {
+        let mut served = 0;
+        while !silent.is_empty() {
+            for session in &sessions {
+                session.noop().await.unwrap();
+                served += 1;
+            }
+            while let Some(ended) = silent.try_join_next() {
+                ended.unwrap();
+            }
+        }
+        served
+    });
+    let served = all.await.expect("a silent peer is kept");
+    assert!(served >= 3 * sessions.len(), "{served} calls");
+}
+
+/// 300 connections that say nothing, 256 of which the tenant may have.
+#[tokio::test]
+async fn silent_connections_fill_one_tenants_places_only() {
+    let site = Site::start(&[]).await;
+    let address = &site.agent.addresses[0];
+    let mut silent = JoinSet::new();
+    for _ in 0..300 {
+        silent.spawn(closed(dial(address).await));
+    }
+    for _ in 0..300 - 256 {
+        silent.join_next().await.unwrap().unwrap();
+    }
+    assert!(silent.try_join_next().is_none(), "a place less than the tenant has");
+    // Not even a guest that speaks.
+    closed(dial(address).await).await;
+    site.serves_others().await;
+    let neighbour = site.agent.guest(1).await.open_session(SessionOptions::default()).await.unwrap();
+    neighbour.noop().await.unwrap();
+    while let Some(ended) = silent.join_next().await {
+        ended.unwrap();
+    }
+    site.attacker().await.session.noop().await.unwrap();
+}
