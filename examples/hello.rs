@@ -2,6 +2,8 @@
 //!
 //! `cargo run --release --example hello`, with `vaccel-agent` running in another terminal.
 
+#![allow(clippy::print_stdout, reason = "a program for people")]
+
 use vaccel_client::{ClassifyOptions, Client, SessionOptions};
 
 #[tokio::main(flavor = "current_thread")]

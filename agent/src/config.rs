@@ -18,104 +18,111 @@ use vaccel_proto::limits::{LOCAL_ADDRESS_DEFAULT, VSOCK_PORT_DEFAULT};
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Settings {
     /// Address to listen on; repeat for several [default: unix://$XDG_RUNTIME_DIR/vaccel.sock tcp://127.0.0.1:65500]
-    #[arg(long, short, env = "VACCEL_AGENT_ADDRESS", value_delimiter = ',', value_name = "URL")]
+    #[arg(
+        long,
+        short,
+        global = true,
+        env = "VACCEL_AGENT_ADDRESS",
+        value_delimiter = ',',
+        value_name = "URL"
+    )]
     #[serde(default)]
     pub address: Vec<String>,
 
     /// Also listen on vsock://any:2048
-    #[arg(long, env = "VACCEL_AGENT_VSOCK", num_args = 0..=1, default_missing_value = "true")]
+    #[arg(long, global = true, env = "VACCEL_AGENT_VSOCK", num_args = 0..=1, default_missing_value = "true")]
     pub vsock: Option<bool>,
 
     /// Write the bound addresses to FILE as JSON once every one accepts
-    #[arg(long, env = "VACCEL_AGENT_READY_FILE", value_name = "FILE")]
+    #[arg(long, global = true, env = "VACCEL_AGENT_READY_FILE", value_name = "FILE")]
     pub ready_file: Option<PathBuf>,
 
     /// Permit plain TCP on addresses other than loopback
-    #[arg(long, env = "VACCEL_AGENT_INSECURE", num_args = 0..=1, default_missing_value = "true")]
+    #[arg(long, global = true, env = "VACCEL_AGENT_INSECURE", num_args = 0..=1, default_missing_value = "true")]
     pub insecure: Option<bool>,
 
     /// Mode of unix sockets, octal [default: 660]
-    #[arg(long, env = "VACCEL_AGENT_UNIX_MODE", value_name = "MODE")]
+    #[arg(long, global = true, env = "VACCEL_AGENT_UNIX_MODE", value_name = "MODE")]
     pub unix_mode: Option<String>,
 
     /// PEM certificate chain of tls:// listeners
-    #[arg(long, env = "VACCEL_AGENT_TLS_CERT", value_name = "FILE")]
+    #[arg(long, global = true, env = "VACCEL_AGENT_TLS_CERT", value_name = "FILE")]
     pub tls_cert: Option<PathBuf>,
 
     /// PEM private key of tls:// listeners
-    #[arg(long, env = "VACCEL_AGENT_TLS_KEY", value_name = "FILE")]
+    #[arg(long, global = true, env = "VACCEL_AGENT_TLS_KEY", value_name = "FILE")]
     pub tls_key: Option<PathBuf>,
 
     /// PEM authorities; when given, tls:// clients must show a certificate one of them signed
-    #[arg(long, env = "VACCEL_AGENT_TLS_CLIENT_CA", value_name = "FILE")]
+    #[arg(long, global = true, env = "VACCEL_AGENT_TLS_CLIENT_CA", value_name = "FILE")]
     pub tls_client_ca: Option<PathBuf>,
 
     /// Lines `NAME TOKEN`; when given, tcp:// and tls:// calls must carry one of the tokens
-    #[arg(long, env = "VACCEL_AGENT_TOKEN_FILE", value_name = "FILE")]
+    #[arg(long, global = true, env = "VACCEL_AGENT_TOKEN_FILE", value_name = "FILE")]
     pub token_file: Option<PathBuf>,
 
     /// ONNX Runtime library [default: $ORT_DYLIB_PATH, then the usual library folders]
-    #[arg(long, env = "VACCEL_AGENT_ONNXRUNTIME", value_name = "PATH")]
+    #[arg(long, global = true, env = "VACCEL_AGENT_ONNXRUNTIME", value_name = "PATH")]
     pub onnxruntime: Option<PathBuf>,
 
     /// Engine for models: auto, tract or onnxruntime [default: auto]
-    #[arg(long, env = "VACCEL_AGENT_ENGINE", value_name = "NAME")]
+    #[arg(long, global = true, env = "VACCEL_AGENT_ENGINE", value_name = "NAME")]
     pub engine: Option<String>,
 
     /// Device for models, for example cpu [default: the engine's best]
-    #[arg(long, env = "VACCEL_AGENT_DEVICE", value_name = "NAME")]
+    #[arg(long, global = true, env = "VACCEL_AGENT_DEVICE", value_name = "NAME")]
     pub device: Option<String>,
 
     /// Threads that compute at the same time [default: number of cores]
-    #[arg(long, env = "VACCEL_AGENT_LANES", value_name = "N")]
+    #[arg(long, global = true, env = "VACCEL_AGENT_LANES", value_name = "N")]
     pub lanes: Option<usize>,
 
     /// Seconds a session outlives its last connection [default: 30]
-    #[arg(long, env = "VACCEL_AGENT_SESSION_LEASE", value_name = "SECONDS")]
+    #[arg(long, global = true, env = "VACCEL_AGENT_SESSION_LEASE", value_name = "SECONDS")]
     pub session_lease: Option<f64>,
 
     /// Seconds a call may take when it names no deadline [default: 60]
-    #[arg(long, env = "VACCEL_AGENT_CALL_DEADLINE", value_name = "SECONDS")]
+    #[arg(long, global = true, env = "VACCEL_AGENT_CALL_DEADLINE", value_name = "SECONDS")]
     pub call_deadline: Option<f64>,
 
     /// Seconds a model may take to load [default: 30]
-    #[arg(long, env = "VACCEL_AGENT_LOAD_DEADLINE", value_name = "SECONDS")]
+    #[arg(long, global = true, env = "VACCEL_AGENT_LOAD_DEADLINE", value_name = "SECONDS")]
     pub load_deadline: Option<f64>,
 
     /// Seconds that calls may go on after SIGTERM [default: 30]
-    #[arg(long, env = "VACCEL_AGENT_GRACE", value_name = "SECONDS")]
+    #[arg(long, global = true, env = "VACCEL_AGENT_GRACE", value_name = "SECONDS")]
     pub grace: Option<f64>,
 
     /// Connections in all [default: 1024]
-    #[arg(long, env = "VACCEL_AGENT_CONNECTIONS_MAX", value_name = "N")]
+    #[arg(long, global = true, env = "VACCEL_AGENT_CONNECTIONS_MAX", value_name = "N")]
     pub connections_max: Option<usize>,
 
     /// Connections of one tenant [default: 256]
-    #[arg(long, env = "VACCEL_AGENT_TENANT_CONNECTIONS_MAX", value_name = "N")]
+    #[arg(long, global = true, env = "VACCEL_AGENT_TENANT_CONNECTIONS_MAX", value_name = "N")]
     pub tenant_connections_max: Option<u64>,
 
     /// Sessions of one tenant [default: 64]
-    #[arg(long, env = "VACCEL_AGENT_TENANT_SESSIONS_MAX", value_name = "N")]
+    #[arg(long, global = true, env = "VACCEL_AGENT_TENANT_SESSIONS_MAX", value_name = "N")]
     pub tenant_sessions_max: Option<u64>,
 
     /// Calls in flight of one tenant [default: 64]
-    #[arg(long, env = "VACCEL_AGENT_TENANT_CALLS_MAX", value_name = "N")]
+    #[arg(long, global = true, env = "VACCEL_AGENT_TENANT_CALLS_MAX", value_name = "N")]
     pub tenant_calls_max: Option<u64>,
 
     /// MiB of resources one tenant may keep [default: 1024]
-    #[arg(long, env = "VACCEL_AGENT_TENANT_RESOURCE_MIB", value_name = "MIB")]
+    #[arg(long, global = true, env = "VACCEL_AGENT_TENANT_RESOURCE_MIB", value_name = "MIB")]
     pub tenant_resource_mib: Option<u64>,
 
     /// MiB of requests one tenant may have in flight [default: 256]
-    #[arg(long, env = "VACCEL_AGENT_TENANT_IN_FLIGHT_MIB", value_name = "MIB")]
+    #[arg(long, global = true, env = "VACCEL_AGENT_TENANT_IN_FLIGHT_MIB", value_name = "MIB")]
     pub tenant_in_flight_mib: Option<u64>,
 
     /// error, warn, info, debug or trace, or per module as in `info,vaccel_agent::transport=debug` [default: info]
-    #[arg(long, env = "VACCEL_AGENT_LOG", value_name = "FILTER")]
+    #[arg(long, global = true, env = "VACCEL_AGENT_LOG", value_name = "FILTER")]
     pub log: Option<String>,
 
     /// How log lines are written, to standard error [default: text]
-    #[arg(long, env = "VACCEL_AGENT_LOG_FORMAT", value_name = "FORMAT")]
+    #[arg(long, global = true, env = "VACCEL_AGENT_LOG_FORMAT", value_name = "FORMAT")]
     pub log_format: Option<LogFormat>,
 }
 

@@ -116,7 +116,7 @@ async fn visit(
         }
         let session = client.open_session(SessionOptions::default()).await?;
         let options = ClassifyOptions { model: None, top_k: 1 };
-        let found = session.classify(images.clone(), options.clone()).await?;
+        let found = session.classify(images.clone(), options).await?;
         for ((labels, (name, _)), expected) in found.iter().zip(IMAGES).zip(&expected) {
             let (Some(label), Some(expected)) = (labels.first(), expected.labels.first()) else {
                 return Err(DemoError::Differs(format!("{name}: no label")));
@@ -132,7 +132,7 @@ async fn visit(
         let mut latencies = Vec::with_capacity(CALLS);
         for call in 0..WARM_UP + CALLS {
             let begun = Instant::now();
-            session.classify([images[call % images.len()].clone()], options.clone()).await?;
+            session.classify([images[call % images.len()].clone()], options).await?;
             latencies.push(begun.elapsed());
         }
         let scheme = endpoint.to_string().split("://").next().unwrap_or_default().to_owned();

@@ -299,9 +299,9 @@ impl Dispatch {
         kind: i32,
         files: Vec<File>,
     ) -> Result<Registered, Error> {
-        self.call(caller, "register_resource", self.call_deadline, async |_, _| {
+        self.call(caller, "register_resource", self.call_deadline, async |account, _| {
             let session = self.session(caller, session)?;
-            self.store.register(&caller.tenant, &session.holdings, kind, files)
+            self.store.register(&caller.tenant, &session.holdings, account, kind, files)
         })
         .await
     }

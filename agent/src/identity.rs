@@ -24,8 +24,8 @@ use crate::config::ConfigError;
 /// Bytes of a hash that stand for a path: enough to tell a host's tenants apart.
 const PUBLIC_DIGEST_BYTES: usize = 6;
 
-/// Prefix of the `authorization` metadata.
-const BEARER: &str = "Bearer ";
+/// Scheme of the `authorization` metadata; schemes are matched without regard to case (RFC 9110, section 11.1).
+const BEARER: &str = "bearer";
 
 /// Shortest token a token file may hold, in bytes: 16 random characters cannot be guessed over a network.
 const TOKEN_BYTES_MIN: usize = 16;
@@ -153,9 +153,10 @@ impl Tokens {
         let refuse = |what| Error::new(Reason::Unauthenticated, what);
         let value = authorization
             .ok_or_else(|| refuse("a token is needed here: send `authorization: Bearer TOKEN`"))?;
-        let token = std::str::from_utf8(value)
+        let (_, token) = std::str::from_utf8(value)
             .ok()
-            .and_then(|value| value.strip_prefix(BEARER))
+            .and_then(|value| value.split_once(' '))
+            .filter(|(scheme, _)| scheme.eq_ignore_ascii_case(BEARER))
             .ok_or_else(|| refuse("authorization: expected `Bearer TOKEN`, got something else"))?;
         let name = self.0.get(&digest(token.trim()));
         name.map(String::as_str).ok_or_else(|| refuse("this token is not known here; ask for one that is"))
@@ -228,6 +229,9 @@ mod tests {
         let good = format!("Bearer {TOKEN}");
         let tenant = identity.of_call(&connection, &tcp, Some(good.as_bytes())).expect("known token");
         assert_eq!(tenant.to_string(), "token:edge");
+        assert!(
+            identity.of_call(&connection, &tcp, Some(good.replace("Bearer", "bearer").as_bytes())).is_ok()
+        );
         for bad in [None, Some("Bearer x".as_bytes()), Some(TOKEN.as_bytes()), Some(&[0xff][..])] {
             let refusal = identity.of_call(&connection, &tcp, bad).expect_err("refused");
             assert_eq!(refusal.reason(), Reason::Unauthenticated);

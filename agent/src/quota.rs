@@ -20,6 +20,8 @@ pub(crate) enum Unit {
     Calls,
     /// Model runs and loads that went on after their caller was answered or had left.
     AbandonedRuns,
+    /// Files, uploads and resources.
+    Objects,
     ResourceBytes,
     InFlightBytes,
 }
@@ -27,6 +29,10 @@ pub(crate) enum Unit {
 /// Computations of one tenant that nobody waits for and that have not stopped yet. An engine cannot be interrupted
 /// inside one kernel; beyond these the tenant waits, so that it cannot fill the machine with runs it gave up.
 pub(crate) const ABANDONED_RUNS_MAX: u64 = 4;
+
+/// Files, uploads and resources of one tenant. A resource names up to 64 files, so that these descriptions alone take at
+/// most some 30 MiB.
+const OBJECTS_MAX: u64 = 1000;
 
 /// The use of one tenant.
 #[derive(Debug)]
@@ -36,6 +42,7 @@ pub(crate) struct Account {
     sessions: AtomicU64,
     calls: AtomicU64,
     abandoned_runs: AtomicU64,
+    objects: AtomicU64,
     resource_bytes: AtomicU64,
     in_flight_bytes: AtomicU64,
 }
@@ -48,6 +55,7 @@ impl Account {
             sessions: AtomicU64::new(0),
             calls: AtomicU64::new(0),
             abandoned_runs: AtomicU64::new(0),
+            objects: AtomicU64::new(0),
             resource_bytes: AtomicU64::new(0),
             in_flight_bytes: AtomicU64::new(0),
         }
@@ -67,6 +75,7 @@ impl Account {
                 "runs of this tenant that nobody waits for",
                 "runs",
             ),
+            Unit::Objects => (&self.objects, OBJECTS_MAX, "files and resources of this tenant", "objects"),
             Unit::ResourceBytes => {
                 (&self.resource_bytes, self.limits.resource_bytes, "stored files of this tenant", "bytes")
             }

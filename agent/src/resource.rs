@@ -46,7 +46,7 @@ impl fmt::Debug for Hash {
 #[derive(Debug)]
 pub(crate) struct Blob {
     pub(crate) data: Bytes,
-    _counted: Hold,
+    _counted: [Hold; 2],
 }
 
 /// One registered resource.
@@ -58,6 +58,7 @@ pub(crate) struct Resource {
     pub(crate) files: Vec<(File, Arc<Blob>)>,
     /// What engines made of it.
     pub(crate) loaded: LoadedModels,
+    _counted: Hold,
 }
 
 /// A file on its way.
@@ -66,7 +67,8 @@ pub(crate) struct Upload {
     size: u64,
     received: Vec<u8>,
     hasher: Sha256,
-    counted: Hold,
+    /// Its declared size, and itself.
+    counted: [Hold; 2],
 }
 
 /// What one session holds.
@@ -155,11 +157,12 @@ impl Store {
     /// Lets a session hold a resource, or says which files must come first.
     ///
     /// # Errors
-    /// `BAD_ARGUMENT` for a kind, count, name, size or hash that cannot be.
+    /// `BAD_ARGUMENT` for a kind, count, name, size or hash that cannot be, `QUOTA_EXCEEDED` for too many resources.
     pub(crate) fn register(
         &self,
         tenant: &Tenant,
         holdings: &Holdings,
+        account: &Arc<Account>,
         kind: i32,
         files: Vec<File>,
     ) -> Result<Registered, Error> {
@@ -183,13 +186,15 @@ impl Store {
         }
         if missing.is_empty() {
             let resource = self.with_shelf(tenant, |shelf| {
-                shelf.resources.get(&id).and_then(Weak::upgrade).unwrap_or_else(|| {
-                    let loaded = LoadedModels::default();
-                    let resource = Arc::new(Resource { id: id.clone(), kind, files: present, loaded });
-                    shelf.resources.insert(id.clone(), Arc::downgrade(&resource));
-                    resource
-                })
-            });
+                if let Some(resource) = shelf.resources.get(&id).and_then(Weak::upgrade) {
+                    return Ok(resource);
+                }
+                let _counted = account.hold(Unit::Objects, 1)?;
+                let loaded = LoadedModels::default();
+                let resource = Arc::new(Resource { id: id.clone(), kind, files: present, loaded, _counted });
+                shelf.resources.insert(id.clone(), Arc::downgrade(&resource));
+                Ok::<_, Error>(resource)
+            })?;
             let mut held = holdings.held();
             for (file, _) in &resource.files {
                 held.files.remove(&Hash::new("files.sha256", &file.sha256)?);
@@ -211,11 +216,6 @@ impl Store {
         account: &Arc<Account>,
         begin: UploadBegin,
     ) -> Result<Uploading, Error> {
-        let slot = Arc::clone(holdings.held().uploads.entry(begin.hash).or_default());
-        let Ok(mut upload) = slot.try_lock_owned() else {
-            let message = "another call of this session is uploading this file; try again shortly";
-            return Err(Error::new(Reason::Overloaded, message).with(Detail::RetryAfter(UPLOAD_RETRY_AFTER)));
-        };
         // Complete already: the session keeps it, and nothing more is read.
         if let Some(blob) = self.file(tenant, begin.hash) {
             let mut held = holdings.held();
@@ -223,14 +223,34 @@ impl Store {
             held.files.insert(begin.hash, blob);
             return Ok(Uploading { begin, upload: None });
         }
-        if upload.is_none() {
-            let counted = account.hold(Unit::ResourceBytes, begin.size)?;
-            *upload = Some(Upload { size: begin.size, received: Vec::new(), hasher: Sha256::new(), counted });
-        }
-        let reached = upload.as_ref().map_or(0, |upload| upload.received.len() as u64);
+        let mut held = holdings.held();
+        let known = held.uploads.get(&begin.hash).cloned();
+        let busy = || {
+            let message = "another call of this session is uploading this file; try again shortly";
+            Error::new(Reason::Overloaded, message).with(Detail::RetryAfter(UPLOAD_RETRY_AFTER))
+        };
+        let known = known.map(|slot| slot.try_lock_owned().map_err(|_| busy())).transpose()?;
+        let (reached, size) = known
+            .as_ref()
+            .and_then(|slot| slot.as_ref())
+            .map_or((0, begin.size), |upload| (upload.received.len() as u64, upload.size));
         if begin.offset != reached {
             return Err(Error::field("offset", reached, begin.offset));
         }
+        if begin.size != size {
+            return Err(Error::field("size", size, begin.size));
+        }
+        let upload = match known {
+            Some(slot) if slot.is_some() => slot,
+            _ => {
+                let counted =
+                    [account.hold(Unit::ResourceBytes, begin.size)?, account.hold(Unit::Objects, 1)?];
+                let upload = Upload { size, received: Vec::new(), hasher: Sha256::new(), counted };
+                let slot = Arc::new(tokio::sync::Mutex::new(Some(upload)));
+                held.uploads.insert(begin.hash, Arc::clone(&slot));
+                slot.try_lock_owned().map_err(|_| busy())?
+            }
+        };
         Ok(Uploading { begin, upload: Some(upload) })
     }
 
@@ -238,9 +258,7 @@ impl Store {
     fn keep(&self, tenant: &Tenant, holdings: &Holdings, hash: Hash, upload: Upload) {
         let blob = Arc::new(Blob { data: Bytes::from(upload.received), _counted: upload.counted });
         self.with_shelf(tenant, |shelf| shelf.files.insert(hash, Arc::downgrade(&blob)));
-        let mut held = holdings.held();
-        held.uploads.remove(&hash);
-        held.files.insert(hash, blob);
+        holdings.held().files.insert(hash, blob);
     }
 }
 
@@ -295,6 +313,7 @@ impl Uploading {
             return Ok(reached);
         }
         let Some(upload) = slot.take() else { return Ok(reached) };
+        holdings.held().uploads.remove(&self.begin.hash);
         let found: [u8; 32] = upload.hasher.clone().finalize().into();
         if found != self.begin.hash.0 {
             return Err(Error::new(
@@ -398,7 +417,7 @@ mod tests {
 
         fn register(&self, holdings: &Holdings) -> Registered {
             self.store
-                .register(&self.tenant, holdings, ResourceKind::Data.into(), vec![file("f")])
+                .register(&self.tenant, holdings, &self.account, ResourceKind::Data.into(), vec![file("f")])
                 .expect("valid")
         }
     }
@@ -448,9 +467,31 @@ mod tests {
     async fn quota_is_taken_from_the_declared_size() {
         let setting = Setting::new();
         let holdings = Holdings::default();
-        let begin = UploadBegin { hash: Hash([0; 32]), size: 65, offset: 0 };
-        let refusal = setting.store.upload(&setting.tenant, &holdings, &setting.account, begin);
-        assert_eq!(refusal.err().expect("over 64 bytes").reason(), Reason::QuotaExceeded);
+        for (size, offset, reason) in [(65, 0, Reason::QuotaExceeded), (9, 1, Reason::BadArgument)] {
+            let begin = UploadBegin { hash: Hash([0; 32]), size, offset };
+            let refusal = setting.store.upload(&setting.tenant, &holdings, &setting.account, begin);
+            assert_eq!(refusal.err().expect("refused").reason(), reason);
+        }
+        assert!(holdings.held().uploads.is_empty(), "a refusal leaves nothing behind");
+        assert_eq!(setting.account.used(Unit::ResourceBytes) + setting.account.used(Unit::Objects), 0);
+    }
+
+    #[tokio::test]
+    async fn resources_over_the_same_bytes_are_counted() {
+        let setting = Setting::new();
+        let holdings = Holdings::default();
+        setting.put(&holdings, 0, CONTENT).await.expect("fits");
+        let register = |name: String| {
+            let kind = ResourceKind::Data.into();
+            setting.store.register(&setting.tenant, &holdings, &setting.account, kind, vec![file(&name)])
+        };
+        // Each name makes another resource of the one file.
+        let refused = (0..).map(|n| register(format!("f{n}"))).find_map(Result::err).expect("bounded");
+        assert_eq!(refused.reason(), Reason::QuotaExceeded);
+        let held = holdings.list();
+        holdings.unregister(&held[0].id).expect("held");
+        drop(held);
+        register("another".into()).expect("one was given back");
     }
 
     #[test]
@@ -462,6 +503,11 @@ mod tests {
         let setting = Setting::new();
         let twice = vec![file("f"), file("f")];
         let kind = ResourceKind::Model.into();
-        assert!(setting.store.register(&setting.tenant, &Holdings::default(), kind, twice).is_err());
+        assert!(
+            setting
+                .store
+                .register(&setting.tenant, &Holdings::default(), &setting.account, kind, twice)
+                .is_err()
+        );
     }
 }

@@ -251,37 +251,40 @@ mod tests {
         session.id.as_str().to_owned()
     }
 
-    #[tokio::test(start_paused = true)]
+    /// What is due this long from now.
+    fn end_due_in(sessions: &Sessions, time: Duration) {
+        sessions.end_due(Instant::now() + time);
+    }
+
+    #[tokio::test]
     async fn a_lost_connection_starts_the_countdown_and_a_call_stops_it() {
         let sessions = Sessions::new(LEASE);
         let tenant = Tenant::new("a");
         sessions.connected(FIRST);
         let id = open(&sessions, &tenant);
-        assert_eq!(sessions.end_due(Instant::now() + LEASE * 100), None, "held by its connection");
+        end_due_in(&sessions, LEASE * 100);
+        sessions.get(&id, &tenant, FIRST).expect("held by its connection");
 
         sessions.disconnected(FIRST);
-        tokio::time::advance(LEASE / 2).await;
+        end_due_in(&sessions, LEASE / 2);
         sessions.connected(SECOND);
         sessions.get(&id, &tenant, SECOND).expect("within its lease");
-        tokio::time::advance(LEASE).await;
-        sessions.end_due(Instant::now());
+        end_due_in(&sessions, LEASE * 100);
         sessions.get(&id, &tenant, SECOND).expect("held by the second connection");
 
         sessions.disconnected(SECOND);
-        tokio::time::advance(LEASE).await;
-        sessions.end_due(Instant::now());
+        end_due_in(&sessions, LEASE);
         let refusal = sessions.get(&id, &tenant, SECOND).expect_err("ended");
         assert_eq!(refusal.reason(), Reason::NotFound);
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn a_call_that_outran_its_lost_connection_does_not_keep_the_session_for_ever() {
         let sessions = Sessions::new(LEASE);
         let tenant = Tenant::new("a");
         let id = open(&sessions, &tenant);
         sessions.get(&id, &tenant, FIRST).expect("there");
-        tokio::time::advance(LEASE).await;
-        sessions.end_due(Instant::now());
+        end_due_in(&sessions, LEASE);
         assert!(sessions.get(&id, &tenant, FIRST).is_err());
     }
 

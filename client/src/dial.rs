@@ -81,6 +81,9 @@ impl Dialer {
 fn advice(endpoint: &Endpoint, kind: io::ErrorKind) -> &'static str {
     use io::ErrorKind as K;
     match (endpoint, kind) {
+        (Endpoint::Tls(_), K::UnexpectedEof | K::ConnectionReset) => {
+            "; does the agent serve TLS there, or is it tcp://?"
+        }
         (_, K::UnexpectedEof | K::BrokenPipe) => {
             "; something took the connection and closed it: is it the agent, and does it take more of them?"
         }

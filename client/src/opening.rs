@@ -49,7 +49,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Opening<S> {
         let read = ready!(Pin::new(&mut self.stream).poll_read(cx, buf));
         if let Some(report) = self.report.take() {
             let outcome = match &read {
-                Ok(()) if buf.filled().len() > before => Ok(()),
+                Ok(()) if buf.filled().len() > before => speaks_http2(buf.filled()[before]),
                 Ok(()) => {
                     Err(self.failed_write.take().unwrap_or_else(|| io::ErrorKind::UnexpectedEof.into()))
                 }
@@ -62,6 +62,17 @@ impl<S: AsyncRead + Unpin> AsyncRead for Opening<S> {
         }
         Poll::Ready(read)
     }
+}
+
+/// Judges a peer by its first byte: HTTP/2 begins with a SETTINGS frame, whose length is far below 64 KiB.
+fn speaks_http2(first: u8) -> io::Result<()> {
+    const TLS_ALERT: u8 = 0x15;
+    let what = match first {
+        0 => return Ok(()),
+        TLS_ALERT => "the agent speaks TLS there: dial it as tls://",
+        _ => "something other than an agent answers there: it does not speak HTTP/2",
+    };
+    Err(io::Error::new(io::ErrorKind::InvalidData, what))
 }
 
 /// The error once more, with the TLS error in it if that is its cause.

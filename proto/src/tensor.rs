@@ -147,7 +147,7 @@ impl Tensor {
         if self.dtype() != T::DTYPE {
             return Err(Error::field("tensor.dtype", T::DTYPE.name(), self.dtype().name()));
         }
-        if self.data.len() % size_of::<T>() != 0 {
+        if !self.data.len().is_multiple_of(size_of::<T>()) {
             let whole = format!("a multiple of {} bytes", size_of::<T>());
             return Err(Error::field("tensor.data", whole, self.data.len()));
         }

@@ -251,12 +251,11 @@ fn without_external(tensor: &[u8]) -> Result<Vec<u8>, Error> {
     Ok(out)
 }
 
+/// What becomes of one occurrence of a field.
+type Replace<'a> = dyn FnMut(&[u8]) -> Result<Vec<u8>, Error> + 'a;
+
 /// A message with every occurrence of one length-delimited field replaced.
-fn rewrite(
-    message: &[u8],
-    field_tag: u32,
-    replace: &mut dyn FnMut(&[u8]) -> Result<Vec<u8>, Error>,
-) -> Result<Vec<u8>, Error> {
+fn rewrite(message: &[u8], field_tag: u32, replace: &mut Replace<'_>) -> Result<Vec<u8>, Error> {
     let mut out = Vec::with_capacity(message.len());
     for_each_field(message, &mut |tag, field| {
         match field.content {

@@ -157,6 +157,7 @@ impl Program for OnnxRuntimeProgram {
     }
 }
 
+#[allow(clippy::needless_pass_by_value, reason = "the shape that `map_err` takes")]
 fn failed(error: ort::Error) -> Error {
     Error::new(Reason::BackendFailed, "ONNX Runtime failed while running the model")
         .caused_by(error.to_string())

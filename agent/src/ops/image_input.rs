@@ -416,7 +416,7 @@ mod tests {
             "{refusal}"
         );
         for broken in [Bytes::new(), Bytes::from_static(b"GIF89a"), whole.slice(..whole.len() - 20)] {
-            let refusal = decode("images[0]", &broken).err().expect("broken");
+            let refusal = decode("images[0]", &broken).expect_err("broken");
             assert_eq!(refusal.reason(), Reason::BadArgument);
         }
     }

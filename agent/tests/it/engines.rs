@@ -69,7 +69,7 @@ async fn scores_equal_an_independent_implementation() {
         let logits: Vec<f64> =
             case["logits"].as_array().unwrap().iter().map(|l| l.as_f64().unwrap()).collect();
         let sum: f64 = logits.iter().map(|logit| logit.exp()).sum();
-        for label in &session.classify([image], options.clone()).await.unwrap()[0] {
+        for label in &session.classify([image], options).await.unwrap()[0] {
             let expected = logits[label.index as usize].exp() / sum;
             let found = f64::from(label.probability);
             assert!((found - expected).abs() < 1e-4, "{case}: {} {found} {expected}", label.name);

@@ -16,8 +16,8 @@ use vaccel_client::proto::v1::operations_client::OperationsClient;
 use vaccel_client::proto::v1::run_request::Op;
 use vaccel_client::proto::v1::{ModelRunRequest, RunReply, RunRequest};
 use vaccel_client::{
-    ClassifyOptions, Client, Error, Link, NamedTensor, Reason, Resource, ResourceFiles, ResourceKind, Session,
-    SessionOptions, Tensor, named,
+    ClassifyOptions, Client, Error, Link, NamedTensor, Reason, Resource, ResourceFiles, ResourceKind,
+    Session, SessionOptions, Tensor, named,
 };
 
 use crate::support::{Agent, digits, read};

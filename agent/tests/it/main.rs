@@ -1,6 +1,6 @@
 //! The agent and its guests, in processes of their own, over real sockets.
 
-#![allow(missing_docs, unreachable_pub, reason = "tests")]
+#![allow(missing_docs, missing_debug_implementations, unreachable_pub, clippy::unwrap_used, reason = "tests")]
 
 mod support;
 

@@ -62,7 +62,10 @@ fn every_operation_reason_and_flag_is_in_the_readme() {
     let words = help.split_whitespace().map(|word| word.trim_end_matches([',', '.', ']']));
     let flags = words.filter(|word| word.starts_with("--") && word.len() > 2);
     for flag in flags.filter(|flag| !["--help", "--version"].contains(flag)) {
-        assert!(text.contains(&format!("`{flag}`")) || text.contains(flag), "the README lacks the flag {flag}");
+        assert!(
+            text.contains(&format!("`{flag}`")) || text.contains(flag),
+            "the README lacks the flag {flag}"
+        );
     }
 }
 
@@ -71,7 +74,9 @@ fn the_guest_in_the_readme_is_the_example() {
     let example = std::fs::read_to_string(repository().join("examples/hello.rs")).unwrap();
     let shown = blocks("rust").remove(0);
     let code = |text: &str| -> Vec<String> {
-        let lines = text.lines().filter(|line| !line.starts_with("//!") && !line.is_empty());
+        let lines = text
+            .lines()
+            .filter(|line| !line.starts_with("//!") && !line.starts_with("#!") && !line.is_empty());
         lines.map(str::to_owned).collect()
     };
     assert_eq!(code(&shown), code(&example));

@@ -1,7 +1,7 @@
 //! Guests of one agent never meet: each sees, uses and spends only what is its own.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::Path;
 
 use bytes::Bytes;
 use sha2::{Digest, Sha256};
@@ -62,7 +62,7 @@ pub fn contract() -> Contract {
 }
 
 impl Contract {
-    fn add(&mut self, path: &PathBuf) {
+    fn add(&mut self, path: &Path) {
         let text = std::fs::read_to_string(path).unwrap();
         let code = text.lines().map(|line| line.split("//").next().unwrap()).collect::<Vec<_>>().join("\n");
         let spaced = code.replace("(stream ", "(").replace(['(', ')', ';'], " ").replace('{', " { ");
@@ -85,8 +85,9 @@ impl Contract {
     }
 }
 
-/// One after the other, every field by which a request can name a session or a resource: what the agent answers to
-/// `session` and `resource` there. Where only a resource is in question, the session is the caller's `own`.
+/// One after the other, every field by which a request can name a session or a resource: what the agent
+/// answers to `session` and `resource` there. Where only a resource is in question, the session is the
+/// caller's `own`.
 async fn ask(
     link: &Link,
     own: &str,
@@ -164,7 +165,7 @@ async fn upload(
     Ok(client.upload(tokio_stream::once(request)).await?.into_inner().offset)
 }
 
-/// Checks that the session and the resource, each of them or both somebody else's, answer as those that never were.
+/// Checks that the session and the resource, each of them somebody else's, answer as those that never were.
 async fn assert_hidden(link: &Link, own: &str, session: &str, resource: &str) {
     let real = ask(link, own, session, resource).await;
     let made_up = ask(link, own, ABSENT_SESSION, ABSENT_RESOURCE).await;
@@ -418,7 +419,8 @@ async fn a_tenant_has_as_many_calls_in_flight_as_it_may() {
     let call = tokio::spawn(async move { resources.upload(ReceiverStream::new(waiting)).await });
     pieces.send(first).await.unwrap();
     pieces.send(UploadRequest { data, ..UploadRequest::default() }).await.unwrap();
-    // The first piece fills the window: the second leaves when the agent has begun to read, the call is there then.
+    // The first piece fills the window: the second leaves when the agent has begun to read, with the call
+    // counted.
     drop(pieces.reserve().await.unwrap());
 
     assert_over_quota(&a.info().await.unwrap_err(), 1, 2, "calls");

@@ -164,7 +164,8 @@ fn long_functions(path: &str, text: &str) -> Vec<String> {
         let length = lines[start..].iter().position(|line| *line == end).unwrap_or(0);
         if length > FUNCTION_LINES_MAX {
             let at = start + 1;
-            complaints.push(format!("{path}:{at}: a function of {length} lines, at most {FUNCTION_LINES_MAX}"));
+            complaints
+                .push(format!("{path}:{at}: a function of {length} lines, at most {FUNCTION_LINES_MAX}"));
         }
     }
     complaints

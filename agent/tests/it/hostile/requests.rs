@@ -246,7 +246,8 @@ async fn files_that_are_no_images_are_refused_by_their_place() {
     // What one call's pixels may take when decoded, and nothing near what the headers claimed.
     let grown = site.agent.peak() - before;
     assert!(grown <= (192 << 20) + ATTACK_BYTES_MAX, "{grown} bytes");
-    let request = ImageClassificationRequest { model: String::new(), top_k: u32::MAX, images: vec![png, jpeg] };
+    let request =
+        ImageClassificationRequest { model: String::new(), top_k: u32::MAX, images: vec![png, jpeg] };
     attacker.run(Op::ImageClassification(request)).await.unwrap();
 }
 
@@ -323,7 +324,9 @@ async fn a_deadline_says_where_the_call_was_when_it_passed() {
 async fn a_timeout_that_is_none_is_refused() {
     let site = Site::start(&[]).await;
     let attacker = site.attacker().await;
-    for timeout in ["", "soon", "1", "S", "-1S", "+1S", "1.5S", "123456789S", "1s", "1x", "0x1S", " 1S", "1 S"] {
+    for timeout in
+        ["", "soon", "1", "S", "-1S", "+1S", "1.5S", "123456789S", "1s", "1x", "0x1S", " 1S", "1 S"]
+    {
         let op = Some(Op::Noop(NoopRequest {}));
         let mut request = Request::new(RunRequest { session: attacker.session.id(), op });
         request.metadata_mut().insert("grpc-timeout", MetadataValue::try_from(timeout).unwrap());
@@ -350,7 +353,10 @@ async fn a_tenant_that_leaves_runs_behind_waits_for_them() {
         }
     };
     assert!((4..100).contains(&left_behind), "{left_behind} runs");
-    assert!(matches!(refusal.detail(), Detail::Limit { limit: 4, unit, .. } if unit == "runs"), "{refusal:?}");
+    assert!(
+        matches!(refusal.detail(), Detail::Limit { limit: 4, unit, .. } if unit == "runs"),
+        "{refusal:?}"
+    );
     attacker.session.noop().await.unwrap();
     site.serves_others().await;
 }

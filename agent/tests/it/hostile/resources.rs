@@ -47,8 +47,22 @@ async fn descriptions_that_cannot_be_are_refused_by_their_field() {
     let one = |name: &str| vec![file(name, b"x")];
     let endless = "x".repeat(257);
     for name in [
-        "", "/", "/etc/passwd", "..", "../x", "a/../../x", "./a", "a/.", "a//b", "a/", "C:\\x", "..\\x", "a\0b", "a\nb",
-        "\u{1b}[2J", &endless,
+        "",
+        "/",
+        "/etc/passwd",
+        "..",
+        "../x",
+        "a/../../x",
+        "./a",
+        "a/.",
+        "a//b",
+        "a/",
+        "C:\\x",
+        "..\\x",
+        "a\0b",
+        "a\nb",
+        "\u{1b}[2J",
+        &endless,
     ] {
         let outcome = attacker.describe(model, one(name)).await;
         let refusal = refused(&format!("{name:?}"), outcome, Reason::BadArgument, "files[0].name");
@@ -63,7 +77,7 @@ async fn descriptions_that_cannot_be_are_refused_by_their_field() {
         ("no files", model, vec![], "files"),
         ("65 files", model, vec![file("m", b"x"); 65], "files"),
         ("the same name twice", model, vec![file("m", b"x"), file("m", b"y")], "files[1].name"),
-        ("half a hash", model, vec![file("m", b"x"), short], "files[1].sha256"),
+        ("half a hash", model, vec![file("n", b"x"), short], "files[1].sha256"),
         ("an endless hash", model, vec![long], "files[0].sha256"),
     ] {
         refused(attack, attacker.describe(kind, files).await, Reason::BadArgument, field);
@@ -91,7 +105,12 @@ async fn uploads_that_lie_are_refused_and_leave_nothing() {
         ("no file", vec![unnamed], Reason::BadArgument, "sha256"),
         ("another offset", vec![after(5)], Reason::BadArgument, "offset"),
         ("the largest offset", vec![after(u64::MAX)], Reason::BadArgument, "offset"),
-        ("another content", vec![UploadRequest { data: vec![8; 1000].into(), ..first() }], Reason::BadArgument, "sha256"),
+        (
+            "another content",
+            vec![UploadRequest { data: vec![8; 1000].into(), ..first() }],
+            Reason::BadArgument,
+            "sha256",
+        ),
         ("too much at once", vec![UploadRequest { size: 999, ..first() }], Reason::BadArgument, "data"),
         ("too much in the end", vec![part, more(500), more(500)], Reason::BadArgument, "data"),
         ("a chunk of more than 1 MiB", vec![large], Reason::MessageTooLarge, ""),
@@ -150,6 +169,11 @@ async fn what_a_session_names_is_bounded_too() {
             break;
         }
     }
-    refused("one more upload", Err::<(), _>(refusal.expect("uploads without end")), Reason::QuotaExceeded, "");
+    refused(
+        "one more upload",
+        Err::<(), _>(refusal.expect("uploads without end")),
+        Reason::QuotaExceeded,
+        "",
+    );
     site.serves_others().await;
 }

@@ -38,7 +38,7 @@ impl Agent {
         for address in addresses {
             command.args(["--address", &fill(address)]);
         }
-        command.args(flags.iter().map(|flag| fill(flag))).stdout(Stdio::piped());
+        command.args(flags.iter().map(fill)).stdout(Stdio::piped());
         let mut process = command.spawn().unwrap();
         let mut lines = BufReader::new(process.stdout.take().unwrap()).lines();
         // It says each address once it accepts there.
@@ -110,7 +110,8 @@ impl Agent {
     /// Whether one of its threads is on a core or wants one.
     pub fn computes(&self) -> bool {
         let tasks = std::fs::read_dir(format!("/proc/{}/task", self.process.id())).unwrap();
-        let mut stats = tasks.filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("stat")).ok());
+        let mut stats =
+            tasks.filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("stat")).ok());
         // The state follows the name, which is in parentheses and may hold anything.
         stats.any(|stat| stat.rsplit(") ").next().unwrap().starts_with('R'))
     }
