@@ -45,8 +45,10 @@ pub(crate) struct Caller {
     /// When the caller stops waiting.
     pub(crate) deadline: Option<Instant>,
     account: Arc<Account>,
-    /// Counts the call from its first byte until its last handle is gone.
-    _counted: Arc<Hold>,
+    /// Whether it came before the agent began to stop.
+    in_time: bool,
+    /// Counts the call from its headers until its last handle is gone.
+    _counted: Arc<(Hold, InFlight)>,
 }
 
 impl Caller {
@@ -75,7 +77,7 @@ pub(crate) struct Dispatch {
     store: Store,
     workshop: Arc<Workshop>,
     draining: AtomicBool,
-    in_flight: watch::Sender<usize>,
+    in_flight: Arc<watch::Sender<usize>>,
 }
 
 impl fmt::Debug for Dispatch {
@@ -85,9 +87,17 @@ impl fmt::Debug for Dispatch {
 }
 
 /// Counts a call for as long as it is there.
-struct InFlight<'a>(&'a watch::Sender<usize>);
+#[derive(Debug)]
+struct InFlight(Arc<watch::Sender<usize>>);
 
-impl Drop for InFlight<'_> {
+impl InFlight {
+    fn new(calls: &Arc<watch::Sender<usize>>) -> Self {
+        calls.send_modify(|calls| *calls += 1);
+        Self(Arc::clone(calls))
+    }
+}
+
+impl Drop for InFlight {
     fn drop(&mut self) {
         self.0.send_modify(|calls| *calls -= 1);
     }
@@ -111,7 +121,7 @@ impl Dispatch {
             store: Store::default(),
             workshop: Arc::new(workshop),
             draining: AtomicBool::new(false),
-            in_flight: watch::Sender::new(0),
+            in_flight: Arc::new(watch::Sender::new(0)),
         }
     }
 
@@ -123,7 +133,8 @@ impl Dispatch {
         &self.sessions
     }
 
-    /// Admits a call by its headers: it counts from here on, however slowly its message comes.
+    /// Admits a call by its headers: it counts from here on, however slowly its message comes, until its reply is sent.
+    /// One that comes while the agent stops is let through to be told so; health has another answer.
     ///
     /// # Errors
     /// `QUOTA_EXCEEDED` when the tenant has too many calls in flight.
@@ -135,13 +146,15 @@ impl Dispatch {
         deadline: Option<Instant>,
     ) -> Result<Caller, Error> {
         let account = self.accounts.of(&tenant);
-        let counted = Arc::new(account.hold(Unit::Calls, 1)?);
-        Ok(Caller { tenant, connection, number, deadline, account, _counted: counted })
+        // Counted before the look: a drain that begins now waits for this call, or this call sees the drain.
+        let counted = (account.hold(Unit::Calls, 1)?, InFlight::new(&self.in_flight));
+        let in_time = !self.draining.load(Ordering::SeqCst);
+        Ok(Caller { tenant, connection, number, deadline, account, in_time, _counted: Arc::new(counted) })
     }
 
     /// Refuses new work from now on.
     pub(crate) fn begin_drain(&self) {
-        self.draining.store(true, Ordering::Relaxed);
+        self.draining.store(true, Ordering::SeqCst);
     }
 
     /// Waits until no call is in flight.
@@ -201,10 +214,7 @@ impl Dispatch {
         time_max: Duration,
         work: impl AsyncFnOnce(&Arc<Account>, Instant) -> Result<T, Error>,
     ) -> Result<T, Error> {
-        // Counted first: a drain that begins now waits for this call, or this call sees the drain.
-        self.in_flight.send_modify(|calls| *calls += 1);
-        let _in_flight = InFlight(&self.in_flight);
-        if self.draining.load(Ordering::Relaxed) {
+        if !caller.in_time {
             return Err(Error::new(Reason::ShuttingDown, "this agent is stopping; try again shortly")
                 .with(Detail::RetryAfter(SHUTDOWN_RETRY_AFTER)));
         }

@@ -1,7 +1,8 @@
 //! What each tenant holds, counted in one place for every door.
 //!
-//! A [`Account`] counts connections, sessions, calls and bytes of one tenant against its limits. Whatever is counted is
-//! a [`Hold`] that gives back when dropped, so that nothing stays counted after a call, a connection or a session ends.
+//! A [`Account`] counts connections, sessions, calls and bytes of one tenant against its limits. Whatever is counted
+//! is a [`Hold`] that gives back when dropped, so that nothing stays counted after a call, a connection or a session
+//! ends.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -30,8 +31,8 @@ pub(crate) enum Unit {
 /// inside one kernel; beyond these the tenant waits, so that it cannot fill the machine with runs it gave up.
 pub(crate) const ABANDONED_RUNS_MAX: u64 = 4;
 
-/// Files, uploads and resources of one tenant. A resource names up to 64 files, so that these descriptions alone take at
-/// most some 30 MiB.
+/// Files, uploads and resources of one tenant. A resource names up to 64 files, so that these descriptions alone take
+/// at most some 30 MiB.
 const OBJECTS_MAX: u64 = 1000;
 
 /// The use of one tenant.

@@ -169,8 +169,16 @@ mod tests {
 
     #[tokio::test]
     async fn the_first_bytes_open_the_stream() {
-        let (opened, later) = opening(vec![Ok(b"settings")]).await;
+        let (opened, later) = opening(vec![Ok(b"\0\0\x12\x04")]).await;
         opened.unwrap();
         assert!(later.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_speaks_something_else_is_told_apart() {
+        for (first, what) in [(&b"\x15\x03\x03"[..], "tls://"), (b"HTTP/1.1", "HTTP/2")] {
+            let (opened, _) = opening(vec![Ok(first)]).await;
+            assert!(opened.unwrap_err().to_string().contains(what));
+        }
     }
 }

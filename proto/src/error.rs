@@ -4,6 +4,7 @@
 //! programs, and in the agent a source that only the log sees. On the wire it is a gRPC status with `google.rpc`
 //! details; a client gets the same [`Error`] back.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::time::Duration;
 
@@ -12,6 +13,10 @@ use tonic_types::{ErrorDetails, StatusExt};
 
 /// Domain of the `google.rpc.ErrorInfo` that carries the reason.
 pub const ERROR_DOMAIN: &str = "vaccel.v1";
+
+/// Longest text of an error on the wire, in bytes. It travels in headers, percent-encoded and once more in the details;
+/// peers accept some 16 KiB of them and end the whole connection for more.
+const TEXT_BYTES_MAX: usize = 2048;
 
 /// What a caller may do about an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -227,21 +232,22 @@ impl Error {
 
     /// The status that carries this error.
     pub fn to_status(&self) -> Status {
+        let message = clipped(&self.message);
         let mut details = ErrorDetails::with_error_info(self.reason.name(), ERROR_DOMAIN, []);
         match &self.detail {
             Detail::None => {}
             Detail::Field(path) => {
-                details.add_bad_request_violation(path.as_str(), self.message.as_str());
+                details.add_bad_request_violation(path.as_str(), &*message);
             }
             Detail::Limit { subject, limit, used, unit } => {
                 let figures =
                     [("limit", limit.to_string()), ("used", used.to_string()), ("unit", unit.clone())];
                 let metadata = figures.map(|(key, value)| (key.to_owned(), value));
                 details.set_error_info(self.reason.name(), ERROR_DOMAIN, metadata);
-                details.add_quota_failure_violation(subject.as_str(), self.message.as_str());
+                details.add_quota_failure_violation(subject.as_str(), &*message);
             }
             Detail::Resource { kind, name } => {
-                details.set_resource_info(kind.as_str(), name.as_str(), "", self.message.as_str());
+                details.set_resource_info(kind.as_str(), name.as_str(), "", &*message);
             }
             Detail::RetryAfter(delay) => {
                 details.set_retry_info(Some(*delay));
@@ -250,7 +256,7 @@ impl Error {
                 details.set_request_info(id.as_str(), "");
             }
         }
-        Status::with_error_details(self.reason.code(), self.message.as_str(), details)
+        Status::with_error_details(self.reason.code(), message, details)
     }
 
     /// The error a status carries.
@@ -291,6 +297,14 @@ fn detail_of(details: &ErrorDetails) -> Detail {
         return Detail::Request(request.request_id.clone());
     }
     Detail::None
+}
+
+/// The beginning of a text that is too long for the wire.
+fn clipped(text: &str) -> Cow<'_, str> {
+    if text.len() <= TEXT_BYTES_MAX {
+        return text.into();
+    }
+    format!("{}…", &text[..text.floor_char_boundary(TEXT_BYTES_MAX)]).into()
 }
 
 /// A guest's text as it may be repeated to it and written to a log: without control characters and not longer than
@@ -358,6 +372,14 @@ mod tests {
             assert_eq!(back.message(), error.message());
             assert_eq!(back.detail(), error.detail());
         }
+    }
+
+    #[test]
+    fn a_long_text_is_clipped_between_two_characters() {
+        let back = Error::from_status(&Error::field("f", "é".repeat(5000), "x").to_status());
+        assert!(back.message().len() <= TEXT_BYTES_MAX + '…'.len_utf8());
+        assert!(back.message().ends_with("é…"), "{back}");
+        assert_eq!(back.detail(), &Detail::Field("f".into()));
     }
 
     #[test]

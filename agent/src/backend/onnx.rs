@@ -7,7 +7,7 @@
 //! *Source:* onnx.proto3 of ONNX IR version 11; only the fields read here are declared.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use bytes::{Buf, BufMut, Bytes};
 use prost::Message;
@@ -18,6 +18,16 @@ use vaccel_proto::{Error, Reason};
 
 /// Bytes of one initializer or constant written out in a model: 1 GiB is beyond what one resource may hold.
 const INITIALIZER_BYTES_MAX: u64 = 1 << 30;
+
+/// Nodes, attributes, tensors, dimensions and so on of a model. One takes 2 bytes in a file and some 500 in an engine;
+/// the largest models in use have 100,000 or so.
+const PARTS_MAX: usize = 1 << 20;
+
+/// Messages inside messages, the limit of the library that decodes them.
+const DEPTH_MAX: usize = 100;
+
+/// How often the bytes of other files may be in a model: once, and again for weights that two tensors share.
+const INLINED_TIMES_MAX: usize = 2;
 
 /// An input or output of a model.
 #[derive(Clone, Debug, PartialEq)]
@@ -58,6 +68,7 @@ impl OnnxModel {
                 bytes.len()
             ))
         };
+        count_parts(bytes, Part::Model, &mut 0, DEPTH_MAX)?;
         let model = ModelProto::decode(bytes.clone()).map_err(|error| not_onnx(&error))?;
         let graph = model.graph.as_ref().ok_or_else(|| not_onnx(&"it has no graph"))?;
         if graph.node.is_empty() {
@@ -65,11 +76,14 @@ impl OnnxModel {
         }
         let mut external = false;
         check_graph(graph, &mut external, true)?;
+        for function in &model.functions {
+            check_nodes(&function.node, &mut external)?;
+        }
         let files_by_name: HashMap<&str, &Bytes> = files.iter().map(|(name, bytes)| (*name, bytes)).collect();
         let bytes = if external { inline_external(bytes, &files_by_name)? } else { bytes.clone() };
 
-        let initialized = |name: &str| graph.initializer.iter().any(|tensor| tensor.name == name);
-        let inputs = graph.input.iter().filter(|input| !initialized(&input.name));
+        let initialized: HashSet<&str> = graph.initializer.iter().map(|tensor| &*tensor.name).collect();
+        let inputs = graph.input.iter().filter(|input| !initialized.contains(&*input.name));
         let companions = files.iter().filter(|(other, _)| *other != name);
         Ok(Self {
             bytes,
@@ -137,8 +151,14 @@ fn check_graph(graph: &GraphProto, external: &mut bool, main: bool) -> Result<()
             *external = true;
         }
     }
-    let attributes = graph.node.iter().flat_map(|node| &node.attribute);
-    for attribute in attributes {
+    if !graph.sparse_initializer.is_empty() {
+        return Err(refuse("sparse initializers are not supported; store them dense"));
+    }
+    check_nodes(&graph.node, external)
+}
+
+fn check_nodes(nodes: &[NodeProto], external: &mut bool) -> Result<(), Error> {
+    for attribute in nodes.iter().flat_map(|node| &node.attribute) {
         for tensor in attribute.t.iter().chain(&attribute.tensors) {
             check_tensor(tensor)?;
             if tensor.is_external() {
@@ -148,12 +168,9 @@ fn check_graph(graph: &GraphProto, external: &mut bool, main: bool) -> Result<()
         for inner in attribute.g.iter().chain(&attribute.graphs) {
             check_graph(inner, external, false)?;
         }
-        if attribute.sparse_tensor.is_some() {
+        if attribute.sparse_tensor.is_some() || !attribute.sparse_tensors.is_empty() {
             return Err(refuse("sparse constants are not supported; store them dense"));
         }
-    }
-    if !graph.sparse_initializer.is_empty() {
-        return Err(refuse("sparse initializers are not supported; store them dense"));
     }
     Ok(())
 }
@@ -195,17 +212,25 @@ fn check_tensor(tensor: &TensorProto) -> Result<(), Error> {
 fn inline_external(model: &Bytes, files: &HashMap<&str, &Bytes>) -> Result<Bytes, Error> {
     const GRAPH: u32 = 7;
     const INITIALIZER: u32 = 5;
+    let mut left = files.values().map(|file| file.len()).sum::<usize>() * INLINED_TIMES_MAX;
     let inlined = rewrite(model, GRAPH, &mut |graph| {
         rewrite(graph, INITIALIZER, &mut |tensor| {
             let decoded = TensorProto::decode(tensor).map_err(|error| refuse(error.to_string()))?;
-            if decoded.is_external() { inline_tensor(tensor, &decoded, files) } else { Ok(tensor.to_vec()) }
+            if !decoded.is_external() {
+                return Ok(tensor.to_vec());
+            }
+            let data = external_data(&decoded, files)?;
+            left = left.checked_sub(data.len()).ok_or_else(|| {
+                refuse("its tensors keep more data in other files than those have; store shared data once")
+            })?;
+            inline_tensor(tensor, &decoded, data)
         })
     })?;
     Ok(inlined.into())
 }
 
-fn inline_tensor(wire: &[u8], tensor: &TensorProto, files: &HashMap<&str, &Bytes>) -> Result<Vec<u8>, Error> {
-    const RAW_DATA: u32 = 9;
+/// Where a tensor says its bytes are.
+fn external_data(tensor: &TensorProto, files: &HashMap<&str, &Bytes>) -> Result<Bytes, Error> {
     let name = shown(&tensor.name);
     let entry = |key: &str| {
         tensor.external_data.iter().find(|entry| entry.key == key).map(|entry| entry.value.as_str())
@@ -221,19 +246,21 @@ fn inline_tensor(wire: &[u8], tensor: &TensorProto, files: &HashMap<&str, &Bytes
     let range = number("offset").zip(number("length")).and_then(|(offset, length)| {
         let offset = offset.unwrap_or(0);
         let length = length.unwrap_or(file.len().checked_sub(offset)?);
-        file.get(offset..offset.checked_add(length)?)
+        let end = offset.checked_add(length).filter(|end| *end <= file.len())?;
+        Some(file.slice(offset..end))
     });
-    let Some(data) = range else {
-        return Err(refuse(format!(
-            "tensor {name}: offset and length lie outside its file of {} bytes",
-            file.len()
-        )));
-    };
-    check_tensor(&TensorProto { raw_data: Bytes::copy_from_slice(data), ..tensor.clone() })?;
+    range.ok_or_else(|| {
+        refuse(format!("tensor {name}: offset and length lie outside its file of {} bytes", file.len()))
+    })
+}
+
+fn inline_tensor(wire: &[u8], tensor: &TensorProto, data: Bytes) -> Result<Vec<u8>, Error> {
+    const RAW_DATA: u32 = 9;
+    check_tensor(&TensorProto { raw_data: data.clone(), ..tensor.clone() })?;
     let mut out = without_external(wire)?;
     encode_key(RAW_DATA, WireType::LengthDelimited, &mut out);
     encode_varint(data.len() as u64, &mut out);
-    out.put_slice(data);
+    out.put_slice(&data);
     Ok(out)
 }
 
@@ -307,6 +334,59 @@ fn for_each_field<'a>(
     Ok(())
 }
 
+/// What the messages of a model are, as far as others are inside them. What is a leaf holds none.
+#[derive(Clone, Copy, PartialEq)]
+enum Part {
+    Model,
+    Function,
+    Graph,
+    Node,
+    Attribute,
+    Tensor,
+    Value,
+    Type,
+    TensorType,
+    Shape,
+    Leaf,
+}
+
+impl Part {
+    /// What a field is, if it is a part itself.
+    fn inside(self, tag: u32) -> Option<Self> {
+        match (self, tag) {
+            (Self::Model, 25) => Some(Self::Function),
+            (Self::Model, 7) | (Self::Attribute, 6 | 11) => Some(Self::Graph),
+            (Self::Graph, 1) | (Self::Function, 7) => Some(Self::Node),
+            (Self::Node, 5) | (Self::Function, 11) => Some(Self::Attribute),
+            (Self::Graph, 5) | (Self::Attribute, 5 | 10) => Some(Self::Tensor),
+            (Self::Graph, 11..=13) | (Self::Function, 12) => Some(Self::Value),
+            (Self::Value, 2) | (Self::Attribute, 14 | 15) => Some(Self::Type),
+            (Self::Type, 1) => Some(Self::TensorType),
+            (Self::TensorType, 2) => Some(Self::Shape),
+            (Self::Model, 8 | 14 | 20)
+            | (Self::Graph, 14..=16)
+            | (Self::Node, 1 | 2 | 9)
+            | (Self::Attribute, 22 | 23)
+            | (Self::Tensor, 13)
+            | (Self::Shape, 1) => Some(Self::Leaf),
+            _ => None,
+        }
+    }
+}
+
+/// Counts the parts of a message before they are decoded.
+fn count_parts(message: &[u8], part: Part, parts: &mut usize, depth_left: usize) -> Result<(), Error> {
+    let depth_left = depth_left.checked_sub(1).ok_or_else(|| refuse("its graphs are nested too deep"))?;
+    for_each_field(message, &mut |tag, field| {
+        let (Some(content), Some(inner)) = (field.content, part.inside(tag)) else { return Ok(()) };
+        *parts += 1;
+        if *parts > PARTS_MAX {
+            return Err(refuse(format!("expected a model of at most {PARTS_MAX} nodes, tensors and so on")));
+        }
+        if inner == Part::Leaf { Ok(()) } else { count_parts(content, inner, parts, depth_left) }
+    })
+}
+
 /// The text of a companion file or a metadata property, the file first.
 impl OnnxModel {
     pub(crate) fn description(&self, file: &str, property: &str) -> Option<Cow<'_, str>> {
@@ -328,6 +408,10 @@ messages! {
     ModelProto {
         graph: Option<GraphProto> = #[prost(message, optional, tag = "7")];
         metadata_props: Vec<StringStringEntryProto> = #[prost(message, repeated, tag = "14")];
+        functions: Vec<FunctionProto> = #[prost(message, repeated, tag = "25")];
+    }
+    FunctionProto {
+        node: Vec<NodeProto> = #[prost(message, repeated, tag = "7")];
     }
     StringStringEntryProto {
         key: String = #[prost(string, tag = "1")];
@@ -349,6 +433,7 @@ messages! {
         tensors: Vec<TensorProto> = #[prost(message, repeated, tag = "10")];
         graphs: Vec<GraphProto> = #[prost(message, repeated, tag = "11")];
         sparse_tensor: Option<Bytes> = #[prost(bytes = "bytes", optional, tag = "22")];
+        sparse_tensors: Vec<Bytes> = #[prost(bytes = "bytes", repeated, tag = "23")];
     }
     TensorProto {
         dims: Vec<i64> = #[prost(int64, repeated, tag = "1")];

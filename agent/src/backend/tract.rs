@@ -31,8 +31,8 @@ use crate::scheduler::Cancel;
 /// Plans kept for one model. A plan repeats the optimised weights, so each costs about a model's size.
 const PLANS_MAX: usize = 8;
 
-/// Bytes of one tensor inside a run: 16 times what goes in or out of one.
-const TENSOR_BYTES_MAX: usize = 512 << 20;
+/// Bytes of one tensor inside a run.
+const TENSOR_BYTES_MAX: usize = 1 << 30;
 
 /// Bytes of all tensors that a run holds at the same time, its model's weights aside.
 const RUN_BYTES_MAX: usize = 2 << 30;
@@ -156,7 +156,8 @@ fn check_run(model: &TypedModel) -> TractResult<()> {
         computed.map(|size| size.unwrap_or(0)).fold(0, usize::saturating_add)
     };
     let steps = order.iter().enumerate();
-    let uses = steps.flat_map(|(step, node)| model.node(*node).inputs.iter().map(move |input| (input.node, step)));
+    let uses =
+        steps.flat_map(|(step, node)| model.node(*node).inputs.iter().map(move |input| (input.node, step)));
     let mut last_use: HashMap<usize, usize> = uses.collect();
     let mut held = 0_usize;
     for (step, node) in order.iter().enumerate() {
@@ -178,12 +179,7 @@ fn check_run(model: &TypedModel) -> TractResult<()> {
 /// Refuses what is too large and depends on the numbers in a run.
 fn check_step(context: &EvalContext<'_>, node: &TypedNode, inputs: &[TValue]) -> TractResult<()> {
     if node.op_is::<Range>() {
-        let number = |index: usize| inputs[index].cast_to_scalar::<f64>();
-        let count = ((number(1)? - number(0)?) / number(2)?).abs().ceil();
-        // What is not a number is not below the limit either.
-        if !(count <= (TENSOR_BYTES_MAX / size_of::<f64>()) as f64) {
-            return Err(TooLarge(format!("it would make a list of {count} numbers")).into());
-        }
+        check_range(inputs)?;
     }
     for output in node.outputs.iter().filter(|output| !output.fact.shape.is_concrete()) {
         if let Ok(shape) = output.fact.shape.eval_to_usize(context.symbols) {
@@ -191,6 +187,17 @@ fn check_step(context: &EvalContext<'_>, node: &TypedNode, inputs: &[TValue]) ->
         }
     }
     Ok(())
+}
+
+/// Refuses a range from the numbers that say how long it is: shapes are planned with smaller integers.
+fn check_range(inputs: &[TValue]) -> TractResult<()> {
+    let number = |index: usize| inputs[index].cast_to_scalar::<f64>();
+    let count = ((number(1)? - number(0)?) / number(2)?).abs().ceil();
+    // What is not a number is not below the limit either.
+    if count <= (TENSOR_BYTES_MAX / size_of::<f64>()) as f64 {
+        return Ok(());
+    }
+    Err(TooLarge(format!("it would make a list of {count} numbers")).into())
 }
 
 /// Wraps every operator of a model, and of the models inside it, in [`Guarded`].
@@ -286,6 +293,9 @@ impl EvalOp for Guarded {
     }
 
     fn eval_out_of_plan(&self, inputs: TVec<TValue>) -> TractResult<Option<TVec<TValue>>> {
+        if self.op.name() == "Range" {
+            check_range(&inputs)?;
+        }
         self.op.eval_out_of_plan(inputs)
     }
 

@@ -314,9 +314,32 @@ fn decoder<'a>(path: &str, file: &'a Bytes) -> Result<impl ImageDecoder + 'a, Er
 fn decode(path: &str, file: &Bytes) -> Result<DynamicImage, Error> {
     let mut decoder = decoder(path, file)?;
     let orientation = decoder.orientation().map_err(|error| undecodable(path, file, &error))?;
+    if !is_whole(file) {
+        return Err(undecodable(path, file, &"the end is missing"));
+    }
     let mut image = DynamicImage::from_decoder(decoder).map_err(|error| undecodable(path, file, &error))?;
     image.apply_orientation(orientation);
     Ok(image)
+}
+
+/// Whether a JPEG file has its end: the decoder makes up what is missing of one, unlike of a PNG.
+///
+/// *Source:* ITU-T T.81, B.1.1: segments begin with a marker and their length, up to the first scan; inside scans the
+/// byte 0xFF is followed by others than those of the end marker.
+fn is_whole(file: &[u8]) -> bool {
+    const SCAN: u8 = 0xda;
+    const END: [u8; 2] = [0xff, 0xd9];
+    let Some(mut rest) = file.strip_prefix(&[0xff, 0xd8]) else { return true };
+    while let [0xff, marker, high, low, ..] = *rest {
+        if marker == SCAN {
+            return rest.windows(END.len()).any(|bytes| bytes == END);
+        }
+        // A marker may be preceded by any number of fill bytes.
+        let length = if marker == 0xff { 1 } else { 2 + usize::from(u16::from_be_bytes([high, low])) };
+        rest = rest.get(length..).unwrap_or_default();
+    }
+    // Not as the standard has it, and decoded all the same.
+    true
 }
 
 fn undecodable(path: &str, file: &Bytes, error: &dyn std::fmt::Display) -> Error {
@@ -415,7 +438,13 @@ mod tests {
             refusal.message().starts_with("images[1]") && refusal.message().contains("50000 x 50000"),
             "{refusal}"
         );
-        for broken in [Bytes::new(), Bytes::from_static(b"GIF89a"), whole.slice(..whole.len() - 20)] {
+        let mut jpeg = Cursor::new(Vec::new());
+        GrayImage::new(40, 40).write_to(&mut jpeg, ImageFormat::Jpeg).expect("encodes");
+        let jpeg = Bytes::from(jpeg.into_inner());
+        decode("images[0]", &jpeg).expect("whole");
+        let cut =
+            [whole.slice(..whole.len() - 20), jpeg.slice(..jpeg.len() - 2), jpeg.slice(..jpeg.len() / 2)];
+        for broken in cut.into_iter().chain([Bytes::new(), Bytes::from_static(b"GIF89a")]) {
             let refusal = decode("images[0]", &broken).expect_err("broken");
             assert_eq!(refusal.reason(), Reason::BadArgument);
         }

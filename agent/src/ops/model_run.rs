@@ -7,11 +7,11 @@
 
 use std::sync::Arc;
 
+use vaccel_proto::Error;
 use vaccel_proto::error::shown;
 use vaccel_proto::limits::{NAME_BYTES_MAX, TENSORS_PER_CALL_MAX};
 use vaccel_proto::tensor::check_named;
 use vaccel_proto::v1::{ModelRunReply, ModelRunRequest, NamedTensor, Tensor};
-use vaccel_proto::{Error, Reason};
 
 use super::{Context, Operation};
 use crate::backend::Port;
@@ -113,17 +113,19 @@ fn choose(ports: &[Port], wanted: &[String]) -> Result<Vec<usize>, Error> {
     if wanted.is_empty() {
         return Ok((0..ports.len()).collect());
     }
-    let find = |name: &String| {
-        ports.iter().position(|port| port.name == *name).ok_or_else(|| {
+    let mut chosen = Vec::with_capacity(wanted.len());
+    for name in wanted {
+        let Some(index) = ports.iter().position(|port| port.name == *name) else {
             let names = ports.iter().map(describe).collect::<Vec<_>>().join(", ");
-            Error::new(
-                Reason::BadArgument,
-                format!("outputs: expected names of {names}, got {}", shown(name)),
-            )
-            .with(vaccel_proto::error::Detail::Field("outputs".into()))
-        })
-    };
-    wanted.iter().map(find).collect()
+            return Err(Error::field("outputs", format!("names of {names}"), shown(name)));
+        };
+        // Each occurrence would be a copy.
+        if chosen.contains(&index) {
+            return Err(Error::field("outputs", "each output once", shown(name)));
+        }
+        chosen.push(index);
+    }
+    Ok(chosen)
 }
 
 #[cfg(test)]
@@ -183,5 +185,6 @@ mod tests {
         assert_eq!(choose(&ports(), &[]).expect("all"), [0, 1]);
         assert_eq!(choose(&ports(), &["b".into()]).expect("one"), [1]);
         assert!(choose(&ports(), &["c".into()]).is_err());
+        assert!(choose(&ports(), &["b".into(), "b".into()]).is_err());
     }
 }

@@ -15,6 +15,7 @@ use tonic::Status;
 use vaccel_proto::limits::MESSAGE_BYTES_MAX;
 use vaccel_proto::{Error, Reason};
 
+use crate::dispatch::Caller;
 use crate::quota::Hold;
 
 /// One byte that says whether the message is compressed, four of length.
@@ -71,6 +72,44 @@ impl Body for CountedBody {
 
 fn lost(error: hyper::Error) -> Error {
     Error::new(Reason::Cancelled, "the request ended before it was whole").caused_by(error)
+}
+
+/// What a call holds until its reply is sent: a guest that does not read its replies must not gather any number.
+pub(super) struct Kept {
+    pub(super) _caller: Caller,
+    pub(super) _bytes: HeldBytes,
+}
+
+/// A reply's body, which keeps what the call holds.
+pub(super) struct KeptBody {
+    inner: tonic::body::Body,
+    _kept: Option<Kept>,
+}
+
+impl KeptBody {
+    pub(super) fn new(inner: tonic::body::Body, kept: Option<Kept>) -> Self {
+        Self { inner, _kept: kept }
+    }
+}
+
+impl Body for KeptBody {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        Pin::new(&mut self.get_mut().inner).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
 }
 
 /// Where in gRPC's framing the body is.

@@ -28,7 +28,7 @@ use vaccel_proto::v1::resources_server::ResourcesServer;
 use vaccel_proto::v1::sessions_server::SessionsServer;
 use vaccel_proto::{Error, Reason};
 
-use self::body::CountedBody;
+use self::body::{CountedBody, Kept, KeptBody};
 use crate::dispatch::Dispatch;
 use crate::identity::{Identity, Peer, Tenant};
 use crate::quota::Unit;
@@ -78,7 +78,11 @@ impl Gate {
         ConnectionService { gate: self.clone(), connection }
     }
 
-    fn admit(&self, connection: &Connection, request: Request<Incoming>) -> Result<Request<Body>, Error> {
+    fn admit(
+        &self,
+        connection: &Connection,
+        request: Request<Incoming>,
+    ) -> Result<(Request<Body>, Kept), Error> {
         let headers = request.headers();
         let authorization = headers.get(AUTHORIZATION).map(http::HeaderValue::as_bytes);
         let tenant = self.identity.of_call(&connection.tenant, &connection.peer, authorization)?;
@@ -88,10 +92,9 @@ impl Gate {
         let counted = caller.account().hold(Unit::InFlightBytes, 0)?;
         let (mut parts, body) = request.into_parts();
         let (body, held) = CountedBody::new(body, counted);
-        parts.extensions.insert(caller);
-        // The bytes stay counted until the call is over: the handler's request owns this.
-        parts.extensions.insert(held);
-        Ok(Request::from_parts(parts, Body::new(body)))
+        parts.extensions.insert(caller.clone());
+        parts.extensions.insert(Arc::clone(&held));
+        Ok((Request::from_parts(parts, Body::new(body)), Kept { _caller: caller, _bytes: held }))
     }
 }
 
@@ -109,7 +112,9 @@ impl hyper::service::Service<Request<Incoming>> for ConnectionService {
 
     fn call(&self, request: Request<Incoming>) -> Self::Future {
         match self.gate.admit(&self.connection, request) {
-            Ok(request) => {
+            Ok((request, kept)) => {
+                // A watch of health never ends, and must not keep the agent from stopping.
+                let kept = Some(kept).filter(|_| !request.uri().path().starts_with(HEALTH));
                 let mut routes = self.gate.routes.clone();
                 let answered = async move {
                     std::future::poll_fn(|context: &mut Context<'_>| -> Poll<Result<(), Infallible>> {
@@ -117,7 +122,8 @@ impl hyper::service::Service<Request<Incoming>> for ConnectionService {
                             .map_err(|error| match error {})
                     })
                     .await?;
-                    routes.call(request).await.map_err(|error| match error {})
+                    let reply = routes.call(request).await.map_err(|error| match error {})?;
+                    Ok(reply.map(|body| Body::new(KeptBody::new(body, kept))))
                 };
                 Box::pin(async move {
                     // A message that never becomes whole ends here; whole calls have their own, shorter deadlines.
@@ -135,6 +141,9 @@ impl hyper::service::Service<Request<Incoming>> for ConnectionService {
         }
     }
 }
+
+/// Where the paths of the health service begin.
+const HEALTH: &str = "/grpc.health.";
 
 /// The standard health service (`grpc.health.v1`) and the switch that turns it off.
 #[derive(Clone, Debug)]

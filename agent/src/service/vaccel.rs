@@ -1,8 +1,9 @@
 //! The door of package `vaccel.v1`: messages to calls, outcomes to messages.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use bytes::Bytes;
+use prost::Message;
 use tonic::{Request, Response, Status, Streaming};
 use vaccel_proto::tensor::Aligned;
 use vaccel_proto::v1::agent_server::Agent;
@@ -17,6 +18,7 @@ use vaccel_proto::v1::{
 };
 use vaccel_proto::{Error, Reason};
 
+use super::body::HeldBytes;
 use crate::dispatch::{Caller, Dispatch, Pieces};
 use crate::resource::{Hash, UploadBegin};
 
@@ -138,10 +140,13 @@ impl Pieces for Streaming<UploadRequest> {
 impl Operations for Door {
     async fn run(&self, request: Request<RunRequest>) -> Result<Response<RunReply>, Status> {
         let caller = caller(&request)?;
-        // The request's extensions keep its bytes counted until the reply is made.
-        let (_metadata, _counted, RunRequest { session, op }) = request.into_parts();
+        let (_metadata, extensions, RunRequest { session, op }) = request.into_parts();
         let mut reply = self.dispatch.run(&caller, &session, op).await?;
         reply.align();
+        if let Some(counted) = extensions.get::<HeldBytes>() {
+            let mut counted = counted.lock().unwrap_or_else(PoisonError::into_inner);
+            counted.grow(reply.encoded_len() as u64)?;
+        }
         Ok(Response::new(reply))
     }
 }

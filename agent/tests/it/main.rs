@@ -8,6 +8,7 @@ mod classify;
 mod engines;
 mod hostile;
 mod life;
+mod lifecycle;
 mod readme;
 mod tenants;
 mod tidy;

@@ -97,7 +97,7 @@ async fn uploads_that_lie_are_refused_and_leave_nothing() {
     let first = || attacker.first(&content);
     let more = |bytes: usize| UploadRequest { data: vec![7; bytes].into(), ..UploadRequest::default() };
     let unnamed = UploadRequest { sha256: Bytes::new(), ..first() };
-    let part = UploadRequest { data: vec![7; 10].into(), ..first() };
+    let part = UploadRequest { data: vec![6; 10].into(), ..attacker.first(&[6; 1000]) };
     let after = |offset| UploadRequest { offset, data: vec![7; 10].into(), ..first() };
     let large = UploadRequest { size: 3 << 20, ..attacker.first(&vec![7; (1 << 20) + 1]) };
     for (attack, messages, reason, field) in [
@@ -117,7 +117,6 @@ async fn uploads_that_lie_are_refused_and_leave_nothing() {
     ] {
         refused(attack, attacker.upload(messages).await, reason, field);
         site.serves_others().await;
-        // What an unfinished upload may have left is not in the way of one under another name.
     }
     let whole = b"another content".to_vec();
     assert_eq!(attacker.upload(vec![attacker.first(&whole)]).await.unwrap(), 15);

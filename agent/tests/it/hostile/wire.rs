@@ -204,6 +204,14 @@ async fn messages_that_never_come_whole_hold_one_tenants_places_only() {
         // 32 MiB claimed, one byte sent.
         slow.spawn(async move { sent(&link, request(RUN, &[], begun(&[0, 0x02, 0, 0, 0, 0x0a]))).await });
     }
+    for i in 0..20 {
+        let r = attacker.session.noop().await;
+        eprintln!("{i} {} {r:?}", slow.len());
+        if let Some(x) = slow.try_join_next() {
+            eprintln!("{x:?}")
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
     until("the last place", async || attacker.session.noop().await.is_err()).await;
     let refusal = attacker.session.noop().await.unwrap_err();
     assert_eq!(refusal.reason(), Reason::QuotaExceeded, "{refusal:?}");

@@ -184,7 +184,7 @@ pub fn onnxruntime() -> PathBuf {
 }
 
 /// Asks until the answer is yes.
-pub async fn until<F: Future<Output = bool>>(what: &str, mut ask: impl FnMut() -> F) {
+pub async fn until(what: &str, mut ask: impl AsyncFnMut() -> bool) {
     let begun = Instant::now();
     while !ask().await {
         assert!(begun.elapsed() < PATIENCE, "{what} did not happen");
