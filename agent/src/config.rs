@@ -65,6 +65,10 @@ pub struct Settings {
     #[arg(long, global = true, env = "VACCEL_AGENT_ONNXRUNTIME", value_name = "PATH")]
     pub onnxruntime: Option<PathBuf>,
 
+    /// MiB that all runs in ONNX Runtime may take together [default: half of the machine's memory]
+    #[arg(long, global = true, env = "VACCEL_AGENT_ONNXRUNTIME_MIB", value_name = "MIB")]
+    pub onnxruntime_mib: Option<u64>,
+
     /// Engine for models: auto, tract or onnxruntime [default: auto]
     #[arg(long, global = true, env = "VACCEL_AGENT_ENGINE", value_name = "NAME")]
     pub engine: Option<String>,
@@ -190,6 +194,7 @@ impl Settings {
             tls_client_ca,
             token_file,
             onnxruntime,
+            onnxruntime_mib,
             engine,
             device,
             lanes,
@@ -259,16 +264,35 @@ pub struct TlsFiles {
 }
 
 /// Which engines and devices to use.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct EngineConfig {
     /// ONNX Runtime library a person named; it must load.
     pub onnxruntime: Option<PathBuf>,
+    /// Bytes that all runs in ONNX Runtime may take together.
+    pub onnxruntime_bytes: u64,
     /// Engine for sessions that name none; empty for the best present.
     pub engine: String,
     /// Device for sessions that name none; empty for the engine's best.
     pub device: String,
     /// Threads one model run may use.
     pub threads: usize,
+}
+
+impl Default for EngineConfig {
+    /// The best engine and device present, on all cores, with half of the memory.
+    fn default() -> Self {
+        Self {
+            onnxruntime: None,
+            onnxruntime_bytes: machine_memory() / 2,
+            engine: String::new(),
+            device: String::new(),
+            threads: cores(),
+        }
+    }
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// What one tenant may hold.
@@ -292,8 +316,8 @@ impl Config {
     /// # Errors
     /// A setting that does not parse, or addresses that need another setting.
     pub fn new(settings: Settings) -> Result<Self, ConfigError> {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let lanes = at_least_one("lanes", settings.lanes.unwrap_or(cores))?;
+        let lanes = at_least_one("lanes", settings.lanes.unwrap_or_else(cores))?;
+        let engines = EngineConfig::default();
         let config = Self {
             addresses: addresses(&settings)?,
             ready_file: settings.ready_file,
@@ -303,9 +327,13 @@ impl Config {
             token_file: settings.token_file,
             engines: EngineConfig {
                 onnxruntime: settings.onnxruntime,
+                onnxruntime_bytes: match settings.onnxruntime_mib {
+                    Some(mib) => mebibytes(at_least_one("onnxruntime-mib", mib)?),
+                    None => engines.onnxruntime_bytes,
+                },
                 engine: settings.engine.filter(|name| name != "auto").unwrap_or_default(),
                 device: settings.device.unwrap_or_default(),
-                threads: cores,
+                ..engines
             },
             lanes,
             session_lease: seconds("session-lease", settings.session_lease, 30.0)?,
@@ -400,12 +428,31 @@ fn seconds(name: &str, value: Option<f64>, default: f64) -> Result<Duration, Con
         .ok_or_else(|| ConfigError(format!("--{name}: expected seconds above 0, got {value}")))
 }
 
-fn at_least_one(name: &str, value: usize) -> Result<usize, ConfigError> {
-    if value == 0 { Err(ConfigError(format!("--{name}: expected 1 or more, got 0"))) } else { Ok(value) }
+fn at_least_one<N: Default + PartialEq>(name: &str, value: N) -> Result<N, ConfigError> {
+    if value == N::default() {
+        Err(ConfigError(format!("--{name}: expected 1 or more, got 0")))
+    } else {
+        Ok(value)
+    }
 }
 
 fn mebibytes(value: u64) -> u64 {
     value.saturating_mul(1 << 20)
+}
+
+/// Memory this process can have, in bytes: the machine's, or less where a control group (a container, a service with
+/// `MemoryMax`) says so.
+fn machine_memory() -> u64 {
+    /// Where neither file tells, for example without `/proc`.
+    const UNKNOWN: u64 = 4 << 30;
+    let machine = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
+        let kibibytes =
+            text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?.split_whitespace().next()?;
+        kibibytes.parse::<u64>().ok()?.checked_mul(1 << 10)
+    });
+    let group =
+        std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok().and_then(|text| text.trim().parse().ok());
+    machine.into_iter().chain(group).min().unwrap_or(UNKNOWN)
 }
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use bytes::Bytes;
 use tokio::sync::{OnceCell, Semaphore};
+use vaccel_proto::limits::MESSAGE_BYTES_MAX;
 use vaccel_proto::v1::{EngineInfo, Tensor};
 use vaccel_proto::{Error, Reason};
 
@@ -125,7 +126,7 @@ pub(crate) struct Engines {
 /// ONNX Runtime is a large library: one that was found and not asked for is loaded on first use.
 struct OnnxRuntime {
     found: Option<PathBuf>,
-    threads: usize,
+    share: onnxruntime::Share,
     /// The error is for the host's operator: it names paths.
     loaded: OnceLock<Result<onnxruntime::OnnxRuntime, String>>,
 }
@@ -139,7 +140,7 @@ impl OnnxRuntime {
     fn get(&self) -> Result<&onnxruntime::OnnxRuntime, &str> {
         let loaded = self.loaded.get_or_init(|| match &self.found {
             Some(path) => {
-                onnxruntime::OnnxRuntime::load(path, self.threads).inspect_err(|why| tracing::warn!("{why}"))
+                onnxruntime::OnnxRuntime::load(path, self.share).inspect_err(|why| tracing::warn!("{why}"))
             }
             None => Err(ONNXRUNTIME_ABSENT.into()),
         });
@@ -173,7 +174,8 @@ impl Engines {
         let named = config.onnxruntime.clone().or_else(variable);
         let must_load = named.is_some();
         let found = named.or_else(onnxruntime::usual_place);
-        let onnxruntime = OnnxRuntime { found, threads: config.threads, loaded: OnceLock::new() };
+        let share = onnxruntime::Share { threads: config.threads, bytes: config.onnxruntime_bytes };
+        let onnxruntime = OnnxRuntime { found, share, loaded: OnceLock::new() };
         if must_load {
             onnxruntime.get().map_err(|why| Error::new(Reason::Disabled, why))?;
         }
@@ -261,6 +263,16 @@ const ONNXRUNTIME: &str = "onnxruntime";
 
 /// The device every engine has.
 pub(crate) const CPU: &str = "cpu";
+
+/// Refuses outputs that no reply could carry, before they are copied out of the engine.
+fn check_reply(sizes: impl Iterator<Item = usize>) -> Result<(), Error> {
+    let bytes = sizes.fold(0, usize::saturating_add);
+    if bytes <= MESSAGE_BYTES_MAX {
+        return Ok(());
+    }
+    let (limit, bytes) = (MESSAGE_BYTES_MAX as u64, bytes as u64);
+    Err(Error::limit(Reason::MessageTooLarge, "outputs of the model", limit, bytes, "bytes"))
+}
 
 /// An engine's refusal of a model, for its guest: without the source locations and paths engines like to add.
 pub(crate) fn rejected(engine: &str, cause: impl std::fmt::Display) -> Error {

@@ -26,6 +26,10 @@ const PARTS_MAX: usize = 1 << 20;
 /// Messages inside messages, the limit of the library that decodes them.
 const DEPTH_MAX: usize = 100;
 
+/// Operators that are not run: joining text to itself makes a terabyte of a byte in 40 nodes, outside of every engine's
+/// own limits. No call takes or gives text.
+const REFUSED_OPERATORS: &[&str] = &["StringConcat"];
+
 /// How often the bytes of other files may be in a model: once, and again for weights that two tensors share.
 const INLINED_TIMES_MAX: usize = 2;
 
@@ -79,6 +83,7 @@ impl OnnxModel {
         for function in &model.functions {
             check_nodes(&function.node, &mut external)?;
         }
+        Functions::new(&model.functions).check_size(&graph.node)?;
         let files_by_name: HashMap<&str, &Bytes> = files.iter().map(|(name, bytes)| (*name, bytes)).collect();
         let bytes = if external { inline_external(bytes, &files_by_name)? } else { bytes.clone() };
 
@@ -158,6 +163,9 @@ fn check_graph(graph: &GraphProto, external: &mut bool, main: bool) -> Result<()
 }
 
 fn check_nodes(nodes: &[NodeProto], external: &mut bool) -> Result<(), Error> {
+    if let Some(node) = nodes.iter().find(|node| REFUSED_OPERATORS.contains(&node.op_type.as_str())) {
+        return Err(refuse(format!("operator {} is not run here", node.op_type)));
+    }
     for attribute in nodes.iter().flat_map(|node| &node.attribute) {
         for tensor in attribute.t.iter().chain(&attribute.tensors) {
             check_tensor(tensor)?;
@@ -173,6 +181,65 @@ fn check_nodes(nodes: &[NodeProto], external: &mut bool) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+/// The functions of a model: nodes that stand for other nodes. Engines put those in their place, and functions that
+/// call others twice each become any number of nodes.
+struct Functions<'a> {
+    by_name: HashMap<(&'a str, &'a str), Vec<&'a FunctionProto>>,
+    /// Nodes a call becomes, of the functions looked at.
+    sizes: HashMap<(&'a str, &'a str), usize>,
+}
+
+impl<'a> Functions<'a> {
+    fn new(functions: &'a [FunctionProto]) -> Self {
+        let mut by_name: HashMap<_, Vec<_>> = HashMap::new();
+        for function in functions {
+            by_name.entry((plain(&function.domain), function.name.as_str())).or_default().push(function);
+        }
+        Self { by_name, sizes: HashMap::new() }
+    }
+
+    /// Refuses a graph that is too large with all calls replaced.
+    fn check_size(&mut self, graph: &'a [NodeProto]) -> Result<(), Error> {
+        if self.size(graph, DEPTH_MAX)? <= PARTS_MAX {
+            return Ok(());
+        }
+        Err(refuse(format!("with its functions put in place it has more than {PARTS_MAX} nodes")))
+    }
+
+    fn size(&mut self, nodes: &'a [NodeProto], depth_left: usize) -> Result<usize, Error> {
+        let depth_left =
+            depth_left.checked_sub(1).ok_or_else(|| refuse("its functions call each other too deep"))?;
+        let mut size = nodes.len();
+        for node in nodes {
+            let name = (plain(&node.domain), node.op_type.as_str());
+            let called = match (self.sizes.get(&name), self.by_name.get(&name).cloned()) {
+                (Some(known), _) => *known,
+                (None, None) => 0,
+                (None, Some(functions)) => {
+                    let mut called = 0_usize;
+                    for function in functions {
+                        called = called.saturating_add(self.size(&function.node, depth_left)?);
+                    }
+                    self.sizes.insert(name, called);
+                    called
+                }
+            };
+            size = size.saturating_add(called);
+            for inner in
+                node.attribute.iter().flat_map(|attribute| attribute.g.iter().chain(&attribute.graphs))
+            {
+                size = size.saturating_add(self.size(&inner.node, depth_left)?);
+            }
+        }
+        Ok(size)
+    }
+}
+
+/// The default domain of operators has two names.
+fn plain(domain: &str) -> &str {
+    if domain == "ai.onnx" { "" } else { domain }
 }
 
 fn misplaced(tensor: &TensorProto) -> Error {
@@ -223,7 +290,7 @@ fn inline_external(model: &Bytes, files: &HashMap<&str, &Bytes>) -> Result<Bytes
             left = left.checked_sub(data.len()).ok_or_else(|| {
                 refuse("its tensors keep more data in other files than those have; store shared data once")
             })?;
-            inline_tensor(tensor, &decoded, data)
+            inline_tensor(tensor, &decoded, &data)
         })
     })?;
     Ok(inlined.into())
@@ -254,13 +321,13 @@ fn external_data(tensor: &TensorProto, files: &HashMap<&str, &Bytes>) -> Result<
     })
 }
 
-fn inline_tensor(wire: &[u8], tensor: &TensorProto, data: Bytes) -> Result<Vec<u8>, Error> {
+fn inline_tensor(wire: &[u8], tensor: &TensorProto, data: &Bytes) -> Result<Vec<u8>, Error> {
     const RAW_DATA: u32 = 9;
     check_tensor(&TensorProto { raw_data: data.clone(), ..tensor.clone() })?;
     let mut out = without_external(wire)?;
     encode_key(RAW_DATA, WireType::LengthDelimited, &mut out);
     encode_varint(data.len() as u64, &mut out);
-    out.put_slice(&data);
+    out.put_slice(data);
     Ok(out)
 }
 
@@ -411,6 +478,8 @@ messages! {
         functions: Vec<FunctionProto> = #[prost(message, repeated, tag = "25")];
     }
     FunctionProto {
+        name: String = #[prost(string, tag = "1")];
+        domain: String = #[prost(string, tag = "10")];
         node: Vec<NodeProto> = #[prost(message, repeated, tag = "7")];
     }
     StringStringEntryProto {
@@ -425,6 +494,8 @@ messages! {
         sparse_initializer: Vec<Bytes> = #[prost(bytes = "bytes", repeated, tag = "15")];
     }
     NodeProto {
+        op_type: String = #[prost(string, tag = "4")];
+        domain: String = #[prost(string, tag = "7")];
         attribute: Vec<AttributeProto> = #[prost(message, repeated, tag = "5")];
     }
     AttributeProto {

@@ -1,19 +1,25 @@
 //! ONNX Runtime, loaded from a library file when there is one: the fast engine.
+//!
+//! *Memory.* A model of a few hundred bytes can ask for any number of them, and the library would take them. All models
+//! share one arena of bounded size; what does not fit there fails by itself. Constants are not folded at loading: that
+//! would happen outside of the arena, once for each of up to a million nodes.
 
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use bytes::Bytes;
-use ort::environment::Environment;
+use ort::AsPointer;
+use ort::environment::{Environment, EnvironmentBuilder, GlobalThreadPoolOptions};
+use ort::logging::LogLevel;
 use ort::session::builder::GraphOptimizationLevel;
 use ort::session::{RunOptions, Session, SessionInputValue};
-use ort::value::{DynValue, PrimitiveTensorElementType, TensorElementType, TensorRef};
+use ort::value::{DynValue, PrimitiveTensorElementType, TensorElementType, TensorRef, ValueType};
 use vaccel_proto::tensor::Element;
 use vaccel_proto::v1::{DType, EngineInfo, Tensor};
 use vaccel_proto::{Error, Reason};
 
-use super::{CPU, Engine, ONNXRUNTIME, OnnxModel, Program, rejected};
+use super::{CPU, Engine, ONNXRUNTIME, OnnxModel, Program, check_reply, rejected};
 use crate::scheduler::Cancel;
 
 /// Folders where packages put shared libraries.
@@ -42,15 +48,76 @@ struct Library {
     version: String,
 }
 
+/// What all models together may use of the machine.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Share {
+    pub(super) threads: usize,
+    pub(super) bytes: u64,
+}
+
 impl Library {
-    fn load(path: &Path) -> Result<Self, String> {
+    fn load(path: &Path, share: Share) -> Result<Self, String> {
         if !path.is_file() {
             return Err("there is no such file".into());
         }
-        let builder = ort::init_from(path).map_err(|error| error.to_string())?;
-        let builder = builder.with_name("vaccel-agent").with_telemetry(false);
-        let environment = builder.build().map_err(|error| error.to_string())?;
+        // The binding's own errors need the library, which may just have failed to load.
+        let library = ort::init_from(path).map_err(|error| error.to_string())?;
+        let environment = environment(library, share).map_err(|error| error.to_string())?;
         Ok(Self { path: path.to_owned(), environment, version: version(path) })
+    }
+}
+
+fn environment(library: EnvironmentBuilder, share: Share) -> ort::Result<Environment> {
+    // Threads that spin between runs would take the cores from other tenants' calls.
+    let threads =
+        GlobalThreadPoolOptions::default().with_intra_threads(share.threads)?.with_spin_control(false)?;
+    let mut environment = library
+        .with_name("vaccel-agent")
+        .with_telemetry(false)
+        .with_global_thread_pool(threads)
+        .with_logger(Arc::new(log))
+        .build()?;
+    environment.set_log_level(LogLevel::Warning);
+    share_arena(&mut environment, usize::try_from(share.bytes).unwrap_or(usize::MAX))?;
+    Ok(environment)
+}
+
+/// What the library says. Nearly all of it is about one guest's model, whose call tells it too.
+fn log(level: LogLevel, _category: &str, _id: &str, _location: &str, message: &str) {
+    match level {
+        LogLevel::Fatal => tracing::error!(target: "onnxruntime", "{message}"),
+        _ => tracing::debug!(target: "onnxruntime", ?level, "{message}"),
+    }
+}
+
+/// Makes the one arena that sessions with `use_env_allocators` compute in.
+#[allow(unsafe_code, reason = "the binding has no safe call for it")]
+fn share_arena(environment: &mut Environment, bytes_max: usize) -> ort::Result<()> {
+    use ort::sys::{OrtAllocatorType, OrtMemType};
+    /// Leaves a choice to the library.
+    const DEFAULT: i32 = -1;
+    /// Takes from the system what is asked for, not the next power of two.
+    const AS_REQUESTED: i32 = 1;
+    let api = ort::api();
+    let check = |status| {
+        // SAFETY: every status below comes from a call of this API and is looked at once.
+        unsafe { ort::Error::result_from_status(status) }
+    };
+    let (mut memory, mut arena) = (std::ptr::null_mut(), std::ptr::null_mut());
+    // SAFETY: the API is that of the loaded library. `memory` and `arena` are places for one pointer each; each is
+    // used after the call that filled it said so, and released once (releasing null does nothing). The library copies
+    // both when it registers. The environment is alive, and nobody else uses it: it was made just now.
+    unsafe {
+        let made = check((api.CreateCpuMemoryInfo)(
+            OrtAllocatorType::OrtArenaAllocator,
+            OrtMemType::OrtMemTypeDefault,
+            &raw mut memory,
+        ))
+        .and_then(|()| check((api.CreateArenaCfg)(bytes_max, AS_REQUESTED, DEFAULT, DEFAULT, &raw mut arena)))
+        .and_then(|()| check((api.CreateAndRegisterAllocator)(environment.ptr_mut(), memory, arena)));
+        (api.ReleaseArenaCfg)(arena);
+        (api.ReleaseMemoryInfo)(memory);
+        made
     }
 }
 
@@ -65,7 +132,7 @@ fn version(path: &Path) -> String {
 /// The engine: the library and how it is used.
 pub(super) struct OnnxRuntime {
     library: Library,
-    threads: usize,
+    share: Share,
 }
 
 impl OnnxRuntime {
@@ -73,13 +140,14 @@ impl OnnxRuntime {
     ///
     /// # Errors
     /// Why not, with the path: for the host's operator.
-    pub(super) fn load(path: &Path, threads: usize) -> Result<Self, String> {
+    pub(super) fn load(path: &Path, share: Share) -> Result<Self, String> {
         let refuse = |why: &str| format!("ONNX Runtime library {} cannot be used: {why}", path.display());
-        let library = LIBRARY.get_or_init(|| Library::load(path)).clone().map_err(|why| refuse(&why))?;
+        let library =
+            LIBRARY.get_or_init(|| Library::load(path, share)).clone().map_err(|why| refuse(&why))?;
         if library.path != path {
             return Err(refuse(&format!("this process has already loaded {}", library.path.display())));
         }
-        Ok(Self { library, threads })
+        Ok(Self { library, share })
     }
 }
 
@@ -98,6 +166,7 @@ impl Engine for OnnxRuntime {
         let names = |ports: &[super::Port]| ports.iter().map(|port| port.name.clone()).collect();
         let program = OnnxRuntimeProgram {
             session: Mutex::new(session),
+            bytes_max: self.share.bytes,
             inputs: names(&model.inputs),
             outputs: names(&model.outputs),
         };
@@ -109,9 +178,8 @@ impl OnnxRuntime {
     fn session(&self, model: &[u8], cancel: &Cancel) -> ort::Result<Session> {
         let mut builder = Session::builder(&self.library.environment)?
             .with_optimization_level(GraphOptimizationLevel::Level3)?
-            .with_intra_threads(self.threads)?
-            // Threads that spin between runs would take the cores from other tenants' calls.
-            .with_intra_op_spinning(false)?;
+            .with_env_allocators()?
+            .with_config_entry("optimization.disable_specified_optimizers", "ConstantFolding")?;
         let canceler = builder.canceler();
         let interrupt = move || {
             let _ = canceler.cancel();
@@ -123,6 +191,8 @@ impl OnnxRuntime {
 struct OnnxRuntimeProgram {
     /// One run at a time: a run uses all threads of the session, and the binding asks for exclusive access.
     session: Mutex<Session>,
+    /// What the arena holds, for errors.
+    bytes_max: u64,
     inputs: Vec<String>,
     outputs: Vec<String>,
 }
@@ -144,12 +214,14 @@ impl Program for OnnxRuntimeProgram {
             let _ = terminator.terminate();
         };
         let results = cancel.interruptible(interrupt, || session.run_with_options(values, &*options));
-        let results = results.map_err(|error| misfit(&inputs, &error))?;
-        let wanted = outputs.iter().map(|&index| match results.get(&self.outputs[index]) {
-            Some(value) => from_ort(value),
-            None => Err(Error::new(Reason::BackendFailed, "ONNX Runtime left out an output")),
+        let results = results.map_err(|error| self.misfit(&inputs, &error))?;
+        let wanted = outputs.iter().map(|&index| {
+            let left_out = || Error::new(Reason::BackendFailed, "ONNX Runtime left out an output");
+            results.get(&self.outputs[index]).ok_or_else(left_out)
         });
-        wanted.collect()
+        let wanted: Vec<&DynValue> = wanted.collect::<Result<_, _>>()?;
+        check_reply(wanted.iter().map(|value| size(value)))?;
+        wanted.into_iter().map(from_ort).collect()
     }
 
     fn parallel_runs(&self) -> usize {
@@ -163,18 +235,36 @@ fn failed(error: ort::Error) -> Error {
         .caused_by(error.to_string())
 }
 
-/// Shapes that do not fit are the caller's error; everything else is the backend's.
-fn misfit(inputs: &[Tensor], error: &ort::Error) -> Error {
-    match error.code() {
-        ort::ErrorCode::InvalidArgument => {
-            let signatures: Vec<String> = inputs.iter().map(Tensor::signature).collect();
-            let why = super::public(&error.to_string());
-            let message = format!("inputs: {} do not fit this model: {why}", signatures.join(", "));
-            Error::new(Reason::BadArgument, message)
+impl OnnxRuntimeProgram {
+    /// Shapes that do not fit are the caller's error, and so is what does not fit in the arena; everything else is the
+    /// backend's.
+    fn misfit(&self, inputs: &[Tensor], error: &ort::Error) -> Error {
+        /// What the library says of a tensor beyond the arena, or beyond what can be counted: it has no code for it.
+        const OUT_OF_MEMORY: &[&str] = &["BFCArena", "Integer overflow", "storage size overflowed"];
+        let text = error.to_string();
+        if OUT_OF_MEMORY.iter().any(|sign| text.contains(sign)) {
+            let limit = self.bytes_max >> 20;
+            let message = format!(
+                "this run needs more memory than there is: ONNX Runtime has {limit} MiB here for all models; \
+                 use smaller inputs, or try again when others are done"
+            );
+            return Error::new(Reason::QuotaExceeded, message).caused_by(text);
         }
-        _ => Error::new(Reason::BackendFailed, "ONNX Runtime failed while running the model")
-            .caused_by(error.to_string()),
+        if error.code() == ort::ErrorCode::InvalidArgument {
+            let signatures: Vec<String> = inputs.iter().map(Tensor::signature).collect();
+            let why = super::public(&text);
+            let message = format!("inputs: {} do not fit this model: {why}", signatures.join(", "));
+            return Error::new(Reason::BadArgument, message);
+        }
+        Error::new(Reason::BackendFailed, "ONNX Runtime failed while running the model").caused_by(text)
     }
+}
+
+/// Bytes of what the library made; what is no tensor is refused later.
+fn size(value: &DynValue) -> usize {
+    let ValueType::Tensor { ty, shape, .. } = value.dtype() else { return 0 };
+    let elements = shape.iter().map(|dim| usize::try_from(*dim).unwrap_or(usize::MAX));
+    elements.fold(ty.byte_size(1).unwrap_or(0), usize::saturating_mul)
 }
 
 /// A view of the tensor where its data is aligned, else a copy.

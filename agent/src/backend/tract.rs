@@ -25,7 +25,7 @@ use vaccel_proto::tensor::Element;
 use vaccel_proto::v1::{DType, EngineInfo, Tensor};
 use vaccel_proto::{Error, Reason};
 
-use super::{CPU, Engine, OnnxModel, Program, TRACT, rejected};
+use super::{CPU, Engine, OnnxModel, Program, TRACT, check_reply, rejected};
 use crate::scheduler::Cancel;
 
 /// Plans kept for one model. A plan repeats the optimised weights, so each costs about a model's size.
@@ -341,6 +341,7 @@ impl Program for TractProgram {
             eval(context, state, node, inputs)
         });
         let results = results.map_err(failed)?;
+        check_reply(outputs.iter().map(|&index| results[index].as_bytes().len()))?;
         outputs.iter().map(|&index| from_tract(&results[index]).map_err(failed)?).collect()
     }
 

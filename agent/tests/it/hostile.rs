@@ -20,13 +20,20 @@ use vaccel_client::{
     Session, SessionOptions, Tensor, named,
 };
 
-use crate::support::{Agent, digits, read};
+use crate::support::{Agent, digits, onnxruntime, read};
 
 /// What one attack may add to the agent's memory, in bytes: one message and its copy, and what the allocator keeps.
 const ATTACK_BYTES_MAX: u64 = 128 << 20;
 
 /// Longest text of an error: it travels in a header, and clients bound those.
 const MESSAGE_CHARS_MAX: usize = 4096;
+
+/// What an agent loads models with.
+#[derive(Clone, Copy, Debug)]
+enum Engine {
+    Tract,
+    OnnxRuntime,
+}
 
 /// An agent with a well-behaved neighbour of whoever attacks it.
 struct Site {
@@ -38,8 +45,19 @@ struct Site {
 
 impl Site {
     async fn start(flags: &[&str]) -> Self {
+        Self::on(Engine::Tract, flags).await
+    }
+
+    async fn on(engine: Engine, flags: &[&str]) -> Self {
         let addresses = ["unix://{}/hostile", "unix://{}/neighbour"];
-        let agent = Agent::start(&addresses, &[flags, &["--engine", "tract"]].concat());
+        let library = onnxruntime();
+        let engine = match engine {
+            Engine::Tract => vec!["--engine", "tract"],
+            Engine::OnnxRuntime => {
+                vec!["--engine", "onnxruntime", "--onnxruntime", library.to_str().unwrap()]
+            }
+        };
+        let agent = Agent::start(&addresses, &[flags, &engine].concat());
         let neighbour = agent.guest(1).await.open_session(SessionOptions::default()).await.unwrap();
         let (path, label) = digits("png").remove(0);
         let site = Self { agent, neighbour, image: read(&path), label: u32::try_from(label).unwrap() };

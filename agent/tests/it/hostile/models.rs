@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use vaccel_client::{Reason, ResourceKind, Tensor, named};
 
-use super::{ATTACK_BYTES_MAX, Site, model_run, refused};
+use super::{ATTACK_BYTES_MAX, Engine, Site, model_run, refused};
 use crate::support::onnx::{self, F32, I64, Message};
 use crate::support::{digits, read, repository, until};
 
@@ -168,9 +168,42 @@ fn external_data() -> Vec<(&'static str, Files)> {
     ]
 }
 
+/// Models that grow when they are loaded or run, outside of what engines bound.
+fn growing() -> Vec<(&'static str, Files)> {
+    let x = || vec![onnx::port("x", F32, &[1, 2])];
+    let y = || vec![onnx::port("y", F32, &[1, 2])];
+    let call = |name: &str, from: &str, to: &str| onnx::node(name, &[from], &[to]).bytes(7, "own");
+    let function = |level: usize| {
+        let (name, inner) = (format!("f{level}"), format!("f{}", level + 1));
+        let body = match level {
+            40 => [onnx::node("Neg", &["a"], &["m"]), onnx::node("Neg", &["m"], &["b"])],
+            _ => [call(&inner, "a", "m"), call(&inner, "m", "b")],
+        };
+        let function = Message::default().bytes(1, name).bytes(4, "a").bytes(5, "b").bytes(10, "own");
+        body.into_iter().fold(function, |function, node| function.message(7, node))
+    };
+    let own = Message::default().bytes(1, "own").number(2, 1);
+    let graph = onnx::graph(vec![call("f1", "x", "y")], vec![], x(), y());
+    let laughs = (1..=40)
+        .fold(onnx::of_graph(graph).message(8, own), |model, level| model.message(25, function(level)));
+    let endless = Message::default().bytes(1, "f").bytes(4, "a").bytes(5, "b").bytes(10, "own");
+    let endless = endless.message(7, call("f", "a", "b"));
+    let graph = onnx::graph(vec![call("f", "x", "y")], vec![], x(), y());
+    let join = |step: usize| {
+        onnx::node("StringConcat", &[&format!("t{step}"), &format!("t{step}")], &[&format!("t{}", step + 1)])
+    };
+    let letter = onnx::tensor("t0", 8, &[1]).bytes(6, "a");
+    let joined = (0..40).map(join).chain([onnx::node("Identity", &["x"], &["y"])]).collect();
+    vec![
+        ("2^40 nodes in 40 functions", alone(laughs.finish())),
+        ("a function that calls itself", alone(onnx::of_graph(graph).message(25, endless).finish())),
+        ("a text of 2^40 letters", alone(onnx::model(joined, vec![letter], x(), y()))),
+    ]
+}
+
 /// Every file of these is refused when it is used, and the agent is no larger for it.
-async fn are_rejected(attacks: Vec<(&'static str, Files)>) {
-    let site = Site::start(&[]).await;
+async fn are_rejected(engine: Engine, attacks: Vec<(&'static str, Files)>) {
+    let site = Site::on(engine, &[]).await;
     let attacker = site.attacker().await;
     let before = site.agent.peak();
     for (attack, files) in attacks {
@@ -189,17 +222,26 @@ async fn are_rejected(attacks: Vec<(&'static str, Files)>) {
 
 #[tokio::test]
 async fn what_is_no_model_is_rejected() {
-    are_rejected(not_models()).await;
+    are_rejected(Engine::Tract, not_models()).await;
+    are_rejected(Engine::OnnxRuntime, not_models()).await;
 }
 
 #[tokio::test]
 async fn models_that_lie_about_their_sizes_are_rejected() {
-    are_rejected(lying_sizes()).await;
+    are_rejected(Engine::Tract, lying_sizes()).await;
+    are_rejected(Engine::OnnxRuntime, lying_sizes()).await;
 }
 
 #[tokio::test]
 async fn models_get_no_file_but_those_of_their_resource() {
-    are_rejected(external_data()).await;
+    are_rejected(Engine::Tract, external_data()).await;
+    are_rejected(Engine::OnnxRuntime, external_data()).await;
+}
+
+#[tokio::test]
+async fn models_that_grow_beyond_what_engines_bound_are_rejected() {
+    are_rejected(Engine::Tract, growing()).await;
+    are_rejected(Engine::OnnxRuntime, growing()).await;
 }
 
 #[tokio::test]
@@ -309,6 +351,43 @@ fn resized(scale: f32) -> Files {
     let resize = onnx::node("Resize", &["pixel", "", "scales"], &["c"]);
     let scales = onnx::f32s("scales", &[4], &[1.0, 1.0, scale, scale]);
     bomb(vec![resize], vec![onnx::f32s("pixel", &[1, 1, 1, 1], &[1.0]), scales])
+}
+
+/// What all bombs together may take where all computing has one arena.
+const ARENA_MIB: u64 = 64;
+
+#[tokio::test]
+async fn models_that_compute_something_enormous_get_no_more_than_the_arena() {
+    let arena = ARENA_MIB.to_string();
+    let site = Site::on(Engine::OnnxRuntime, &["--onnxruntime-mib", &arena]).await;
+    let attacker = site.attacker().await;
+    let before = site.agent.peak();
+    for (attack, files) in bombs() {
+        let model = attacker.register(ResourceKind::Model, files).await;
+        let input = Tensor::new(&[1, 2], &[1.0_f32, 2.0]).unwrap();
+        let outcome = attacker.run(model_run(model.id(), vec![named("", input)], &[])).await;
+        let error = outcome.expect_err(attack);
+        let reasons = [Reason::QuotaExceeded, Reason::ModelRejected, Reason::BadArgument];
+        assert!(reasons.contains(&error.reason()), "{attack}: {error:?}");
+        let grown = site.agent.peak() - before;
+        assert!(grown <= ATTACK_BYTES_MAX + (ARENA_MIB << 20), "{attack}: {grown} bytes");
+        site.serves_others().await;
+    }
+}
+
+/// Each is small enough for an engine; as a reply they would be copied once more.
+#[tokio::test]
+async fn outputs_that_no_reply_could_carry_are_not_copied() {
+    for engine in [Engine::Tract, Engine::OnnxRuntime] {
+        let site = Site::on(engine, &[]).await;
+        let attacker = site.attacker().await;
+        let model = attacker.register(ResourceKind::Model, wide(4, 2 << 20)).await;
+        let input = Tensor::new(&[1, 2], &[1.0_f32, 2.0]).unwrap();
+        let outcome = attacker.run(model_run(model.id(), vec![named("", input.clone())], &[])).await;
+        refused("64 MiB", outcome, Reason::MessageTooLarge, "");
+        attacker.run(model_run(model.id(), vec![named("", input)], &["y2"])).await.expect("16 MiB fit");
+        site.serves_others().await;
+    }
 }
 
 #[tokio::test]
