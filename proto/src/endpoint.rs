@@ -103,8 +103,9 @@ fn split_port<'a>(text: &str, rest: &'a str, form: &str) -> Result<(&'a str, u32
     let Some((before, port)) = rest.rsplit_once(':') else {
         return refuse(format!("address {text:?} has no port; expected {form}"));
     };
+    // A sign is no part of a port, though the standard library reads one.
     match port.parse() {
-        Ok(port) if port != u32::MAX => Ok((before, port)),
+        Ok(number) if number != u32::MAX && !port.starts_with('+') => Ok((before, number)),
         _ => refuse(format!("address {text:?}: port {port:?} is not a number from 0 to 4294967294")),
     }
 }
@@ -115,6 +116,9 @@ fn vsock(text: &str, rest: &str) -> Result<Endpoint, EndpointError> {
         "any" | "-1" => CID_ANY,
         "host" => CID_HOST,
         "local" => CID_LOCAL,
+        number if number.starts_with('+') => {
+            return refuse(format!("address {text:?}: CID {number:?} is not a number"));
+        }
         number => match number.parse() {
             Ok(0) => return refuse(format!("address {text:?}: CID 0 is reserved for the hypervisor")),
             Ok(cid) => cid,
@@ -297,6 +301,7 @@ mod tests {
             ("vsock://me:1", "not a number"),
             ("vsock://2:99999999999", "not a number"),
             ("vsock://2:-1", "not a number"),
+            ("vsock://2:+1", "not a number"),
             ("hvsock://:1", "no path"),
             ("hvsock:///run/x", "no port"),
             ("unix://", "no path"),

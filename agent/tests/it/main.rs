@@ -6,6 +6,7 @@ mod support;
 
 mod classify;
 mod engines;
+mod guest;
 mod hostile;
 mod life;
 mod lifecycle;

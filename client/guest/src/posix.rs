@@ -1,0 +1,397 @@
+//! TCP, unix and vsock sockets, by the calls of the platform's C library.
+//!
+//! What is used was seen to work in every guest kernel this was tried in: `socket`, `connect`, `send`, `read`, `poll`,
+//! `close`, the clock; `readv` and `writev` where they do, and nothing that has to. Time limits are `poll`'s. No signal
+//! is ever raised by a connection that broke.
+
+use core::ffi::c_int;
+use core::mem::size_of;
+use core::net::IpAddr;
+use core::ptr;
+
+use crate::address::{Address, NoAddress};
+use crate::transport::{Fault, Ready, Transport};
+
+/// Bytes of one write on vsock: some hypervisors break on packets above 32 KiB.
+const VSOCK_WRITE_BYTES_MAX: usize = 32 << 10;
+
+/// The same to another VM: vhost-device-vsock loses what does not fit in the receiver's 4 KiB buffers.
+const SIBLING_WRITE_BYTES_MAX: usize = 3 << 10;
+
+/// The host's CID; those above it are other VMs.
+const CID_HOST: u32 = 2;
+
+/// Pause before connecting again to a unix socket whose queue is full, in milliseconds.
+const QUEUE_PAUSE_MS: u64 = 10;
+
+/// Whether a write in two pieces may raise SIGPIPE. The standard library ignores that signal in every program of its
+/// own; what C programs do with it is not this library's to change.
+const VECTORED: bool = cfg!(feature = "std");
+
+/// A socket.
+#[derive(Debug)]
+pub struct Posix {
+    address: Address,
+    fd: c_int,
+    /// Writes in two pieces work.
+    writes_two: bool,
+    /// Reads in two pieces work.
+    reads_two: bool,
+    /// The last thing done was a write: another one may wait for the answer to it, unless TCP is told not to.
+    wrote: bool,
+    no_delay: bool,
+}
+
+impl Posix {
+    /// The way to an address. Nothing is opened yet.
+    pub const fn new(address: Address) -> Self {
+        let is_vsock = matches!(address, Address::Vsock { .. });
+        // Vectored calls on vsock lose their first piece in some guests.
+        let (writes_two, reads_two) = (VECTORED && !is_vsock, !is_vsock);
+        Self { address, fd: -1, writes_two, reads_two, wrote: false, no_delay: false }
+    }
+
+    /// The way to the agent that the environment names: `VACCEL_RPC_ADDRESS`, then `VACCEL_RPC_ADDR`, then what
+    /// `VACCEL_RPC_ADDRESS` was when this library was built, then `tcp://127.0.0.1:65500`.
+    ///
+    /// # Errors
+    /// The address is none.
+    #[cfg(feature = "std")]
+    pub fn from_env() -> Result<Self, NoAddress> {
+        let set = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
+        match set("VACCEL_RPC_ADDRESS").or_else(|| set("VACCEL_RPC_ADDR")) {
+            Some(address) => address.parse(),
+            None => Self::built_in(),
+        }
+    }
+
+    /// The way to the address this library was built with.
+    ///
+    /// # Errors
+    /// The address is none.
+    pub fn built_in() -> Result<Self, NoAddress> {
+        option_env!("VACCEL_RPC_ADDRESS").unwrap_or("tcp://127.0.0.1:65500").parse()
+    }
+
+    fn write_max(&self) -> usize {
+        match self.address {
+            Address::Vsock { cid, .. } if cid > CID_HOST => SIBLING_WRITE_BYTES_MAX,
+            Address::Vsock { .. } => VSOCK_WRITE_BYTES_MAX,
+            _ => usize::MAX,
+        }
+    }
+
+    /// Waits for a connection that is being made.
+    fn connected(&mut self, until: u64) -> Result<(), Fault> {
+        match self.wait_for(true, until)? {
+            (_, true) => {
+                // What it failed on is what reading fails on; there is nothing to read.
+                let failure = sys::read(self.fd, &mut [0]);
+                self.close();
+                Err(failure.err().filter(|fault| *fault != Fault::WouldBlock).unwrap_or(Fault::Broken(0)))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// What is ready, and whether the connection has failed.
+    fn wait_for(&mut self, write: bool, until: u64) -> Result<(Ready, bool), Fault> {
+        loop {
+            let left = until.saturating_sub(self.now());
+            let timeout = c_int::try_from(left).unwrap_or(c_int::MAX);
+            match sys::poll(self.fd, write, timeout) {
+                Ok(Some(ready)) => return Ok(ready),
+                Ok(None) if left == 0 || self.now() >= until => return Err(Fault::Late),
+                Ok(None) | Err(libc::EINTR | libc::EAGAIN) => {}
+                Err(errno) => return Err(Fault::Broken(errno)),
+            }
+        }
+    }
+
+    /// Tells TCP to send at once. That it cannot costs time and nothing else.
+    fn send_at_once(&mut self) {
+        self.no_delay = true;
+        if matches!(self.address, Address::Tcp { .. }) {
+            sys::set_no_delay(self.fd);
+        }
+    }
+}
+
+impl core::str::FromStr for Posix {
+    type Err = NoAddress;
+
+    fn from_str(text: &str) -> Result<Self, NoAddress> {
+        text.parse().map(Self::new)
+    }
+}
+
+impl Drop for Posix {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl Transport for Posix {
+    fn authority(&self) -> &str {
+        "localhost"
+    }
+
+    fn connect(&mut self, until: u64) -> Result<(), Fault> {
+        self.close();
+        (self.wrote, self.no_delay) = (false, false);
+        loop {
+            self.fd = sys::socket(&self.address)?;
+            let pending = match sys::connect(self.fd, &self.address) {
+                Ok(()) => return Ok(()),
+                Err(errno) => errno,
+            };
+            match pending {
+                // What became of it is told by the first bytes: some kernels say that a connection is there before
+                // they know.
+                libc::EINPROGRESS | libc::EINTR | libc::EALREADY => {
+                    return self.connected(until);
+                }
+                // A unix socket whose listener is slow.
+                libc::EAGAIN => {
+                    self.close();
+                    let again = self.now() + QUEUE_PAUSE_MS;
+                    if again >= until {
+                        return Err(Fault::Late);
+                    }
+                    self.pause(again);
+                }
+                errno => {
+                    self.close();
+                    return Err(Fault::Broken(errno));
+                }
+            }
+        }
+    }
+
+    fn write(&mut self, first: &[u8], second: &[u8]) -> Result<usize, Fault> {
+        if self.wrote && !self.no_delay {
+            self.send_at_once();
+        }
+        self.wrote = true;
+        if self.writes_two && !first.is_empty() && !second.is_empty() {
+            match sys::writev(self.fd, first, second) {
+                Err(Fault::Broken(libc::ENOSYS | libc::EPERM | libc::EOPNOTSUPP | libc::EINVAL)) => {
+                    self.writes_two = false;
+                }
+                outcome => return outcome,
+            }
+        }
+        let (piece, more) = if first.is_empty() { (second, false) } else { (first, !second.is_empty()) };
+        let piece = piece.get(..self.write_max()).unwrap_or(piece);
+        sys::send(self.fd, piece, more)
+    }
+
+    fn read(&mut self, first: &mut [u8], second: &mut [u8]) -> Result<usize, Fault> {
+        self.wrote = false;
+        if first.is_empty() {
+            return sys::read(self.fd, second);
+        }
+        if self.reads_two {
+            match sys::readv(self.fd, first, second) {
+                Err(Fault::Broken(libc::ENOSYS | libc::EPERM | libc::EOPNOTSUPP | libc::EINVAL)) => {
+                    self.reads_two = false;
+                }
+                outcome => return outcome,
+            }
+        }
+        sys::read(self.fd, first)
+    }
+
+    fn wait(&mut self, write: bool, until: u64) -> Result<Ready, Fault> {
+        self.wait_for(write, until).map(|(ready, _)| ready)
+    }
+
+    fn pause(&mut self, until: u64) {
+        while let left @ 1.. = until.saturating_sub(self.now()) {
+            if sys::poll(-1, false, c_int::try_from(left).unwrap_or(c_int::MAX))
+                .is_err_and(|errno| errno != libc::EINTR)
+            {
+                return;
+            }
+        }
+    }
+
+    fn close(&mut self) {
+        if self.fd >= 0 {
+            sys::close(self.fd);
+            self.fd = -1;
+        }
+    }
+
+    fn now(&mut self) -> u64 {
+        sys::now()
+    }
+}
+
+/// The calls themselves.
+#[allow(unsafe_code, reason = "calls of the platform's C library")]
+mod sys {
+    use super::*;
+
+    /// The flag that makes a call not wait, where it is one of `socket`.
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    const NONBLOCK: c_int = libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
+    #[cfg(not(any(target_os = "linux", target_os = "android")))]
+    const NONBLOCK: c_int = 0;
+
+    fn errno() -> c_int {
+        #[cfg(any(target_os = "linux", target_os = "hermit"))]
+        // SAFETY: the C library gives each thread a place for its last error, for as long as the thread runs.
+        unsafe {
+            *libc::__errno_location()
+        }
+        #[cfg(not(any(target_os = "linux", target_os = "hermit")))]
+        {
+            libc::EIO
+        }
+    }
+
+    fn moved(count: isize) -> Result<usize, Fault> {
+        match usize::try_from(count) {
+            Ok(count) => Ok(count),
+            Err(_) => match errno() {
+                // Nothing was moved: the caller waits and tries again.
+                libc::EAGAIN | libc::EINTR => Err(Fault::WouldBlock),
+                errno => Err(Fault::Broken(errno)),
+            },
+        }
+    }
+
+    pub(super) fn socket(address: &Address) -> Result<c_int, Fault> {
+        let family = match address {
+            Address::Vsock { .. } => libc::AF_VSOCK,
+            Address::Unix { .. } => libc::AF_UNIX,
+            Address::Tcp { ip: IpAddr::V4(_), .. } => libc::AF_INET,
+            Address::Tcp { ip: IpAddr::V6(_), .. } => libc::AF_INET6,
+        };
+        // SAFETY: takes numbers only.
+        let fd = unsafe { libc::socket(family, libc::SOCK_STREAM | NONBLOCK, 0) };
+        if fd < 0 {
+            return Err(Fault::Broken(errno()));
+        }
+        if NONBLOCK == 0 {
+            // SAFETY: takes numbers only, of a descriptor just made.
+            unsafe { libc::fcntl(fd, libc::F_SETFL, libc::O_NONBLOCK) };
+        }
+        Ok(fd)
+    }
+
+    pub(super) fn connect(fd: c_int, address: &Address) -> Result<(), c_int> {
+        match address {
+            Address::Vsock { cid, port } => {
+                // SAFETY: a structure of numbers, for which all zeros are a value.
+                let mut place: libc::sockaddr_vm = unsafe { core::mem::zeroed() };
+                place.svm_family = libc::AF_VSOCK as libc::sa_family_t;
+                (place.svm_cid, place.svm_port) = (*cid, *port);
+                connect_to(fd, &place, size_of::<libc::sockaddr_vm>())
+            }
+            Address::Unix { path, is_abstract } => {
+                // SAFETY: a structure of numbers, for which all zeros are a value.
+                let mut place: libc::sockaddr_un = unsafe { core::mem::zeroed() };
+                place.sun_family = libc::AF_UNIX as libc::sa_family_t;
+                let skipped = usize::from(*is_abstract);
+                for (place, byte) in place.sun_path.iter_mut().skip(skipped).zip(path.as_bytes()) {
+                    *place = byte.cast_signed() as libc::c_char;
+                }
+                // An abstract name has a NUL before it, a path one behind it.
+                let length = core::mem::offset_of!(libc::sockaddr_un, sun_path) + path.as_bytes().len() + 1;
+                connect_to(fd, &place, length)
+            }
+            Address::Tcp { ip: IpAddr::V4(ip), port } => {
+                // SAFETY: a structure of numbers, for which all zeros are a value.
+                let mut place: libc::sockaddr_in = unsafe { core::mem::zeroed() };
+                place.sin_family = libc::AF_INET as libc::sa_family_t;
+                place.sin_port = port.to_be();
+                place.sin_addr.s_addr = u32::from_ne_bytes(ip.octets());
+                connect_to(fd, &place, size_of::<libc::sockaddr_in>())
+            }
+            Address::Tcp { ip: IpAddr::V6(ip), port } => {
+                // SAFETY: a structure of numbers, for which all zeros are a value.
+                let mut place: libc::sockaddr_in6 = unsafe { core::mem::zeroed() };
+                place.sin6_family = libc::AF_INET6 as libc::sa_family_t;
+                place.sin6_port = port.to_be();
+                place.sin6_addr.s6_addr = ip.octets();
+                connect_to(fd, &place, size_of::<libc::sockaddr_in6>())
+            }
+        }
+    }
+
+    fn connect_to<A>(fd: c_int, place: &A, length: usize) -> Result<(), c_int> {
+        debug_assert!(length <= size_of::<A>(), "the address is in its structure");
+        // SAFETY: `place` is a socket address of the platform, of which the first `length` bytes count.
+        let outcome = unsafe { libc::connect(fd, ptr::from_ref(place).cast(), length as libc::socklen_t) };
+        if outcome == 0 { Ok(()) } else { Err(errno()) }
+    }
+
+    pub(super) fn send(fd: c_int, bytes: &[u8], more: bool) -> Result<usize, Fault> {
+        let flags = libc::MSG_NOSIGNAL | if more { libc::MSG_MORE } else { 0 };
+        // SAFETY: `bytes` can be read over their whole length.
+        moved(unsafe { libc::send(fd, bytes.as_ptr().cast(), bytes.len(), flags) })
+    }
+
+    pub(super) fn writev(fd: c_int, first: &[u8], second: &[u8]) -> Result<usize, Fault> {
+        let piece =
+            |bytes: &[u8]| libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+        let pieces = [piece(first), piece(second)];
+        // SAFETY: both pieces can be read over their whole length, and are only read.
+        moved(unsafe { libc::writev(fd, pieces.as_ptr(), 2) })
+    }
+
+    pub(super) fn read(fd: c_int, into: &mut [u8]) -> Result<usize, Fault> {
+        // SAFETY: `into` can be written over its whole length, and is nobody else's.
+        moved(unsafe { libc::read(fd, into.as_mut_ptr().cast(), into.len()) })
+    }
+
+    pub(super) fn readv(fd: c_int, first: &mut [u8], second: &mut [u8]) -> Result<usize, Fault> {
+        let piece = |into: &mut [u8]| libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
+        let pieces = [piece(first), piece(second)];
+        // SAFETY: both places can be written over their whole length, and are nobody else's.
+        moved(unsafe { libc::readv(fd, pieces.as_ptr(), 2) })
+    }
+
+    /// What is ready, and whether the connection has failed; none when the time is over.
+    pub(super) fn poll(fd: c_int, write: bool, timeout: c_int) -> Result<Option<(Ready, bool)>, c_int> {
+        let events = libc::POLLIN | if write { libc::POLLOUT } else { 0 };
+        let mut asked = libc::pollfd { fd, events, revents: 0 };
+        // SAFETY: one structure, which nobody else has.
+        match unsafe { libc::poll(&raw mut asked, 1, timeout) } {
+            0 => Ok(None),
+            1.. => {
+                let is = |events| asked.revents & events != 0;
+                // An error or the end is found by reading.
+                let failed = is(libc::POLLERR | libc::POLLNVAL);
+                let read = failed || is(libc::POLLIN | libc::POLLHUP);
+                Ok(Some((Ready { read, write: is(libc::POLLOUT) }, failed)))
+            }
+            _ => Err(errno()),
+        }
+    }
+
+    pub(super) fn set_no_delay(fd: c_int) {
+        let on: c_int = 1;
+        let length = size_of::<c_int>() as libc::socklen_t;
+        // SAFETY: `on` is a number of the length that is told.
+        let _ = unsafe {
+            libc::setsockopt(fd, libc::IPPROTO_TCP, libc::TCP_NODELAY, ptr::from_ref(&on).cast(), length)
+        };
+    }
+
+    pub(super) fn close(fd: c_int) {
+        // SAFETY: the descriptor is this socket's own, and forgotten after this.
+        let _ = unsafe { libc::close(fd) };
+    }
+
+    /// Milliseconds of the clock that never goes back; 0 where there is none.
+    pub(super) fn now() -> u64 {
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: a place for one time.
+        let _ = unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
+        let (seconds, nanoseconds) = (time.tv_sec.cast_unsigned(), time.tv_nsec.cast_unsigned());
+        seconds * 1000 + nanoseconds / 1_000_000
+    }
+}

@@ -1,0 +1,65 @@
+//! What a guest needs of its network. [`posix`](crate::posix) has it for platforms with a C library; a unikernel with
+//! its own way to move bytes implements [`Transport`], or gives four functions through the C interface.
+
+/// Why bytes did not move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// Nothing can be moved now; [`Transport::wait`] says when.
+    WouldBlock,
+    /// The time is over.
+    Late,
+    /// There is no connection, or it broke; the platform's `errno`, or 0.
+    Broken(i32),
+}
+
+/// What can be done without waiting.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ready {
+    /// Something can be read, if only the end.
+    pub read: bool,
+    /// Something can be written.
+    pub write: bool,
+}
+
+/// A byte stream to the agent that can be opened again, and a clock.
+///
+/// Reading and writing never wait: they move what can be moved at once. An implementation that cannot tell waits a
+/// little in them instead and is as good, except that deadlines are kept less exactly.
+pub trait Transport {
+    /// The agent as `:authority` of requests names it.
+    fn authority(&self) -> &str;
+
+    /// Opens a connection, after closing any.
+    ///
+    /// # Errors
+    /// [`Fault::Late`] and [`Fault::Broken`].
+    fn connect(&mut self, until: u64) -> core::result::Result<(), Fault>;
+
+    /// Writes some bytes of `first`, or of both one after the other; returns how many.
+    ///
+    /// # Errors
+    /// [`Fault::WouldBlock`] and [`Fault::Broken`].
+    fn write(&mut self, first: &[u8], second: &[u8]) -> core::result::Result<usize, Fault>;
+
+    /// Reads some bytes to `first`, and when it is full to `second`; returns how many, 0 at the end. `first` may be
+    /// empty, `second` never is.
+    ///
+    /// # Errors
+    /// [`Fault::WouldBlock`] and [`Fault::Broken`].
+    fn read(&mut self, first: &mut [u8], second: &mut [u8]) -> core::result::Result<usize, Fault>;
+
+    /// Waits until something can be read, or with `write` written, or the clock shows `until`.
+    ///
+    /// # Errors
+    /// [`Fault::Late`] and [`Fault::Broken`].
+    fn wait(&mut self, write: bool, until: u64) -> core::result::Result<Ready, Fault>;
+
+    /// Does nothing until the clock shows `until`.
+    fn pause(&mut self, until: u64);
+
+    /// Closes the connection, if there is one.
+    fn close(&mut self);
+
+    /// Milliseconds of a clock that never goes back.
+    fn now(&mut self) -> u64;
+}

@@ -1,0 +1,197 @@
+//! What goes in and comes out of calls.
+
+use crate::text::Text;
+
+/// Images of one classification, and tensors that go into or come out of one run.
+pub const ITEMS_MAX: usize = 16;
+
+/// Axes of a tensor.
+pub const RANK_MAX: usize = 8;
+
+/// Hexadecimal digits of a session's id and of a resource's.
+pub(crate) const SESSION_BYTES: usize = 32;
+pub(crate) const RESOURCE_BYTES: usize = 64;
+
+/// Element types, with their numbers on the wire.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(u8)]
+#[allow(missing_docs, reason = "the names say it")]
+pub enum DType {
+    #[default]
+    Unspecified = 0,
+    Bool = 1,
+    U8 = 2,
+    I8 = 3,
+    U16 = 4,
+    I16 = 5,
+    U32 = 6,
+    I32 = 7,
+    U64 = 8,
+    I64 = 9,
+    F16 = 10,
+    Bf16 = 11,
+    F32 = 12,
+    F64 = 13,
+}
+
+impl DType {
+    /// The type with this number.
+    pub fn from_number(number: u64) -> Self {
+        match number {
+            1 => Self::Bool,
+            2 => Self::U8,
+            3 => Self::I8,
+            4 => Self::U16,
+            5 => Self::I16,
+            6 => Self::U32,
+            7 => Self::I32,
+            8 => Self::U64,
+            9 => Self::I64,
+            10 => Self::F16,
+            11 => Self::Bf16,
+            12 => Self::F32,
+            13 => Self::F64,
+            _ => Self::Unspecified,
+        }
+    }
+
+    /// Bytes of one element.
+    pub fn size(self) -> usize {
+        match self {
+            Self::Unspecified => 0,
+            Self::Bool | Self::U8 | Self::I8 => 1,
+            Self::U16 | Self::I16 | Self::F16 | Self::Bf16 => 2,
+            Self::U32 | Self::I32 | Self::F32 => 4,
+            Self::U64 | Self::I64 | Self::F64 => 8,
+        }
+    }
+}
+
+/// A tensor that goes in: dense, row-major, little-endian.
+#[derive(Clone, Copy, Debug)]
+pub struct Input<'a> {
+    /// Name of the model's input; empty for its place in the list.
+    pub name: &'a str,
+    /// Type of the elements.
+    pub dtype: DType,
+    /// Elements along each axis, at most [`RANK_MAX`] of them.
+    pub shape: &'a [i64],
+    /// The elements.
+    pub data: &'a [u8],
+}
+
+/// A tensor that comes out, and where its elements go.
+#[derive(Debug)]
+pub struct Output<'a> {
+    /// Where they go; of the output's size or larger.
+    pub data: &'a mut [u8],
+    /// Bytes that came.
+    pub length: usize,
+    /// Type of the elements.
+    pub dtype: DType,
+    /// Elements along each axis; the first `rank` of them count.
+    pub shape: [i64; RANK_MAX],
+    /// Number of axes.
+    pub rank: usize,
+}
+
+impl<'a> Output<'a> {
+    /// An output whose elements go to `data`.
+    pub fn new(data: &'a mut [u8]) -> Self {
+        Self { data, length: 0, dtype: DType::Unspecified, shape: [0; RANK_MAX], rank: 0 }
+    }
+
+    /// Elements along each axis.
+    pub fn shape(&self) -> &[i64] {
+        self.shape.get(..self.rank).unwrap_or_default()
+    }
+}
+
+/// A class an image may show.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Label {
+    /// Which of the images, from 0.
+    pub image: u32,
+    /// Which class.
+    pub index: u32,
+    /// From 0 to 1; those of all classes sum to 1.
+    pub probability: f32,
+    /// Name of the class, cut off where it is longer.
+    pub name: Text<64>,
+}
+
+/// Where the agent spent its time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Timings {
+    /// Waiting for a place to compute, in microseconds.
+    pub queue_us: u64,
+    /// Computing, in microseconds.
+    pub run_us: u64,
+    /// Calls that were computed together.
+    pub batch_size: u32,
+}
+
+/// What the agent is.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Info {
+    /// Its version.
+    pub version: Text<32>,
+    /// Who it takes this guest for.
+    pub tenant: Text<128>,
+    /// Names of its operations, with spaces between.
+    pub operations: Text<256>,
+    /// Names of the engines it has, with spaces between.
+    pub engines: Text<128>,
+    /// Longest message, in bytes.
+    pub message_bytes_max: u64,
+    /// How long a session outlives its last connection, in milliseconds.
+    pub session_lease_ms: u64,
+}
+
+/// A session's id. It is a secret.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct SessionId(pub(crate) [u8; SESSION_BYTES]);
+
+impl core::fmt::Debug for SessionId {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str("SessionId")
+    }
+}
+
+/// A resource's name: made from its content.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct ResourceId(pub(crate) [u8; RESOURCE_BYTES]);
+
+impl ResourceId {
+    /// The name in hexadecimal digits.
+    pub fn as_str(&self) -> &str {
+        core::str::from_utf8(&self.0).unwrap_or_default()
+    }
+}
+
+impl core::fmt::Debug for ResourceId {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// What a resource is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the names say it")]
+pub enum ResourceKind {
+    Model = 1,
+    Data = 2,
+    Library = 3,
+}
+
+/// Bytes of a name.
+pub(crate) const NAME_BYTES_MAX: usize = 256;
+
+/// A file of a resource.
+#[derive(Clone, Copy, Debug)]
+pub struct File<'a> {
+    /// A label such as `model.onnx`.
+    pub name: &'a str,
+    /// What is in it.
+    pub content: &'a [u8],
+}
