@@ -26,3 +26,5 @@ pub use posix::Posix;
 pub use text::Text;
 pub use transport::{Fault, Ready, Transport};
 pub use types::*;
+#[cfg(feature = "capi")]
+mod capi;

@@ -1,0 +1,208 @@
+/* vaccel-guest: calls a vaccel agent from a guest with nothing but a socket.
+ *
+ * No threads, no allocation, no global state, no signal. A guest lies in memory the caller gives and belongs to one
+ * thread at a time. Functions that can fail return 0 or a positive errno of Linux; vaccel_guest_reason and
+ * vaccel_guest_message then say more.
+ *
+ * Build the library once for your platform (size is what the profile is for):
+ *
+ *     cargo rustc -p vaccel-guest --profile guest --no-default-features --features capi --crate-type staticlib
+ *
+ * and link target/guest/libvaccel_guest.a; with --crate-type cdylib it is target/guest/libvaccel_guest.so.
+ */
+#ifndef VACCEL_GUEST_H
+#define VACCEL_GUEST_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Bytes that one guest takes, whatever their alignment. */
+#define VACCEL_GUEST_MEMORY 32768
+
+/* Most images of one classification, and tensors that go into or come out of one run. */
+#define VACCEL_GUEST_ITEMS_MAX 16
+/* Most files of one resource. */
+#define VACCEL_GUEST_FILES_MAX 8
+/* Most axes of a tensor. */
+#define VACCEL_GUEST_RANK_MAX 8
+
+typedef struct vaccel_guest vaccel_guest;
+
+/* Element types of tensors. */
+enum {
+    VACCEL_GUEST_BOOL = 1,
+    VACCEL_GUEST_U8 = 2,
+    VACCEL_GUEST_I8 = 3,
+    VACCEL_GUEST_U16 = 4,
+    VACCEL_GUEST_I16 = 5,
+    VACCEL_GUEST_U32 = 6,
+    VACCEL_GUEST_I32 = 7,
+    VACCEL_GUEST_U64 = 8,
+    VACCEL_GUEST_I64 = 9,
+    VACCEL_GUEST_F16 = 10,
+    VACCEL_GUEST_BF16 = 11,
+    VACCEL_GUEST_F32 = 12,
+    VACCEL_GUEST_F64 = 13
+};
+
+/* Kinds of resources. */
+enum { VACCEL_GUEST_MODEL = 1, VACCEL_GUEST_DATA = 2, VACCEL_GUEST_LIBRARY = 3 };
+
+typedef struct {
+    const void *data;
+    size_t length;
+} vaccel_guest_bytes;
+
+typedef struct {
+    const char *name; /* a label such as "model.onnx" */
+    const void *data;
+    size_t length;
+} vaccel_guest_file;
+
+/* The name of a resource, made from its content: 64 hexadecimal digits and a NUL. */
+typedef struct {
+    char name[65];
+} vaccel_guest_resource;
+
+/* A class an image may show. */
+typedef struct {
+    uint32_t image;    /* which of the images, from 0 */
+    uint32_t index;    /* which class */
+    float probability; /* from 0 to 1 */
+    char name[65];     /* of the class, cut off where it is longer */
+} vaccel_guest_label;
+
+/* A tensor that goes in: dense, row-major, little-endian. */
+typedef struct {
+    const char *name; /* of the model's input; NULL or "" for its place in the list */
+    int dtype;
+    size_t rank;
+    const int64_t *shape;
+    const void *data;
+    size_t length; /* in bytes */
+} vaccel_guest_input;
+
+/* A tensor that comes out. data and size are the caller's, the rest is filled in. */
+typedef struct {
+    void *data;    /* where the elements go */
+    size_t size;   /* bytes there are for them */
+    size_t length; /* bytes that came */
+    int dtype;
+    size_t rank;
+    int64_t shape[VACCEL_GUEST_RANK_MAX];
+} vaccel_guest_output;
+
+/* Where the agent spent its time. */
+typedef struct {
+    uint64_t queue_us; /* waiting for a place to compute, in microseconds */
+    uint64_t run_us;   /* computing, in microseconds */
+    uint32_t batch_size;
+} vaccel_guest_timings;
+
+/* What the agent is. */
+typedef struct {
+    char version[33];
+    char tenant[129];     /* who it takes this guest for */
+    char operations[257]; /* their names, with spaces between */
+    char engines[129];    /* those it has, with spaces between */
+    uint64_t message_bytes_max;
+    uint64_t session_lease_ms;
+} vaccel_guest_info;
+
+/* What read and write return when nothing can be moved now; any other negative number is -errno. */
+#define VACCEL_GUEST_AGAIN (-11)
+
+/* What wait returns, added up; 0 when the time is over. */
+#define VACCEL_GUEST_READABLE 1
+#define VACCEL_GUEST_WRITABLE 2
+
+/* Your own way to move bytes, for guests without sockets. Times are milliseconds of a clock that never goes back. */
+typedef struct {
+    void *context;
+    /* Opens a connection, after closing any; 0, or -errno. */
+    int (*connect)(void *context, uint64_t until);
+    /* Writes some bytes and returns how many. */
+    ptrdiff_t (*write)(void *context, const void *data, size_t length);
+    /* Reads some bytes and returns how many, 0 at the end. */
+    ptrdiff_t (*read)(void *context, void *data, size_t length);
+    /* Waits until something can be read, or (with write != 0) written, or the clock shows until. */
+    int (*wait)(void *context, int write, uint64_t until);
+    /* Closes the connection, if there is one. */
+    void (*close)(void *context);
+    /* What the clock shows. */
+    uint64_t (*now)(void *context);
+} vaccel_guest_io;
+
+/* Makes a guest in memory. The address is vsock://CID:PORT, unix://PATH, unix://@NAME or tcp://IP:PORT; NULL for the one
+ * the library was built with. Nothing is sent yet. NULL when the address is none or the memory too small. */
+vaccel_guest *vaccel_guest_init(void *memory, size_t size, const char *address);
+
+/* The same over your own way to move bytes; io is copied, its context is not. */
+vaccel_guest *vaccel_guest_init_io(void *memory, size_t size, const vaccel_guest_io *io);
+
+/* The token that an agent on TCP may want; at most 256 bytes of it. */
+void vaccel_guest_set_token(vaccel_guest *guest, const char *token);
+
+/* How long each later call may take, connecting included; a minute when not said. */
+void vaccel_guest_set_deadline_ms(vaccel_guest *guest, uint32_t deadline_ms);
+
+/* Whether later calls may be run twice when the connection breaks under them. */
+void vaccel_guest_set_repeatable(vaccel_guest *guest, int repeatable);
+
+/* Engine and device of later sessions; NULL or "" for the agent's choice. */
+void vaccel_guest_choose(vaccel_guest *guest, const char *engine, const char *device);
+
+/* Opens a session. Calls that need one do this by themselves. */
+int vaccel_guest_open(vaccel_guest *guest);
+
+/* Ends the session and closes the connection. The memory may then be used for something else. */
+int vaccel_guest_close(vaccel_guest *guest);
+
+/* Starts the session's lease anew; every other call does so too. */
+int vaccel_guest_renew(vaccel_guest *guest);
+
+/* Answers what the agent has asked between calls. Called more often than every 20 seconds it keeps the connection;
+ * without it the next call opens another one. */
+void vaccel_guest_attend(vaccel_guest *guest);
+
+int vaccel_guest_about(vaccel_guest *guest, vaccel_guest_info *info);
+
+/* Does nothing, all the way to the agent's scheduler and back. timings may be NULL, here and below. */
+int vaccel_guest_noop(vaccel_guest *guest, vaccel_guest_timings *timings);
+
+/* Classifies PNG or JPEG files: for each one its label_count / image_count best classes, best first, one image after the
+ * other. labels_found is how many there are. With model NULL the agent's own is used. */
+int vaccel_guest_classify(vaccel_guest *guest, const vaccel_guest_resource *model, const vaccel_guest_bytes *images,
+                          size_t image_count, vaccel_guest_label *labels, size_t label_count, size_t *labels_found,
+                          vaccel_guest_timings *timings);
+
+/* Runs a model. names are the outputs wanted, none for all; each goes to the output of the same number. */
+int vaccel_guest_run(vaccel_guest *guest, const vaccel_guest_resource *model, const vaccel_guest_input *inputs,
+                     size_t input_count, const char *const *names, size_t name_count, vaccel_guest_output *outputs,
+                     size_t output_count, vaccel_guest_timings *timings);
+
+/* Makes the session hold a resource; only what the agent lacks is sent. */
+int vaccel_guest_register(vaccel_guest *guest, int kind, const vaccel_guest_file *files, size_t file_count,
+                          vaccel_guest_resource *resource);
+
+int vaccel_guest_unregister(vaccel_guest *guest, const vaccel_guest_resource *resource);
+
+/* About the last call that failed: the reason's name such as "BAD_ARGUMENT", and a text for people. */
+const char *vaccel_guest_reason(const vaccel_guest *guest);
+const char *vaccel_guest_message(const vaccel_guest *guest);
+
+/* Whether it may have run; whether the session is lost, and with it its resources; when the agent asks to try again, in
+ * milliseconds, 0 when it does not. */
+int vaccel_guest_may_have_run(const vaccel_guest *guest);
+int vaccel_guest_session_lost(const vaccel_guest *guest);
+uint32_t vaccel_guest_retry_after_ms(const vaccel_guest *guest);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,641 @@
+//! The C interface of `include/vaccel_guest.h`, which says what each function does.
+//!
+//! **Contract of every function:** pointers are null where the header allows it, or point to what their type says, for
+//! the duration of the call; counts are those of the arrays they come with; strings end with a NUL; a guest is used by
+//! one thread at a time, between its initialisation and the end of its memory. That is what each SAFETY comment below
+//! rests on. Nothing here panics, allocates, or keeps a pointer except those of `vaccel_guest_io`.
+
+#![allow(unsafe_code, reason = "the boundary to C")]
+#![allow(missing_docs, reason = "documented where C programs read it, in the header")]
+
+use core::ffi::{CStr, c_char, c_int, c_void};
+use core::{ptr, slice};
+
+use crate::error::{Error, Reason, Result};
+use crate::posix::Posix;
+use crate::status::TEXT_BYTES;
+use crate::text::Text;
+use crate::transport::{Fault, Ready, Transport};
+use crate::types::{
+    DType, File, ITEMS_MAX, Input, Label, Output, RANK_MAX, RESOURCE_BYTES, ResourceId, ResourceKind, Timings,
+};
+use crate::{FILES_MAX, Guest};
+
+/// What `read` and `write` of C programs return when nothing can be moved now.
+const AGAIN: isize = -11;
+/// What `wait` returns, added up.
+const READABLE: c_int = 1;
+const WRITABLE: c_int = 2;
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Io {
+    context: *mut c_void,
+    connect: extern "C" fn(*mut c_void, u64) -> c_int,
+    write: extern "C" fn(*mut c_void, *const c_void, usize) -> isize,
+    read: extern "C" fn(*mut c_void, *mut c_void, usize) -> isize,
+    wait: extern "C" fn(*mut c_void, c_int, u64) -> c_int,
+    close: extern "C" fn(*mut c_void),
+    now: extern "C" fn(*mut c_void) -> u64,
+}
+
+#[repr(C)]
+#[derive(Debug)]
+pub(crate) struct Bytes {
+    data: *const u8,
+    length: usize,
+}
+
+#[repr(C)]
+#[derive(Debug)]
+pub(crate) struct CFile {
+    name: *const c_char,
+    data: *const u8,
+    length: usize,
+}
+
+#[repr(C)]
+#[derive(Debug)]
+pub(crate) struct CResource {
+    name: [u8; RESOURCE_BYTES + 1],
+}
+
+#[repr(C)]
+#[derive(Debug)]
+pub(crate) struct CLabel {
+    image: u32,
+    index: u32,
+    probability: f32,
+    name: [u8; 65],
+}
+
+#[repr(C)]
+#[derive(Debug)]
+pub(crate) struct CInput {
+    name: *const c_char,
+    dtype: c_int,
+    rank: usize,
+    shape: *const i64,
+    data: *const u8,
+    length: usize,
+}
+
+#[repr(C)]
+#[derive(Debug)]
+pub(crate) struct COutput {
+    data: *mut u8,
+    size: usize,
+    length: usize,
+    dtype: c_int,
+    rank: usize,
+    shape: [i64; RANK_MAX],
+}
+
+#[repr(C)]
+#[derive(Debug)]
+pub(crate) struct CTimings {
+    queue_us: u64,
+    run_us: u64,
+    batch_size: u32,
+}
+
+#[repr(C)]
+#[derive(Debug)]
+pub(crate) struct CInfo {
+    version: [u8; 33],
+    tenant: [u8; 129],
+    operations: [u8; 257],
+    engines: [u8; 129],
+    message_bytes_max: u64,
+    session_lease_ms: u64,
+}
+
+/// The platform's sockets, or the program's own way.
+#[derive(Debug)]
+enum Way {
+    Posix(Posix),
+    Own(Io),
+}
+
+/// A guest of a C program.
+#[derive(Debug)]
+pub(crate) struct Handle {
+    guest: Guest<Way>,
+    error: Error,
+    message: [u8; TEXT_BYTES + 1],
+}
+
+fn count(moved: isize) -> core::result::Result<usize, Fault> {
+    match usize::try_from(moved) {
+        Ok(count) => Ok(count),
+        Err(_) if moved == AGAIN => Err(Fault::WouldBlock),
+        Err(_) => Err(Fault::Broken(c_int::try_from(moved.unsigned_abs()).unwrap_or(0))),
+    }
+}
+
+impl Transport for Way {
+    fn authority(&self) -> &str {
+        "localhost"
+    }
+
+    fn connect(&mut self, until: u64) -> core::result::Result<(), Fault> {
+        match self {
+            Self::Posix(posix) => posix.connect(until),
+            Self::Own(io) => match (io.connect)(io.context, until) {
+                0 => Ok(()),
+                errno => Err(Fault::Broken(errno.checked_abs().unwrap_or(0))),
+            },
+        }
+    }
+
+    fn write(&mut self, first: &[u8], second: &[u8]) -> core::result::Result<usize, Fault> {
+        match self {
+            Self::Posix(posix) => posix.write(first, second),
+            Self::Own(io) => {
+                let piece = if first.is_empty() { second } else { first };
+                count((io.write)(io.context, piece.as_ptr().cast(), piece.len()))
+            }
+        }
+    }
+
+    fn read(&mut self, first: &mut [u8], second: &mut [u8]) -> core::result::Result<usize, Fault> {
+        match self {
+            Self::Posix(posix) => posix.read(first, second),
+            Self::Own(io) => {
+                let place = if first.is_empty() { second } else { first };
+                count((io.read)(io.context, place.as_mut_ptr().cast(), place.len()))
+            }
+        }
+    }
+
+    fn wait(&mut self, write: bool, until: u64) -> core::result::Result<Ready, Fault> {
+        match self {
+            Self::Posix(posix) => posix.wait(write, until),
+            Self::Own(io) => match (io.wait)(io.context, c_int::from(write), until) {
+                0 => Err(Fault::Late),
+                ready @ 1.. => Ok(Ready { read: ready & READABLE != 0, write: ready & WRITABLE != 0 }),
+                errno => Err(Fault::Broken(errno.checked_abs().unwrap_or(0))),
+            },
+        }
+    }
+
+    fn pause(&mut self, until: u64) {
+        match self {
+            Self::Posix(posix) => posix.pause(until),
+            Self::Own(io) => while (io.now)(io.context) < until {},
+        }
+    }
+
+    fn close(&mut self) {
+        match self {
+            Self::Posix(posix) => posix.close(),
+            Self::Own(io) => (io.close)(io.context),
+        }
+    }
+
+    fn now(&mut self) -> u64 {
+        match self {
+            Self::Posix(posix) => posix.now(),
+            Self::Own(io) => (io.now)(io.context),
+        }
+    }
+}
+
+// === from C ===
+
+/// # Safety
+/// As the module's contract says, for as long as the result is used.
+unsafe fn text<'a>(text: *const c_char) -> Option<&'a str> {
+    if text.is_null() {
+        return Some("");
+    }
+    // SAFETY: not null, so a string that ends with a NUL.
+    unsafe { CStr::from_ptr(text) }.to_str().ok()
+}
+
+/// # Safety
+/// As the module's contract says, for as long as the result is used.
+unsafe fn array<'a, E>(first: *const E, count: usize) -> &'a [E] {
+    if first.is_null() || count == 0 {
+        return &[];
+    }
+    // SAFETY: not null, so an array of so many elements.
+    unsafe { slice::from_raw_parts(first, count) }
+}
+
+/// # Safety
+/// As the module's contract says, for as long as the result is used; nobody else uses the array meanwhile.
+unsafe fn array_mut<'a, E>(first: *mut E, count: usize) -> &'a mut [E] {
+    if first.is_null() || count == 0 {
+        return &mut [];
+    }
+    // SAFETY: not null, so an array of so many elements that is this call's own.
+    unsafe { slice::from_raw_parts_mut(first, count) }
+}
+
+/// # Safety
+/// As the module's contract says, for as long as the result is used.
+unsafe fn resource(resource: *const CResource) -> Option<ResourceId> {
+    // SAFETY: null, or a resource's name.
+    let resource = unsafe { resource.as_ref() }?;
+    resource.name.first_chunk().copied().map(ResourceId)
+}
+
+// === to C ===
+
+/// A text and the NUL at its end, in a place that is one byte longer than the text can be.
+fn terminate<const N: usize>(text: &Text<N>, place: &mut [u8]) {
+    let text = text.as_str().as_bytes();
+    for (place, byte) in place.iter_mut().zip(text.iter().chain(core::iter::repeat(&0))) {
+        *place = *byte;
+    }
+    if let Some(last) = place.last_mut() {
+        *last = 0;
+    }
+}
+
+impl Handle {
+    /// What a call returns to C.
+    fn returns(&mut self, outcome: Result<()>) -> c_int {
+        match outcome {
+            Ok(()) => 0,
+            Err(error) => {
+                self.error = error;
+                terminate(&Text::<TEXT_BYTES>::from(self.guest.message()), &mut self.message);
+                error.reason.errno()
+            }
+        }
+    }
+
+    fn refuses(&mut self, text: &str) -> c_int {
+        self.error = Error::new(Reason::BadArgument);
+        terminate(&Text::<TEXT_BYTES>::from(text), &mut self.message);
+        self.error.reason.errno()
+    }
+
+    /// The same, with how long it took.
+    ///
+    /// # Safety
+    /// As the module's contract says.
+    unsafe fn returns_timed(&mut self, outcome: Result<Timings>, timings: *mut CTimings) -> c_int {
+        // SAFETY: null, or a place for timings.
+        if let (Ok(took), Some(place)) = (outcome, unsafe { timings.as_mut() }) {
+            *place = CTimings { queue_us: took.queue_us, run_us: took.run_us, batch_size: took.batch_size };
+        }
+        self.returns(outcome.map(drop))
+    }
+}
+
+/// Bad pointers of C programs that can be told.
+const NO_GUEST: c_int = Reason::BadArgument.errno();
+
+macro_rules! guest {
+    ($guest:ident) => {
+        // SAFETY: null, or a guest that is this call's own.
+        match unsafe { $guest.as_mut() } {
+            Some(guest) => guest,
+            None => return NO_GUEST,
+        }
+    };
+}
+
+/// # Safety
+/// The module's contract; the memory is this guest's own until it is closed.
+unsafe fn place(memory: *mut c_void, size: usize, way: Way) -> *mut Handle {
+    let skipped = memory.align_offset(align_of::<Handle>());
+    if memory.is_null() || size.checked_sub(skipped).is_none_or(|size| size < size_of::<Handle>()) {
+        return ptr::null_mut();
+    }
+    let place = memory.wrapping_byte_add(skipped).cast::<Handle>();
+    let error = Error::new(Reason::BadArgument);
+    // SAFETY: aligned and large enough, as was checked, and the caller's own to give.
+    unsafe { place.write(Handle { guest: Guest::new(way), error, message: [0; TEXT_BYTES + 1] }) };
+    place
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn vaccel_guest_init(
+    memory: *mut c_void,
+    size: usize,
+    address: *const c_char,
+) -> *mut Handle {
+    let posix = if address.is_null() {
+        Posix::built_in().ok()
+    } else {
+        // SAFETY: not null, so a string.
+        unsafe { text(address) }.and_then(|address| address.parse().ok())
+    };
+    match posix {
+        // SAFETY: the module's contract.
+        Some(posix) => unsafe { place(memory, size, Way::Posix(posix)) },
+        None => ptr::null_mut(),
+    }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn vaccel_guest_init_io(memory: *mut c_void, size: usize, io: *const Io) -> *mut Handle {
+    // SAFETY: null, or the program's functions.
+    match unsafe { io.as_ref() } {
+        // SAFETY: the module's contract.
+        Some(io) => unsafe { place(memory, size, Way::Own(*io)) },
+        None => ptr::null_mut(),
+    }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn vaccel_guest_set_token(guest: *mut Handle, token: *const c_char) {
+    // SAFETY: null, or a guest that is this call's own; null, or a string.
+    if let (Some(guest), Some(token)) = unsafe { (guest.as_mut(), text(token)) } {
+        guest.guest.set_token(token);
+    }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn vaccel_guest_set_deadline_ms(guest: *mut Handle, deadline_ms: u32) {
+    // SAFETY: null, or a guest that is this call's own.
+    if let Some(guest) = unsafe { guest.as_mut() } {
+        guest.guest.set_deadline_ms(deadline_ms);
+    }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn vaccel_guest_set_repeatable(guest: *mut Handle, repeatable: c_int) {
+    // SAFETY: null, or a guest that is this call's own.
+    if let Some(guest) = unsafe { guest.as_mut() } {
+        guest.guest.set_repeatable(repeatable != 0);
+    }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn vaccel_guest_choose(guest: *mut Handle, engine: *const c_char, device: *const c_char) {
+    // SAFETY: null, or a guest that is this call's own; null, or strings.
+    if let (Some(guest), Some(engine), Some(device)) = unsafe { (guest.as_mut(), text(engine), text(device)) }
+    {
+        guest.guest.choose(engine, device);
+    }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn vaccel_guest_open(guest: *mut Handle) -> c_int {
+    let guest = guest!(guest);
+    let outcome = guest.guest.open();
+    guest.returns(outcome)
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn vaccel_guest_close(guest: *mut Handle) -> c_int {
+    let guest = guest!(guest);
+    let outcome = guest.guest.close();
+    guest.returns(outcome)
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn vaccel_guest_renew(guest: *mut Handle) -> c_int {
+    let guest = guest!(guest);
+    let outcome = guest.guest.renew();
+    guest.returns(outcome)
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn vaccel_guest_attend(guest: *mut Handle) {
+    // SAFETY: null, or a guest that is this call's own.
+    if let Some(guest) = unsafe { guest.as_mut() } {
+        guest.guest.attend();
+    }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn vaccel_guest_about(guest: *mut Handle, info: *mut CInfo) -> c_int {
+    let guest = guest!(guest);
+    let outcome = guest.guest.info();
+    // SAFETY: null, or a place for the answer.
+    if let (Ok(found), Some(place)) = (&outcome, unsafe { info.as_mut() }) {
+        terminate(&found.version, &mut place.version);
+        terminate(&found.tenant, &mut place.tenant);
+        terminate(&found.operations, &mut place.operations);
+        terminate(&found.engines, &mut place.engines);
+        (place.message_bytes_max, place.session_lease_ms) = (found.message_bytes_max, found.session_lease_ms);
+    }
+    guest.returns(outcome.map(drop))
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn vaccel_guest_noop(guest: *mut Handle, timings: *mut CTimings) -> c_int {
+    let guest = guest!(guest);
+    let outcome = guest.guest.noop();
+    // SAFETY: the module's contract.
+    unsafe { guest.returns_timed(outcome, timings) }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn vaccel_guest_classify(
+    guest: *mut Handle,
+    model: *const CResource,
+    images: *const Bytes,
+    image_count: usize,
+    labels: *mut CLabel,
+    label_count: usize,
+    labels_found: *mut usize,
+    timings: *mut CTimings,
+) -> c_int {
+    /// Labels of all images of one call, each of which is held once more on the stack.
+    const LABELS_MAX: usize = 5 * ITEMS_MAX;
+    let guest = guest!(guest);
+    // SAFETY: the module's contract.
+    let (model, given, places) =
+        unsafe { (resource(model), array(images, image_count), array_mut(labels, label_count)) };
+    let mut images: [&[u8]; ITEMS_MAX] = [&[]; ITEMS_MAX];
+    let Some(images) = images.get_mut(..given.len()) else { return guest.refuses("expected 1 to 16 images") };
+    for (image, given) in images.iter_mut().zip(given) {
+        // SAFETY: the module's contract.
+        *image = unsafe { array(given.data, given.length) };
+    }
+    let mut labels = [Label::default(); LABELS_MAX];
+    // More labels than there are places here for are not asked for.
+    let whole = places.len().min(LABELS_MAX) / given.len().max(1) * given.len();
+    let labels = labels.get_mut(..whole).unwrap_or_default();
+    let outcome = guest.guest.classify(model.as_ref(), images, labels);
+    let found = outcome.map_or(0, |(found, _)| found);
+    for (place, label) in places.iter_mut().zip(labels.iter().take(found)) {
+        (place.image, place.index, place.probability) = (label.image, label.index, label.probability);
+        terminate(&label.name, &mut place.name);
+    }
+    // SAFETY: null, or a place for a number.
+    if let Some(place) = unsafe { labels_found.as_mut() } {
+        *place = found;
+    }
+    // SAFETY: the module's contract.
+    unsafe { guest.returns_timed(outcome.map(|(_, timings)| timings), timings) }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn vaccel_guest_run(
+    guest: *mut Handle,
+    model: *const CResource,
+    inputs: *const CInput,
+    input_count: usize,
+    names: *const *const c_char,
+    name_count: usize,
+    outputs: *mut COutput,
+    output_count: usize,
+    timings: *mut CTimings,
+) -> c_int {
+    let guest = guest!(guest);
+    // SAFETY: the module's contract.
+    let (model, given, wanted, places) = unsafe {
+        (
+            resource(model),
+            array(inputs, input_count),
+            array(names, name_count),
+            array_mut(outputs, output_count),
+        )
+    };
+    let Some(model) = model else { return guest.refuses("expected a model") };
+    let mut inputs = [Input { name: "", dtype: DType::Unspecified, shape: &[], data: &[] }; ITEMS_MAX];
+    let mut names = [""; ITEMS_MAX];
+    let mut outputs: [Output<'_>; ITEMS_MAX] = core::array::from_fn(|_| Output::new(&mut []));
+    let (Some(inputs), Some(names), Some(outputs)) =
+        (inputs.get_mut(..given.len()), names.get_mut(..wanted.len()), outputs.get_mut(..places.len()))
+    else {
+        return guest.refuses("expected at most 16 inputs, names and outputs");
+    };
+    for (input, given) in inputs.iter_mut().zip(given) {
+        // SAFETY: the module's contract.
+        let (name, shape, data) =
+            unsafe { (text(given.name), array(given.shape, given.rank), array(given.data, given.length)) };
+        let Some(name) = name else { return guest.refuses("expected names of inputs in UTF-8") };
+        *input = Input { name, dtype: DType::from_number(given.dtype.unsigned_abs().into()), shape, data };
+    }
+    for (name, wanted) in names.iter_mut().zip(wanted) {
+        // SAFETY: the module's contract.
+        let Some(wanted) = (unsafe { text(*wanted) }) else {
+            return guest.refuses("expected names in UTF-8");
+        };
+        *name = wanted;
+    }
+    for (output, place) in outputs.iter_mut().zip(places.iter()) {
+        // SAFETY: the module's contract.
+        *output = Output::new(unsafe { array_mut(place.data, place.size) });
+    }
+    let outcome = guest.guest.run(&model, inputs, names, outputs);
+    for (place, output) in places.iter_mut().zip(outputs.iter()) {
+        (place.length, place.dtype) = (output.length, output.dtype as c_int);
+        (place.rank, place.shape) = (output.rank, output.shape);
+    }
+    // SAFETY: the module's contract.
+    unsafe { guest.returns_timed(outcome, timings) }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn vaccel_guest_register(
+    guest: *mut Handle,
+    kind: c_int,
+    files: *const CFile,
+    file_count: usize,
+    resource: *mut CResource,
+) -> c_int {
+    let guest = guest!(guest);
+    // SAFETY: the module's contract.
+    let given = unsafe { array(files, file_count) };
+    let kind = match kind {
+        1 => ResourceKind::Model,
+        2 => ResourceKind::Data,
+        3 => ResourceKind::Library,
+        _ => return guest.refuses("expected a kind of 1, 2 or 3"),
+    };
+    let mut files = [File { name: "", content: &[] }; FILES_MAX];
+    let Some(files) = files.get_mut(..given.len()) else { return guest.refuses("expected 1 to 8 files") };
+    for (file, given) in files.iter_mut().zip(given) {
+        // SAFETY: the module's contract.
+        let (name, content) = unsafe { (text(given.name), array(given.data, given.length)) };
+        let Some(name) = name else { return guest.refuses("expected names of files in UTF-8") };
+        *file = File { name, content };
+    }
+    let outcome = guest.guest.register(kind, files);
+    // SAFETY: null, or a place for a name.
+    if let (Ok(id), Some(place)) = (&outcome, unsafe { resource.as_mut() }) {
+        terminate(&Text::<RESOURCE_BYTES>::from(id.as_str()), &mut place.name);
+    }
+    guest.returns(outcome.map(drop))
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn vaccel_guest_unregister(guest: *mut Handle, id: *const CResource) -> c_int {
+    let guest = guest!(guest);
+    // SAFETY: the module's contract.
+    let Some(id) = (unsafe { resource(id) }) else { return guest.refuses("expected a resource") };
+    let outcome = guest.guest.unregister(&id);
+    guest.returns(outcome)
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn vaccel_guest_reason(guest: *const Handle) -> *const c_char {
+    macro_rules! names {
+        ($($reason:ident),*) => { |reason| match reason { $(Reason::$reason => {
+            const NAME: &[u8] = &nul::<{ Reason::$reason.name().len() + 1 }>(Reason::$reason.name());
+            NAME
+        })* } };
+    }
+    let name = names!(
+        BadArgument,
+        MessageTooLarge,
+        UnknownOperation,
+        Disabled,
+        Unauthenticated,
+        Denied,
+        NotFound,
+        ModelRejected,
+        QuotaExceeded,
+        Overloaded,
+        ShuttingDown,
+        Unreachable,
+        Deadline,
+        Cancelled,
+        BackendFailed
+    );
+    // SAFETY: null, or a guest.
+    unsafe { guest.as_ref() }.map_or(ptr::null(), |guest| name(guest.error.reason).as_ptr().cast())
+}
+
+/// A name and the NUL at its end.
+#[allow(clippy::indexing_slicing, reason = "runs in the compiler")]
+const fn nul<const N: usize>(name: &str) -> [u8; N] {
+    let (mut ended, mut at) = ([0; N], 0);
+    while at < name.len() {
+        ended[at] = name.as_bytes()[at];
+        at += 1;
+    }
+    ended
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn vaccel_guest_message(guest: *const Handle) -> *const c_char {
+    // SAFETY: null, or a guest.
+    unsafe { guest.as_ref() }.map_or(ptr::null(), |guest| guest.message.as_ptr().cast())
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn vaccel_guest_may_have_run(guest: *const Handle) -> c_int {
+    // SAFETY: null, or a guest.
+    unsafe { guest.as_ref() }.map_or(0, |guest| c_int::from(guest.error.may_have_run))
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn vaccel_guest_session_lost(guest: *const Handle) -> c_int {
+    // SAFETY: null, or a guest.
+    unsafe { guest.as_ref() }.map_or(0, |guest| c_int::from(guest.error.session_lost))
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn vaccel_guest_retry_after_ms(guest: *const Handle) -> u32 {
+    // SAFETY: null, or a guest.
+    unsafe { guest.as_ref() }.map_or(0, |guest| guest.error.retry_after_ms)
+}
+
+/// Without the standard library somebody has to say what a panic does. Nothing in this crate panics; a test holds the
+/// linked C example to that, where this function must not be found.
+#[cfg(not(any(test, feature = "std")))]
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
