@@ -61,8 +61,8 @@ impl core::str::FromStr for Address {
 
     fn from_str(text: &str) -> Result<Self, NoAddress> {
         let scheme = |name: &str| {
-            let (scheme, rest) = text.split_once("://")?;
-            scheme.eq_ignore_ascii_case(name).then_some(rest)
+            let (scheme, rest) = text.split_once(':')?;
+            rest.strip_prefix("//").filter(|_| scheme.eq_ignore_ascii_case(name))
         };
         if let Some(rest) = scheme("vsock") {
             return vsock(rest)
@@ -130,7 +130,8 @@ fn ip6(host: &str) -> Option<Ipv6Addr> {
         Some(count)
     };
     let (mut groups_before, mut groups_after) = ([0; 8], [0; 8]);
-    let Some((before, after)) = host.split_once("::") else {
+    let gap = host.as_bytes().windows(2).position(|pair| pair == b"::");
+    let Some((before, after)) = gap.and_then(|gap| Some((host.get(..gap)?, host.get(gap + 2..)?))) else {
         return (groups(host, &mut groups_before)? == 8).then(|| Ipv6Addr::from(groups_before));
     };
     let (before, after) = (groups(before, &mut groups_before)?, groups(after, &mut groups_after)?);

@@ -63,15 +63,20 @@ impl<const N: usize> Text<N> {
         self
     }
 
-    pub(crate) fn push_number(&mut self, number: u64) -> &mut Self {
-        let mut power = 1_u64;
-        while number / power >= 10 {
-            power *= 10;
+    pub(crate) fn push_number(&mut self, mut number: u64) -> &mut Self {
+        // The largest has 20 digits.
+        let mut digits = [0; 20];
+        let mut count = 0;
+        for place in digits.iter_mut().rev() {
+            *place = b'0' + (number % 10) as u8;
+            number /= 10;
+            count += 1;
+            if number == 0 {
+                break;
+            }
         }
-        while power > 0 {
-            // One decimal digit.
-            self.push_byte(b'0' + (number / power % 10) as u8);
-            power /= 10;
+        for digit in digits.iter().skip(digits.len() - count) {
+            self.push_byte(*digit);
         }
         self
     }

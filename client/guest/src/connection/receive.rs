@@ -1,6 +1,6 @@
 //! What comes from the peer, frame by frame; the contents of DATA frames go on to the call as they come.
 
-use super::{Call, Connection, FRAME_BYTES_MAX, Fault, Inside, PINGS_MAX, RX_BYTES};
+use super::{Call, Connection, FRAME_BYTES_MAX, Fault, Inside, PINGS_MAX, RX_BYTES, move_down};
 use crate::frame::{self, Header};
 use crate::hpack;
 use crate::status::Status;
@@ -25,7 +25,7 @@ impl Connection {
         if self.rx_begin == self.rx_end {
             (self.rx_begin, self.rx_end) = (self.block, self.block);
         } else if self.rx_begin > self.block {
-            self.rx.copy_within(self.rx_begin..self.rx_end, self.block);
+            move_down(&mut self.rx, self.rx_begin..self.rx_end, self.block);
             (self.rx_begin, self.rx_end) = (self.block, self.block + self.rx_end - self.rx_begin);
         }
         [direct, self.rx.get_mut(self.rx_end..).unwrap_or_default()]
@@ -181,10 +181,8 @@ impl Connection {
         let call = call.filter(|call| call.stream == header.stream && !call.over);
         let own = call.is_some();
         let last = header.has(frame::END_STREAM);
-        if let Some(call) = call {
-            if !call.status.may_carry_message() {
-                return Err(Fault::Protocol("DATA without headers of gRPC before it"));
-            }
+        if call.is_some_and(|call| !call.status.may_carry_message()) {
+            return Err(Fault::Protocol("DATA without headers of gRPC before it"));
         }
         self.inside = Inside::Data { left, padding, own, last };
         Ok(true)
@@ -214,7 +212,7 @@ impl Connection {
             }
         };
         if !header.has(frame::END_HEADERS) || self.block > 0 {
-            self.rx.copy_within(begin..end, self.block);
+            move_down(&mut self.rx, begin..end, self.block);
             self.block += end - begin;
             self.block_of = Some((stream, last));
             if !header.has(frame::END_HEADERS) {

@@ -1,6 +1,6 @@
 //! What goes to the peer: answers to it, and the call's message in frames of its size and within its windows.
 
-use super::{CONSUMED_BYTES_MAX, COPIED_BYTES_MAX, Call, Connection, TX_BYTES};
+use super::{CONSUMED_BYTES_MAX, COPIED_BYTES_MAX, Call, Connection, TX_BYTES, move_down};
 use crate::frame::{self, Header};
 
 impl Connection {
@@ -32,7 +32,7 @@ impl Connection {
     /// Moves what is to be sent to the beginning of its place.
     pub(super) fn compact(&mut self) {
         if self.tx_begin > 0 {
-            self.tx.copy_within(self.tx_begin..self.tx_end, 0);
+            move_down(&mut self.tx, self.tx_begin..self.tx_end, 0);
             (self.tx_begin, self.tx_end) = (0, self.tx_end - self.tx_begin);
         }
     }
