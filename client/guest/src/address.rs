@@ -61,7 +61,7 @@ impl core::str::FromStr for Address {
 
     fn from_str(text: &str) -> Result<Self, NoAddress> {
         let scheme = |name: &str| {
-            let (scheme, rest) = text.split_once(':')?;
+            let (scheme, rest) = before_and_after(text, text.bytes().position(|byte| byte == b':')?)?;
             rest.strip_prefix("//").filter(|_| scheme.eq_ignore_ascii_case(name))
         };
         if let Some(rest) = scheme("vsock") {
@@ -72,7 +72,7 @@ impl core::str::FromStr for Address {
             return unix(rest).ok_or(NoAddress("unix://PATH or unix://@NAME of at most 107 bytes"));
         }
         if let Some(rest) = scheme("tcp") {
-            let (host, port) = rest.rsplit_once(':').unwrap_or((rest, ""));
+            let (host, port) = at_last_colon(rest).unwrap_or((rest, ""));
             let address = ip(host).zip(number(port).filter(|port| *port > 0));
             let address =
                 address.and_then(|(ip, port)| Some(Self::Tcp { ip, port: u16::try_from(port).ok()? }));
@@ -82,6 +82,24 @@ impl core::str::FromStr for Address {
     }
 }
 
+/// The text before and after the byte at an index. The standard library's ways to split can panic, as far as the compiler
+/// knows.
+fn before_and_after(text: &str, at: usize) -> Option<(&str, &str)> {
+    Some((text.get(..at)?, text.get(at + 1..)?))
+}
+
+fn at_last_colon(text: &str) -> Option<(&str, &str)> {
+    before_and_after(text, text.bytes().rposition(|byte| byte == b':')?)
+}
+
+/// The text up to a separator, which and what follows is left; all of it at the end.
+fn next_part<'a>(rest: &mut Option<&'a str>, separator: u8) -> Option<&'a str> {
+    let text = (*rest)?;
+    let cut = text.bytes().position(|byte| byte == separator).and_then(|at| before_and_after(text, at));
+    *rest = cut.map(|(_, after)| after);
+    Some(cut.map_or(text, |(part, _)| part))
+}
+
 /// A number in decimal digits.
 fn number(digits: &str) -> Option<u32> {
     let is_number = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
@@ -89,7 +107,7 @@ fn number(digits: &str) -> Option<u32> {
 }
 
 fn vsock(rest: &str) -> Option<Address> {
-    let (cid, port) = rest.rsplit_once(':')?;
+    let (cid, port) = at_last_colon(rest)?;
     let cid = match cid {
         _ if cid.eq_ignore_ascii_case("host") => 2,
         _ if cid.eq_ignore_ascii_case("local") => 1,
@@ -112,17 +130,17 @@ fn ip(host: &str) -> Option<IpAddr> {
         return ip6(host).map(IpAddr::V6);
     }
     let mut octets = [0; 4];
-    let mut parts = host.split('.');
+    let mut rest = Some(host);
     for octet in &mut octets {
-        *octet = number(parts.next()?).and_then(|octet| u8::try_from(octet).ok())?;
+        *octet = number(next_part(&mut rest, b'.')?).and_then(|octet| u8::try_from(octet).ok())?;
     }
-    parts.next().is_none().then(|| IpAddr::V4(Ipv4Addr::from(octets)))
+    rest.is_none().then(|| IpAddr::V4(Ipv4Addr::from(octets)))
 }
 
 fn ip6(host: &str) -> Option<Ipv6Addr> {
     let groups = |text: &str, into: &mut [u16; 8]| {
-        let mut count = 0;
-        for group in text.split(':').filter(|_| !text.is_empty()) {
+        let (mut rest, mut count) = (Some(text).filter(|text| !text.is_empty()), 0);
+        while let Some(group) = next_part(&mut rest, b':') {
             let fits = (1..=4).contains(&group.len()) && group.bytes().all(|byte| byte.is_ascii_hexdigit());
             *into.get_mut(count)? = fits.then(|| u16::from_str_radix(group, 16).ok()).flatten()?;
             count += 1;

@@ -227,10 +227,10 @@ impl Details {
                 (1, true) => kind = any.text(length)?,
                 (2, true) => {
                     let mut message = any.inside(length)?;
-                    match kind.as_str().rsplit('/').next().unwrap_or_default() {
-                        "google.rpc.ErrorInfo" => self.error_info(&mut message),
-                        "google.rpc.RetryInfo" => self.retry_info(&mut message),
-                        "google.rpc.ResourceInfo" => self.resource_info(&mut message),
+                    match kind.as_str() {
+                        "type.googleapis.com/google.rpc.ErrorInfo" => self.error_info(&mut message),
+                        "type.googleapis.com/google.rpc.RetryInfo" => self.retry_info(&mut message),
+                        "type.googleapis.com/google.rpc.ResourceInfo" => self.resource_info(&mut message),
                         _ => None,
                     };
                     message.finish();
