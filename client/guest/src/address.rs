@@ -82,8 +82,8 @@ impl core::str::FromStr for Address {
     }
 }
 
-/// The text before and after the byte at an index. The standard library's ways to split can panic, as far as the compiler
-/// knows.
+/// The text before and after the byte at an index. The standard library's ways to split can panic, as far as the
+/// compiler knows.
 fn before_and_after(text: &str, at: usize) -> Option<(&str, &str)> {
     Some((text.get(..at)?, text.get(at + 1..)?))
 }

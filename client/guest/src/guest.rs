@@ -27,8 +27,8 @@ const BREAKS_MAX: usize = 8;
 
 /// A guest of one agent.
 ///
-/// All its memory is in it (some 26 KiB): put it on the stack, in a `static` or in a box. It does nothing by itself and
-/// belongs to one thread at a time.
+/// All its memory is in it (some 26 KiB): put it on the stack, in a `static` or in a box. It does nothing by itself
+/// and belongs to one thread at a time.
 ///
 /// Every call opens the connection and the session when they are not there, and again when they were lost, as long as
 /// that cannot make the agent run something twice. A session that was lost took its resources with it: a guest that
@@ -155,8 +155,9 @@ impl<T: Transport> Guest<T> {
         Ok(ran.timings)
     }
 
-    /// Classifies PNG or JPEG files, at most [`ITEMS_MAX`]: for each one its `labels.len() / images.len()` best classes,
-    /// best first, one image after the other. Returns how many labels there are. Without a model it is the agent's own.
+    /// Classifies PNG or JPEG files, at most [`ITEMS_MAX`]: for each one its `labels.len() / images.len()` best
+    /// classes, best first, one image after the other. Returns how many labels there are. Without a model it is the
+    /// agent's own.
     ///
     /// # Errors
     /// `BAD_ARGUMENT` for a file that is no image, `NOT_FOUND` for the model, `MODEL_REJECTED`, `MESSAGE_TOO_LARGE`,

@@ -13,17 +13,18 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! It speaks the agent's own gRPC, and needs little for that: no thread, no allocation, no epoll, no timer, no signal, no
-//! name service; `socket`, `connect`, `send`, `read`, `poll`, `close` and a clock. All memory is in a [`Guest`] and in
-//! what the caller gives; tensors are sent from where they are and arrive where they are wanted.
+//! It speaks the agent's own gRPC, and needs little for that: no thread, no allocation, no epoll, no timer, no
+//! signal, no name service; `socket`, `connect`, `send`, `read`, `poll`, `close` and a clock. All memory is in a
+//! [`Guest`] and in what the caller gives; tensors are sent from where they are and arrive where they are wanted.
 //!
 //! *Features.* None: the protocol, for a [`Transport`] of your own. `posix`: [`Posix`] sockets by the C library, still
-//! `no_std`. `std` (default): the environment, and errors as the standard library knows them. `capi`: the C interface of
+//! `no_std`. `std` (default): the environment, and errors as the standard library knows them. `capi`: the C interface
+//! of
 //! `include/vaccel_guest.h`.
 //!
-//! *Layers, each knowing those above it:* `frame`, `hpack`, `protobuf` are encodings; `connection` is HTTP/2 without any
-//! I/O; `link` makes calls over a [`Transport`]; `request` and `reply` are the contract's messages; [`Guest`] is all a
-//! program sees.
+//! *Layers, each knowing those above it:* `frame`, `hpack`, `protobuf` are encodings; `connection` is HTTP/2 without
+//! any I/O; `link` makes calls over a [`Transport`]; `request` and `reply` are the contract's messages; [`Guest`] is
+//! all a program sees.
 
 #![cfg_attr(not(any(test, feature = "std")), no_std)]
 // What an agent sends, and what C programs pass, must end in an error and never in a panic.

@@ -16,8 +16,8 @@ use crate::transport::{Fault, Transport};
 const PAUSE_FIRST_MS: u64 = 10;
 const PAUSE_MAX_MS: u64 = 1000;
 
-/// How long the answer to the peer's SETTINGS may wait for something it can be sent with, in milliseconds. By itself it
-/// would be a small packet that holds up the next one.
+/// How long the answer to the peer's SETTINGS may wait for something it can be sent with, in milliseconds. By itself
+/// it would be a small packet that holds up the next one.
 const ANSWER_DELAY_MS: u64 = 100;
 
 /// Bytes of a bearer token.

@@ -99,8 +99,8 @@ pub(crate) enum Take {
     Skip,
 }
 
-/// What reads a message: told of each field by the numbers of the fields it is in, outermost first, and its own. It may
-/// be told of fields in any order and more than once.
+/// What reads a message: told of each field by the numbers of the fields it is in, outermost first, and its own. It
+/// may be told of fields in any order and more than once.
 pub(crate) trait Reader {
     /// A field of `length` bytes begins.
     ///

@@ -34,7 +34,8 @@ impl<'a> Parts<'a> {
         self.parts.get(..self.count).unwrap_or_default()
     }
 
-    /// What was written, cut before each item, with the items between. The first part is written before the first item.
+    /// What was written, cut before each item, with the items between. The first part is written before the first
+    /// item.
     fn interleaved(written: &'a [u8], cuts: &[usize], items: impl Iterator<Item = &'a [u8]>) -> Self {
         let mut made = Self { parts: [&[]; PARTS_MAX], count: 0 };
         let mut rest = written;

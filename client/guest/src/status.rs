@@ -1,7 +1,8 @@
 //! The end of a call: HTTP and gRPC status, the text, and from the details what a program needs.
 //!
-//! The details are `google.rpc` messages in base64 in a Huffman string. They are read as they are decoded, so that they
-//! need no memory: `grpc-status-details-bin` → bytes → `Status{3: Any{1: type, 2: ErrorInfo | RetryInfo | ResourceInfo}}`.
+//! The details are `google.rpc` messages in base64 in a Huffman string. They are read as they are decoded, so that
+//! they need no memory: `grpc-status-details-bin` → bytes → `Status{3: Any{1: type, 2: ErrorInfo | RetryInfo |
+//! ResourceInfo}}`.
 //!
 //! *Source:* gRPC over HTTP/2; google/rpc/status.proto and error_details.proto.
 

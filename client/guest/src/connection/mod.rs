@@ -1,11 +1,11 @@
 //! One HTTP/2 connection with one call on it at a time, without any I/O.
 //!
 //! Whoever has the socket asks where incoming bytes go ([`Connection::places`]) and which bytes to send
-//! ([`Connection::outgoing`]), and says how many it moved. A tensor's bytes are sent from where the caller has them and
-//! arrive where the caller wants them: nothing in between holds them.
+//! ([`Connection::outgoing`]), and says how many it moved. A tensor's bytes are sent from where the caller has them
+//! and arrive where the caller wants them: nothing in between holds them.
 //!
-//! A peer may cut its frames and mix its PINGs, SETTINGS and WINDOW_UPDATEs with a reply as it likes. What is held of it
-//! is bounded by [`RX_BYTES`].
+//! A peer may cut its frames and mix its PINGs, SETTINGS and WINDOW_UPDATEs with a reply as it likes. What is held of
+//! it is bounded by [`RX_BYTES`].
 //!
 //! *Source:* RFC 9113; gRPC over HTTP/2.
 

@@ -107,8 +107,8 @@ impl Connection {
         self.settings_unanswered > 0
     }
 
-    /// The bytes to send now, in two pieces; empty when there is nothing to send or the peer has to say something first.
-    /// Answers to the peer go with them, or with `answers` by themselves.
+    /// The bytes to send now, in two pieces; empty when there is nothing to send or the peer has to say something
+    /// first. Answers to the peer go with them, or with `answers` by themselves.
     pub(crate) fn outgoing<'c, 'p: 'c>(
         &'c mut self,
         mut call: Option<&mut Call<'p>>,

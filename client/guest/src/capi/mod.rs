@@ -6,116 +6,24 @@
 //! rests on. Nothing here panics, allocates, or keeps a pointer except those of `vaccel_guest_io`.
 
 #![allow(unsafe_code, reason = "the boundary to C")]
-#![allow(missing_docs, reason = "documented where C programs read it, in the header")]
 
-use core::ffi::{CStr, c_char, c_int, c_void};
-use core::{ptr, slice};
+mod types;
+mod way;
 
+use core::ffi::{c_char, c_int, c_void};
+use core::ptr;
+
+use self::types::{
+    Bytes, CFile, CInfo, CInput, CLabel, COutput, CResource, CTimings, array, array_mut, resource, terminate,
+    text,
+};
+use self::way::{Io, Way};
 use crate::error::{Error, Reason, Result};
 use crate::posix::Posix;
 use crate::status::TEXT_BYTES;
 use crate::text::Text;
-use crate::transport::{Fault, Ready, Transport};
-use crate::types::{
-    DType, File, ITEMS_MAX, Input, Label, Output, RANK_MAX, RESOURCE_BYTES, ResourceId, ResourceKind, Timings,
-};
+use crate::types::{DType, File, ITEMS_MAX, Input, Label, Output, RESOURCE_BYTES, ResourceKind, Timings};
 use crate::{FILES_MAX, Guest};
-
-/// What `read` and `write` of C programs return when nothing can be moved now.
-const AGAIN: isize = -11;
-/// What `wait` returns, added up.
-const READABLE: c_int = 1;
-const WRITABLE: c_int = 2;
-
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Io {
-    context: *mut c_void,
-    connect: extern "C" fn(*mut c_void, u64) -> c_int,
-    write: extern "C" fn(*mut c_void, *const c_void, usize) -> isize,
-    read: extern "C" fn(*mut c_void, *mut c_void, usize) -> isize,
-    wait: extern "C" fn(*mut c_void, c_int, u64) -> c_int,
-    close: extern "C" fn(*mut c_void),
-    now: extern "C" fn(*mut c_void) -> u64,
-}
-
-#[repr(C)]
-#[derive(Debug)]
-pub(crate) struct Bytes {
-    data: *const u8,
-    length: usize,
-}
-
-#[repr(C)]
-#[derive(Debug)]
-pub(crate) struct CFile {
-    name: *const c_char,
-    data: *const u8,
-    length: usize,
-}
-
-#[repr(C)]
-#[derive(Debug)]
-pub(crate) struct CResource {
-    name: [u8; RESOURCE_BYTES + 1],
-}
-
-#[repr(C)]
-#[derive(Debug)]
-pub(crate) struct CLabel {
-    image: u32,
-    index: u32,
-    probability: f32,
-    name: [u8; 65],
-}
-
-#[repr(C)]
-#[derive(Debug)]
-pub(crate) struct CInput {
-    name: *const c_char,
-    dtype: c_int,
-    rank: usize,
-    shape: *const i64,
-    data: *const u8,
-    length: usize,
-}
-
-#[repr(C)]
-#[derive(Debug)]
-pub(crate) struct COutput {
-    data: *mut u8,
-    size: usize,
-    length: usize,
-    dtype: c_int,
-    rank: usize,
-    shape: [i64; RANK_MAX],
-}
-
-#[repr(C)]
-#[derive(Debug)]
-pub(crate) struct CTimings {
-    queue_us: u64,
-    run_us: u64,
-    batch_size: u32,
-}
-
-#[repr(C)]
-#[derive(Debug)]
-pub(crate) struct CInfo {
-    version: [u8; 33],
-    tenant: [u8; 129],
-    operations: [u8; 257],
-    engines: [u8; 129],
-    message_bytes_max: u64,
-    session_lease_ms: u64,
-}
-
-/// The platform's sockets, or the program's own way.
-#[derive(Debug)]
-enum Way {
-    Posix(Posix),
-    Own(Io),
-}
 
 /// A guest of a C program.
 #[derive(Debug)]
@@ -123,135 +31,6 @@ pub(crate) struct Handle {
     guest: Guest<Way>,
     error: Error,
     message: [u8; TEXT_BYTES + 1],
-}
-
-fn count(moved: isize) -> core::result::Result<usize, Fault> {
-    match usize::try_from(moved) {
-        Ok(count) => Ok(count),
-        Err(_) if moved == AGAIN => Err(Fault::WouldBlock),
-        Err(_) => Err(Fault::Broken(c_int::try_from(moved.unsigned_abs()).unwrap_or(0))),
-    }
-}
-
-impl Transport for Way {
-    fn authority(&self) -> &str {
-        "localhost"
-    }
-
-    fn connect(&mut self, until: u64) -> core::result::Result<(), Fault> {
-        match self {
-            Self::Posix(posix) => posix.connect(until),
-            Self::Own(io) => match (io.connect)(io.context, until) {
-                0 => Ok(()),
-                errno => Err(Fault::Broken(errno.checked_abs().unwrap_or(0))),
-            },
-        }
-    }
-
-    fn write(&mut self, first: &[u8], second: &[u8]) -> core::result::Result<usize, Fault> {
-        match self {
-            Self::Posix(posix) => posix.write(first, second),
-            Self::Own(io) => {
-                let piece = if first.is_empty() { second } else { first };
-                count((io.write)(io.context, piece.as_ptr().cast(), piece.len()))
-            }
-        }
-    }
-
-    fn read(&mut self, first: &mut [u8], second: &mut [u8]) -> core::result::Result<usize, Fault> {
-        match self {
-            Self::Posix(posix) => posix.read(first, second),
-            Self::Own(io) => {
-                let place = if first.is_empty() { second } else { first };
-                count((io.read)(io.context, place.as_mut_ptr().cast(), place.len()))
-            }
-        }
-    }
-
-    fn wait(&mut self, write: bool, until: u64) -> core::result::Result<Ready, Fault> {
-        match self {
-            Self::Posix(posix) => posix.wait(write, until),
-            Self::Own(io) => match (io.wait)(io.context, c_int::from(write), until) {
-                0 => Err(Fault::Late),
-                ready @ 1.. => Ok(Ready { read: ready & READABLE != 0, write: ready & WRITABLE != 0 }),
-                errno => Err(Fault::Broken(errno.checked_abs().unwrap_or(0))),
-            },
-        }
-    }
-
-    fn pause(&mut self, until: u64) {
-        match self {
-            Self::Posix(posix) => posix.pause(until),
-            Self::Own(io) => while (io.now)(io.context) < until {},
-        }
-    }
-
-    fn close(&mut self) {
-        match self {
-            Self::Posix(posix) => posix.close(),
-            Self::Own(io) => (io.close)(io.context),
-        }
-    }
-
-    fn now(&mut self) -> u64 {
-        match self {
-            Self::Posix(posix) => posix.now(),
-            Self::Own(io) => (io.now)(io.context),
-        }
-    }
-}
-
-// === from C ===
-
-/// # Safety
-/// As the module's contract says, for as long as the result is used.
-unsafe fn text<'a>(text: *const c_char) -> Option<&'a str> {
-    if text.is_null() {
-        return Some("");
-    }
-    // SAFETY: not null, so a string that ends with a NUL.
-    unsafe { CStr::from_ptr(text) }.to_str().ok()
-}
-
-/// # Safety
-/// As the module's contract says, for as long as the result is used.
-unsafe fn array<'a, E>(first: *const E, count: usize) -> &'a [E] {
-    if first.is_null() || count == 0 {
-        return &[];
-    }
-    // SAFETY: not null, so an array of so many elements.
-    unsafe { slice::from_raw_parts(first, count) }
-}
-
-/// # Safety
-/// As the module's contract says, for as long as the result is used; nobody else uses the array meanwhile.
-unsafe fn array_mut<'a, E>(first: *mut E, count: usize) -> &'a mut [E] {
-    if first.is_null() || count == 0 {
-        return &mut [];
-    }
-    // SAFETY: not null, so an array of so many elements that is this call's own.
-    unsafe { slice::from_raw_parts_mut(first, count) }
-}
-
-/// # Safety
-/// As the module's contract says, for as long as the result is used.
-unsafe fn resource(resource: *const CResource) -> Option<ResourceId> {
-    // SAFETY: null, or a resource's name.
-    let resource = unsafe { resource.as_ref() }?;
-    resource.name.first_chunk().copied().map(ResourceId)
-}
-
-// === to C ===
-
-/// A text and the NUL at its end, in a place that is one byte longer than the text can be.
-fn terminate<const N: usize>(text: &Text<N>, place: &mut [u8]) {
-    let text = text.as_str().as_bytes();
-    for (place, byte) in place.iter_mut().zip(text.iter().chain(core::iter::repeat(&0))) {
-        *place = *byte;
-    }
-    if let Some(last) = place.last_mut() {
-        *last = 0;
-    }
 }
 
 impl Handle {

@@ -1,0 +1,108 @@
+//! The platform's sockets, or the C program's own functions, as a [`Transport`].
+
+use core::ffi::{c_int, c_void};
+
+use crate::posix::Posix;
+use crate::transport::{Fault, Ready, Transport};
+
+/// What `read` and `write` of C programs return when nothing can be moved now.
+const AGAIN: isize = -11;
+/// What `wait` returns, added up.
+const READABLE: c_int = 1;
+const WRITABLE: c_int = 2;
+
+/// `vaccel_guest_io`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Io {
+    context: *mut c_void,
+    connect: extern "C" fn(*mut c_void, u64) -> c_int,
+    write: extern "C" fn(*mut c_void, *const c_void, usize) -> isize,
+    read: extern "C" fn(*mut c_void, *mut c_void, usize) -> isize,
+    wait: extern "C" fn(*mut c_void, c_int, u64) -> c_int,
+    close: extern "C" fn(*mut c_void),
+    now: extern "C" fn(*mut c_void) -> u64,
+}
+
+/// The platform's sockets, or the program's own way.
+#[derive(Debug)]
+pub(super) enum Way {
+    Posix(Posix),
+    Own(Io),
+}
+
+fn count(moved: isize) -> core::result::Result<usize, Fault> {
+    match usize::try_from(moved) {
+        Ok(count) => Ok(count),
+        Err(_) if moved == AGAIN => Err(Fault::WouldBlock),
+        Err(_) => Err(Fault::Broken(c_int::try_from(moved.unsigned_abs()).unwrap_or(0))),
+    }
+}
+
+impl Transport for Way {
+    fn authority(&self) -> &str {
+        "localhost"
+    }
+
+    fn connect(&mut self, until: u64) -> core::result::Result<(), Fault> {
+        match self {
+            Self::Posix(posix) => posix.connect(until),
+            Self::Own(io) => match (io.connect)(io.context, until) {
+                0 => Ok(()),
+                errno => Err(Fault::Broken(errno.checked_abs().unwrap_or(0))),
+            },
+        }
+    }
+
+    fn write(&mut self, first: &[u8], second: &[u8]) -> core::result::Result<usize, Fault> {
+        match self {
+            Self::Posix(posix) => posix.write(first, second),
+            Self::Own(io) => {
+                let piece = if first.is_empty() { second } else { first };
+                count((io.write)(io.context, piece.as_ptr().cast(), piece.len()))
+            }
+        }
+    }
+
+    fn read(&mut self, first: &mut [u8], second: &mut [u8]) -> core::result::Result<usize, Fault> {
+        match self {
+            Self::Posix(posix) => posix.read(first, second),
+            Self::Own(io) => {
+                let place = if first.is_empty() { second } else { first };
+                count((io.read)(io.context, place.as_mut_ptr().cast(), place.len()))
+            }
+        }
+    }
+
+    fn wait(&mut self, write: bool, until: u64) -> core::result::Result<Ready, Fault> {
+        match self {
+            Self::Posix(posix) => posix.wait(write, until),
+            Self::Own(io) => match (io.wait)(io.context, c_int::from(write), until) {
+                0 => Err(Fault::Late),
+                ready @ 1.. => Ok(Ready { read: ready & READABLE != 0, write: ready & WRITABLE != 0 }),
+                errno => Err(Fault::Broken(errno.checked_abs().unwrap_or(0))),
+            },
+        }
+    }
+
+    fn pause(&mut self, until: u64) {
+        match self {
+            Self::Posix(posix) => posix.pause(until),
+            Self::Own(io) => while (io.now)(io.context) < until {},
+        }
+    }
+
+    fn close(&mut self) {
+        match self {
+            Self::Posix(posix) => posix.close(),
+            Self::Own(io) => (io.close)(io.context),
+        }
+    }
+
+    fn now(&mut self) -> u64 {
+        match self {
+            Self::Posix(posix) => posix.now(),
+            Self::Own(io) => (io.now)(io.context),
+        }
+    }
+}
