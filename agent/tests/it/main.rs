@@ -14,3 +14,5 @@ mod readme;
 mod tenants;
 mod tidy;
 mod tls;
+#[cfg(target_arch = "x86_64")]
+mod vm;

@@ -134,7 +134,13 @@ pub fn add() -> Bytes {
     )
 }
 
-/// The same with its weights in `weights.bin`, after 4 bytes of something else.
+/// `y = x` for `x` of shape `[n]`.
+pub fn echo() -> Bytes {
+    let nodes = vec![node("Identity", &["x"], &["y"])];
+    model(nodes, vec![], vec![port("x", F32, &[-1])], vec![port("y", F32, &[-1])])
+}
+
+/// `y = x + [1, 2]` with its weights in `weights.bin`, after 4 bytes of something else.
 pub fn add_with_external(location: &str) -> Bytes {
     let nodes = vec![node("Add", &["x", "b"], &["y"])];
     let shape = [-1, 2];
