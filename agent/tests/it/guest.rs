@@ -1,8 +1,11 @@
 //! The thin guest on a real agent: everything it can ask for, over every socket, and what it does when things break.
 
+use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
-use vaccel_guest::{DType, File, Guest, Input, Label, Output, Posix, Reason, ResourceId, ResourceKind};
+use vaccel_guest::{
+    DType, File, Guest, Input, Label, Output, Posix, Reason, ResourceId, ResourceKind, Transport,
+};
 
 use crate::support::{Agent, digits, onnx, read};
 
@@ -154,5 +157,62 @@ fn an_agent_that_is_not_there_is_unreachable_when_time_is_over() {
         let error = guest.noop().unwrap_err();
         assert!(matches!(error.reason, Reason::Unreachable | Reason::Deadline), "{address}: {error:?}");
         assert!(guest.message().contains("cannot reach"), "{}", guest.message());
+    }
+}
+
+/// What stands between guest and agent and can cut the wire.
+struct Wire {
+    address: String,
+    cut: std::sync::mpsc::Sender<()>,
+    connections: std::sync::mpsc::Receiver<()>,
+}
+
+impl Wire {
+    fn to(agent: &str) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = format!("tcp://{}", listener.local_addr().unwrap());
+        let agent = agent.strip_prefix("tcp://").unwrap().to_owned();
+        let (cut, is_cut) = std::sync::mpsc::channel::<()>();
+        let (count, connections) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            for guest in listener.incoming() {
+                let (guest, agent) = (guest.unwrap(), TcpStream::connect(&agent).unwrap());
+                for (from, to) in [(&guest, &agent), (&agent, &guest)] {
+                    let (mut from, mut to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
+                    std::thread::spawn(move || std::io::copy(&mut from, &mut to));
+                }
+                if count.send(()).is_err() || is_cut.recv().is_err() {
+                    return;
+                }
+                for stream in [guest, agent] {
+                    let _ = stream.shutdown(std::net::Shutdown::Both);
+                }
+            }
+        });
+        Self { address, cut, connections }
+    }
+
+    /// Waits for the guest's connection, and ends it.
+    fn cut(&self) {
+        self.connections.recv().unwrap();
+        self.cut.send(()).unwrap();
+    }
+}
+
+#[test]
+fn a_session_outlives_the_connection_and_the_program_does_not_notice() {
+    let agent = Agent::start(&["tcp://127.0.0.1:0"], &[]);
+    let wire = Wire::to(agent.address());
+    let mut guest = guest(&wire.address);
+    let model = register(&mut guest, &onnx::add());
+    let data = [0; 8];
+    let input = Input { name: "", dtype: DType::F32, shape: &[1, 2], data: &data };
+    for _ in 0..3 {
+        let mut place = [0; 8];
+        guest.run(&model, &[input], &[], &mut [Output::new(&mut place)]).unwrap();
+        assert_eq!(place, [0, 0, 128, 63, 0, 0, 0, 64], "1 and 2");
+        wire.cut();
+        // Until the end has arrived.
+        while guest.transport().wait(false, 0).is_err() {}
     }
 }

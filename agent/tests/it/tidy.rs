@@ -62,7 +62,7 @@ const CONFINED: &[(&str, &[&str])] = &[
 const CONFINED_IN_GUEST: &[(&str, &[&str])] = &[
     ("unsafe", &["posix.rs", "capi/"]),
     ("libc", &["posix.rs"]),
-    ("std::", &["posix.rs", "std"]),
+    ("std::", &["posix.rs"]),
     ("TcpStream", &[]),
     ("spawn", &[]),
 ];

@@ -120,9 +120,22 @@ impl Posix {
 impl core::str::FromStr for Posix {
     type Err = NoAddress;
 
+    /// With the standard library, `tcp://HOST:PORT` may have a name.
     fn from_str(text: &str) -> Result<Self, NoAddress> {
-        text.parse().map(Self::new)
+        let parsed = text.parse();
+        #[cfg(feature = "std")]
+        let parsed = parsed.or_else(|error| by_name(text).ok_or(error));
+        parsed.map(Self::new)
     }
+}
+
+/// The first address of a host's name.
+#[cfg(feature = "std")]
+fn by_name(text: &str) -> Option<Address> {
+    let (scheme, authority) = text.split_once("://").filter(|(_, authority)| !authority.starts_with('['))?;
+    let mut found = std::net::ToSocketAddrs::to_socket_addrs(authority).ok()?;
+    let place = found.next().filter(|place| scheme.eq_ignore_ascii_case("tcp") && place.port() > 0)?;
+    Some(Address::Tcp { ip: place.ip(), port: place.port() })
 }
 
 impl Drop for Posix {
@@ -240,12 +253,12 @@ mod sys {
     const NONBLOCK: c_int = 0;
 
     fn errno() -> c_int {
-        #[cfg(any(target_os = "linux", target_os = "hermit"))]
+        #[cfg(target_os = "linux")]
         // SAFETY: the C library gives each thread a place for its last error, for as long as the thread runs.
         unsafe {
             *libc::__errno_location()
         }
-        #[cfg(not(any(target_os = "linux", target_os = "hermit")))]
+        #[cfg(not(target_os = "linux"))]
         {
             libc::EIO
         }

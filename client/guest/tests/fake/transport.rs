@@ -1,0 +1,198 @@
+//! A [`Transport`] in memory: the peer is a script, and time passes only where the guest waits.
+
+use std::collections::VecDeque;
+
+use vaccel_guest::{Fault, Ready, Transport};
+
+use crate::peer::{Event, Peer};
+use crate::random::Random;
+
+pub const ECONNREFUSED: i32 = 111;
+pub const ECONNRESET: i32 = 104;
+pub const ENOTCONN: i32 = 107;
+pub const EPIPE: i32 = 32;
+
+/// What comes to the guest, in order.
+#[derive(Debug)]
+pub enum Item {
+    Bytes(Vec<u8>, usize),
+    /// The end, or with an `errno` a reset; it stays.
+    End(i32),
+}
+
+/// How bytes are moved.
+#[derive(Debug)]
+pub struct Manner {
+    /// At most so many bytes at once.
+    pub read: usize,
+    pub write: usize,
+    /// Fewer, as chance has it.
+    pub random: Option<Random>,
+    /// Every other time nothing moves although it was said that it could.
+    pub blocks: bool,
+    turn: bool,
+}
+
+/// Times in a row that the guest may ask without anything moving, time included.
+const TURNS_MAX: u32 = 10_000;
+
+/// The guest's side of the network.
+pub struct Fake {
+    pub peer: Peer,
+    pub manner: Manner,
+    turns: u32,
+}
+
+impl std::fmt::Debug for Fake {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Fake").finish_non_exhaustive()
+    }
+}
+
+impl Fake {
+    pub fn new(peer: Peer) -> Self {
+        let manner = Manner { read: usize::MAX, write: usize::MAX, random: None, blocks: false, turn: false };
+        Self { peer, manner, turns: 0 }
+    }
+
+    fn moved(&mut self) {
+        self.turns = 0;
+    }
+
+    fn in_vain(&mut self) {
+        self.turns += 1;
+        assert!(self.turns < TURNS_MAX, "the guest turns in a circle");
+    }
+
+    fn pass_to(&mut self, time: u64) {
+        if time > self.peer.now {
+            self.peer.now = time;
+            self.moved();
+        }
+    }
+
+    /// Whether this time nothing moves.
+    fn blocks(&mut self) -> bool {
+        self.manner.turn ^= self.manner.blocks;
+        self.manner.turn
+    }
+
+    fn some(&mut self, most: usize, room: usize) -> usize {
+        let most = most.min(room);
+        match &mut self.manner.random {
+            Some(random) if most > 1 => 1 + random.below(most),
+            _ => most,
+        }
+    }
+}
+
+/// The next item, when it is there already.
+fn due(items: &mut VecDeque<(u64, Item)>, now: u64) -> Option<&mut Item> {
+    items.front_mut().filter(|(when, _)| *when <= now).map(|(_, item)| item)
+}
+
+impl Transport for Fake {
+    fn authority(&self) -> &str {
+        "fake.agent"
+    }
+
+    fn connect(&mut self, until: u64) -> Result<(), Fault> {
+        self.moved();
+        self.peer.dialed();
+        self.peer.happen(Event::Dial);
+        match self.peer.dial.take() {
+            None => {
+                self.peer.connected = true;
+                Ok(())
+            }
+            Some(Fault::Late) => {
+                self.pass_to(until);
+                Err(Fault::Late)
+            }
+            Some(fault) => Err(fault),
+        }
+    }
+
+    fn write(&mut self, first: &[u8], second: &[u8]) -> Result<usize, Fault> {
+        assert!(self.peer.connected, "nothing is connected");
+        assert!(first.len() + second.len() > 0, "an empty write");
+        if let Some(errno) = self.peer.write_fails {
+            return Err(Fault::Broken(errno));
+        }
+        if self.peer.now < self.peer.writable_from || self.blocks() {
+            self.in_vain();
+            return Err(Fault::WouldBlock);
+        }
+        let count = self.some(self.manner.write, first.len() + second.len());
+        self.moved();
+        let own = count.min(first.len());
+        self.peer.take(&first[..own]);
+        self.peer.take(&second[..count - own]);
+        Ok(count)
+    }
+
+    fn read(&mut self, first: &mut [u8], second: &mut [u8]) -> Result<usize, Fault> {
+        assert!(self.peer.connected, "nothing is connected");
+        assert!(!second.is_empty(), "a read without the second place");
+        if self.blocks() {
+            self.in_vain();
+            return Err(Fault::WouldBlock);
+        }
+        let most = self.some(self.manner.read, first.len() + second.len());
+        let now = self.peer.now;
+        let mut count = 0;
+        while count < most
+            && let Some(item) = due(&mut self.peer.items, now)
+        {
+            let Item::Bytes(bytes, at) = item else { break };
+            let place = if count < first.len() { &mut first[count..] } else { &mut second[count - first.len()..] };
+            let length = place.len().min(bytes.len() - *at).min(most - count);
+            place[..length].copy_from_slice(&bytes[*at..*at + length]);
+            (count, *at) = (count + length, *at + length);
+            if *at == bytes.len() {
+                self.peer.items.pop_front();
+            }
+        }
+        match due(&mut self.peer.items, now) {
+            _ if count > 0 => {
+                self.moved();
+                Ok(count)
+            }
+            Some(Item::End(0)) => Ok(0),
+            Some(Item::End(errno)) => Err(Fault::Broken(*errno)),
+            _ => {
+                self.in_vain();
+                Err(Fault::WouldBlock)
+            }
+        }
+    }
+
+    fn wait(&mut self, write: bool, until: u64) -> Result<Ready, Fault> {
+        assert!(self.peer.connected, "nothing is connected");
+        self.in_vain();
+        let readable_from = self.peer.items.front().map_or(u64::MAX, |(when, _)| *when);
+        let writable_from = if write { self.peer.writable_from } else { u64::MAX };
+        let next = readable_from.min(writable_from);
+        if next > until.max(self.peer.now) {
+            assert!(until < u64::MAX, "the guest would wait for ever");
+            self.pass_to(until);
+            return Err(Fault::Late);
+        }
+        self.pass_to(next);
+        let now = self.peer.now;
+        Ok(Ready { read: readable_from <= now, write: write && writable_from <= now })
+    }
+
+    fn pause(&mut self, until: u64) {
+        self.pass_to(until);
+    }
+
+    fn close(&mut self) {
+        assert!(self.peer.connected, "nothing is connected");
+        self.peer.connected = false;
+    }
+
+    fn now(&mut self) -> u64 {
+        self.peer.now
+    }
+}
