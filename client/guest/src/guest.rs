@@ -104,7 +104,8 @@ impl<T: Transport> Guest<T> {
     /// `UNREACHABLE`, `UNAUTHENTICATED`, `DEADLINE` and so on.
     pub fn info(&mut self) -> Result<Info> {
         let mut informed = Informed::default();
-        self.plain("/vaccel.v1.Agent/Info", true, |_| {}, &mut informed)?;
+        let until = self.until();
+        self.plain("/vaccel.v1.Agent/Info", until, |_| {}, &mut informed)?;
         Ok(informed.info)
     }
 
@@ -113,7 +114,8 @@ impl<T: Transport> Guest<T> {
     /// # Errors
     /// Those of [`Guest::info`], `DISABLED` for an engine or device that is not there, `QUOTA_EXCEEDED`.
     pub fn open(&mut self) -> Result<()> {
-        self.session().map(drop)
+        let until = self.until();
+        self.session(until).map(drop)
     }
 
     /// Ends the session and frees what it holds, and closes the connection.
@@ -286,20 +288,19 @@ impl<T: Transport> Guest<T> {
         self.link.transport.now().saturating_add(u64::from(self.deadline_ms))
     }
 
-    /// A call that needs no session.
+    /// A call that needs no session, and that may be run twice.
     fn plain(
         &mut self,
         path: &str,
-        repeatable: bool,
+        until: u64,
         write: impl FnOnce(&mut Writer<'_>),
         reply: &mut dyn Reader,
     ) -> Result<()> {
-        let until = self.until();
         let parts = request::whole(&mut self.scratch, write)?;
-        self.link.call(&Request { path, parts: parts.as_slice(), until, repeatable }, reply)
+        self.link.call(&Request { path, parts: parts.as_slice(), until, repeatable: true }, reply)
     }
 
-    fn session(&mut self) -> Result<SessionId> {
+    fn session(&mut self, until: u64) -> Result<SessionId> {
         if let Some(session) = self.session {
             return Ok(session);
         }
@@ -310,7 +311,7 @@ impl<T: Transport> Guest<T> {
         };
         let mut opened = Opened::new();
         // A session that was opened without this guest's hearing of it ends by its lease.
-        self.plain("/vaccel.v1.Sessions/Open", true, write, &mut opened)?;
+        self.plain("/vaccel.v1.Sessions/Open", until, write, &mut opened)?;
         self.session = opened.session();
         self.session.ok_or(Error::new(Reason::BackendFailed))
     }
@@ -321,7 +322,7 @@ impl<T: Transport> Guest<T> {
         let until = self.until();
         let mut renewed = false;
         loop {
-            let session = self.session()?;
+            let session = self.session(until)?;
             match self.ask_once(ask, &session, until, self.repeatable, reply) {
                 Err(error) if error.session_lost => {
                     self.session = None;
