@@ -20,6 +20,9 @@ const PAUSE_MAX_MS: u64 = 1000;
 /// it would be a small packet that holds up the next one.
 const ANSWER_DELAY_MS: u64 = 100;
 
+/// Reads between two calls. A peer that has more to say is heard during the call, which has a deadline.
+const IDLE_READS_MAX: usize = 4096;
+
 /// Bytes of a bearer token.
 pub(crate) const TOKEN_BYTES: usize = 256;
 
@@ -83,7 +86,10 @@ impl<T: Transport> Link<T> {
 
     /// Takes note of what the agent has said since the last call, and answers it as far as that does not have to wait.
     pub(crate) fn attend(&mut self) {
-        while self.connected && self.transport.wait(false, 0).is_ok_and(|ready| ready.read) {
+        for _ in 0..IDLE_READS_MAX {
+            if !self.connected || !self.transport.wait(false, 0).is_ok_and(|ready| ready.read) {
+                break;
+            }
             if self.receive(None).is_err() {
                 self.close();
             }
@@ -200,16 +206,25 @@ impl<T: Transport> Link<T> {
                 Ok(count) => self.connection.sent(call.as_deref_mut(), count),
                 Err(Fault::WouldBlock) => return Ok(true),
                 Err(Fault::Late) => return Err(Lost::Late),
-                Err(Fault::Broken(errno)) => {
-                    // The agent may have said why before it closed.
-                    let _ = self.receive(call.as_deref_mut());
-                    return match call {
-                        Some(call) if call.is_over() => Ok(false),
-                        _ => Err(Lost::Gone(errno)),
-                    };
-                }
+                Err(Fault::Broken(errno)) => return self.last_words(call, errno),
             }
         }
+    }
+
+    /// What the agent said before writing to it failed: perhaps the end of the call, or why it closed.
+    fn last_words(&mut self, mut call: Option<&mut Call<'_>>, errno: i32) -> core::result::Result<bool, Lost> {
+        for _ in 0..IDLE_READS_MAX {
+            if !self.transport.wait(false, 0).is_ok_and(|ready| ready.read) {
+                break;
+            }
+            match self.receive(call.as_deref_mut()) {
+                Err(Lost::Broken(why)) => return Err(Lost::Broken(why)),
+                Err(_) => break,
+                Ok(()) if call.as_ref().is_some_and(|call| call.is_over()) => return Ok(false),
+                Ok(()) => {}
+            }
+        }
+        Err(Lost::Gone(errno))
     }
 
     /// Takes in what came.

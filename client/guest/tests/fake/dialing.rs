@@ -79,7 +79,10 @@ fn silence_ends_at_the_deadline_to_the_millisecond() {
     // Before SETTINGS, before the reply, and in the middle of it.
     for silence in 0..3 {
         let mut guest = guest(move |peer, event| match event {
-            Event::Dial => silence == 0,
+            _ if silence == 0 => {
+                peer.holds_windows = true;
+                true
+            }
             Event::Asked(call) if call.is("Run") => {
                 if silence == 2 {
                     peer.send(frames::headers(call.stream, frames::REPLY));
@@ -117,7 +120,7 @@ fn one_deadline_holds_for_the_session_and_the_call() {
 #[test]
 fn one_deadline_holds_when_a_lost_session_is_opened_again() {
     let mut guest = opened(|peer, event| {
-        peer.delay = 400;
+        peer.delay = 600;
         let Event::Asked(call) = event else { return false };
         if call.is("Run") {
             peer.refuse(call.stream, &vaccel_proto::Error::not_found("session", "x"));
@@ -157,7 +160,9 @@ fn settings_may_come_late() {
 
 #[test]
 fn what_does_not_begin_with_settings_is_no_agent() {
-    for first in [&frames::ping(1).encode()[..], b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH_9.2\r\n"] {
+    for first in
+        [&frames::ping(1).encode()[..], b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH_9.2\r\n"]
+    {
         let first = first.to_vec();
         let mut guest = guest(move |peer, event| {
             if matches!(event, Event::Dial) {
@@ -214,7 +219,8 @@ fn a_call_that_may_have_run_is_repeated_only_where_that_is_allowed() {
         if repeatable {
             outcome.unwrap();
         } else {
-            let error = fails(&guest, outcome, Reason::Unreachable, "the connection to the agent broke: error 104");
+            let error =
+                fails(&guest, outcome, Reason::Unreachable, "the connection to the agent broke: error 104");
             assert!(error.may_have_run);
         }
         guest.noop().unwrap();
@@ -248,6 +254,7 @@ fn the_opening_allows_no_push_and_no_table_and_gives_the_largest_windows() {
     let settings: Vec<_> = frames[0].settings().collect();
     assert_eq!(settings, [(1, 0), (2, 0), (4, 0x7fff_ffff), (5, 1 << 20), (6, 16_384)]);
     assert_eq!(frames[1], frames::window_update(0, 0x7fff_ffff - 65_535));
-    let answers: Vec<&Frame> = frames.iter().filter(|frame| frame.is(frames::SETTINGS, frames::ACK)).collect();
+    let answers: Vec<&Frame> =
+        frames.iter().filter(|frame| frame.is(frames::SETTINGS, frames::ACK)).collect();
     assert_eq!(answers.len(), 1);
 }

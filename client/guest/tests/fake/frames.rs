@@ -68,7 +68,8 @@ impl Frame {
 }
 
 pub fn settings(settings: &[(u16, u32)]) -> Frame {
-    let pairs = settings.iter().map(|(setting, value)| [&setting.to_be_bytes()[..], &value.to_be_bytes()].concat());
+    let pairs =
+        settings.iter().map(|(setting, value)| [&setting.to_be_bytes()[..], &value.to_be_bytes()].concat());
     Frame::new(SETTINGS, 0, 0, pairs.collect::<Vec<_>>().concat())
 }
 

@@ -48,7 +48,12 @@ fn peer(guest: &mut Guest<Fake>) -> &mut Peer {
 }
 
 /// The error, with its text.
-fn fails<T: std::fmt::Debug>(guest: &Guest<Fake>, outcome: Result<T, Error>, reason: Reason, text: &str) -> Error {
+fn fails<T: std::fmt::Debug>(
+    guest: &Guest<Fake>,
+    outcome: Result<T, Error>,
+    reason: Reason,
+    text: &str,
+) -> Error {
     let error = outcome.unwrap_err();
     assert_eq!(error.reason, reason, "{}", guest.message());
     assert!(guest.message().contains(text), "{}", guest.message());

@@ -51,7 +51,9 @@ impl Call {
     /// The messages in it.
     pub fn messages(&self) -> Vec<&[u8]> {
         let (mut messages, mut rest) = (Vec::new(), &self.body[..]);
-        while let Some([compressed, length @ ..]) = rest.split_off(..5).map(|head| *head.first_chunk::<5>().unwrap()) {
+        while let Some([compressed, length @ ..]) =
+            rest.split_off(..5).map(|head| *head.first_chunk::<5>().unwrap())
+        {
             assert_eq!(compressed, 0);
             messages.push(rest.split_off(..u32::from_be_bytes(length) as usize).expect("a whole message"));
         }
@@ -232,7 +234,8 @@ impl Peer {
         }
         while let Some((frame, length)) = Frame::parse(&self.input[at..]) {
             at += length;
-            self.frames.push(Frame { payload: frame.payload[..frame.payload.len().min(64)].to_vec(), ..frame });
+            self.frames
+                .push(Frame { payload: frame.payload[..frame.payload.len().min(64)].to_vec(), ..frame });
             assert!(self.frames[0].kind == frames::SETTINGS, "the first frame");
             self.frame(&frame);
         }
@@ -335,7 +338,9 @@ impl Peer {
             }
             "/vaccel.v1.Sessions/Renew" => self.reply(stream, &v1::RenewSessionReply { lease_ms: 1000 }),
             "/vaccel.v1.Sessions/Close" => self.reply(stream, &v1::CloseSessionReply {}),
-            "/vaccel.v1.Agent/Info" => self.reply(stream, &v1::InfoReply { version: "1".into(), ..Default::default() }),
+            "/vaccel.v1.Agent/Info" => {
+                self.reply(stream, &v1::InfoReply { version: "1".into(), ..Default::default() })
+            }
             "/vaccel.v1.Resources/Register" => {
                 self.reply(stream, &v1::RegisterResourceReply { resource: MODEL.into(), missing: vec![] });
             }

@@ -145,7 +145,8 @@ impl Transport for Fake {
             && let Some(item) = due(&mut self.peer.items, now)
         {
             let Item::Bytes(bytes, at) = item else { break };
-            let place = if count < first.len() { &mut first[count..] } else { &mut second[count - first.len()..] };
+            let place =
+                if count < first.len() { &mut first[count..] } else { &mut second[count - first.len()..] };
             let length = place.len().min(bytes.len() - *at).min(most - count);
             place[..length].copy_from_slice(&bytes[*at..*at + length]);
             (count, *at) = (count + length, *at + length);
