@@ -339,6 +339,9 @@ impl Connection {
                     // Streams that are open already gain or lose the difference.
                     if let Some(call) = call.as_deref_mut() {
                         call.window += i64::from(value) - self.peer_window;
+                        if call.window > i64::from(frame::WINDOW_MAX) {
+                            return Err(Fault::Protocol("a window that cannot be"));
+                        }
                     }
                     self.peer_window = i64::from(value);
                 }

@@ -20,6 +20,7 @@ mod random;
 mod transport;
 
 mod dialing;
+mod flow;
 
 use vaccel_guest::{Error, Guest, Reason};
 

@@ -88,21 +88,25 @@ pub struct Peer {
     pub holds_windows: bool,
     /// Paths of calls, all connections together.
     pub asked: Vec<String>,
-    /// Frames that came on this connection.
+    /// Frames that came on this connection, of long ones the beginning.
     pub frames: Vec<Frame>,
+    /// Streams and lengths of its DATA frames.
+    pub sizes: Vec<(u32, usize)>,
     script: Option<Script>,
     input: Vec<u8>,
     greeted: bool,
     calls: HashMap<u32, Call>,
     window: i64,
+    /// Of each stream, without what every stream begins with.
     windows: HashMap<u32, i64>,
-    initial_window: i64,
-    frame_max: usize,
-    /// Changes that bind the guest once it has answered them.
-    unanswered: VecDeque<Vec<(u16, u32)>>,
+    /// Settings the guest has answered last, and those it may know already: the first window and the longest frame.
+    settings: VecDeque<(i64, usize)>,
     /// What this side may still send.
     own_window: i64,
 }
+
+/// What holds before any settings.
+const SETTINGS: [(i64, usize); 1] = [(65_535, 16_384)];
 
 pub const SESSION: &str = "0123456789abcdef0123456789abcdef";
 pub const MODEL: &str = "aaaaaaaaaaaaaaaabbbbbbbbbbbbbbbbccccccccccccccccdddddddddddddddd";
@@ -121,15 +125,14 @@ impl Peer {
             holds_windows: false,
             asked: Vec::new(),
             frames: Vec::new(),
+            sizes: Vec::new(),
             script: Some(Box::new(script)),
             input: Vec::new(),
             greeted: false,
             calls: HashMap::new(),
             window: 65_535,
             windows: HashMap::new(),
-            initial_window: 65_535,
-            frame_max: 16_384,
-            unanswered: VecDeque::new(),
+            settings: SETTINGS.into(),
             own_window: 65_535,
         }
     }
@@ -139,9 +142,10 @@ impl Peer {
         self.dials.push(self.now);
         (self.items, self.delay, self.write_fails) = (VecDeque::new(), 0, None);
         (self.input, self.greeted, self.calls) = (Vec::new(), false, HashMap::new());
-        (self.window, self.windows, self.initial_window) = (65_535, HashMap::new(), 65_535);
-        (self.frame_max, self.unanswered, self.own_window) = (16_384, VecDeque::new(), 65_535);
+        (self.window, self.own_window) = (65_535, 65_535);
+        (self.windows, self.settings) = (HashMap::new(), SETTINGS.into());
         self.frames.clear();
+        self.sizes.clear();
     }
 
     pub fn happen(&mut self, event: Event<'_>) {
@@ -157,15 +161,19 @@ impl Peer {
     pub fn send(&mut self, frame: Frame) {
         match frame.kind {
             frames::SETTINGS if !frame.is(frames::SETTINGS, frames::ACK) => {
-                let settings: Vec<_> = frame.settings().collect();
-                // What allows more may be used at once, what allows less is kept when it was answered.
-                self.apply(&settings, true);
-                self.unanswered.push_back(settings);
+                let (mut window, mut length) = *self.settings.back().unwrap();
+                for (setting, value) in frame.settings() {
+                    match setting {
+                        frames::INITIAL_WINDOW_SIZE => window = i64::from(value),
+                        frames::MAX_FRAME_SIZE => length = value as usize,
+                        _ => {}
+                    }
+                }
+                self.settings.push_back((window, length));
             }
             frames::WINDOW_UPDATE if frame.stream == 0 => self.window += i64::from(frame.number()),
             frames::WINDOW_UPDATE => {
-                let initial = self.initial_window;
-                *self.windows.entry(frame.stream).or_insert(initial) += i64::from(frame.number());
+                *self.windows.entry(frame.stream).or_default() += i64::from(frame.number());
             }
             frames::DATA => {
                 self.own_window -= frame.payload.len() as i64;
@@ -174,22 +182,6 @@ impl Peer {
             _ => {}
         }
         self.raw(frame.encode());
-    }
-
-    fn apply(&mut self, settings: &[(u16, u32)], grow: bool) {
-        for (setting, value) in settings {
-            let value = i64::from(*value);
-            match *setting {
-                frames::INITIAL_WINDOW_SIZE if (value >= self.initial_window) == grow => {
-                    self.windows.values_mut().for_each(|window| *window += value - self.initial_window);
-                    self.initial_window = value;
-                }
-                frames::MAX_FRAME_SIZE if (value as usize >= self.frame_max) == grow => {
-                    self.frame_max = value as usize;
-                }
-                _ => {}
-            }
-        }
     }
 
     /// Sends bytes that nobody looks at.
@@ -243,7 +235,8 @@ impl Peer {
     }
 
     fn frame(&mut self, frame: &Frame) {
-        assert!(frame.payload.len() <= self.frame_max, "a frame of {} bytes", frame.payload.len());
+        let longest = self.settings.iter().map(|(_, length)| *length).max().unwrap();
+        assert!(frame.payload.len() <= longest, "a frame of {} bytes", frame.payload.len());
         match frame.kind {
             frames::HEADERS => {
                 assert!(frame.stream % 2 == 1 && self.calls.keys().all(|stream| *stream < frame.stream));
@@ -251,8 +244,6 @@ impl Peer {
                 let headers = frames::read_block(&frame.payload);
                 let call = Call { stream: frame.stream, headers, ..Call::default() };
                 self.asked.push(call.path().to_owned());
-                let initial = self.initial_window;
-                self.windows.entry(frame.stream).or_insert(initial);
                 self.calls.insert(frame.stream, call.clone());
                 self.happen(Event::Head(&call));
             }
@@ -264,8 +255,8 @@ impl Peer {
             }
             frames::SETTINGS => {
                 if frame.is(frames::SETTINGS, frames::ACK) {
-                    let settings = self.unanswered.pop_front().expect("an answer to nothing");
-                    self.apply(&settings, false);
+                    assert!(self.settings.len() > 1, "an answer to nothing");
+                    self.settings.pop_front();
                 } else {
                     self.raw(Frame::new(frames::SETTINGS, frames::ACK, 0, []).encode());
                 }
@@ -287,10 +278,13 @@ impl Peer {
 
     fn data(&mut self, frame: &Frame) {
         let length = frame.payload.len() as i64;
+        self.sizes.push((frame.stream, frame.payload.len()));
         self.window -= length;
-        let window = self.windows.get_mut(&frame.stream).unwrap();
+        let window = self.windows.entry(frame.stream).or_default();
         *window -= length;
-        assert!(length == 0 || (*window >= 0 && self.window >= 0), "more DATA than the windows hold");
+        let first = self.settings.iter().map(|(window, _)| *window).max().unwrap();
+        let fits = *window + first >= 0 && self.window >= 0;
+        assert!(length == 0 || fits, "more DATA than the windows hold");
         let mut call = self.calls.remove(&frame.stream).expect("DATA of no call");
         assert!(!call.whole, "DATA after the end");
         call.body.extend_from_slice(&frame.payload);
