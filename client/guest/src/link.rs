@@ -212,7 +212,11 @@ impl<T: Transport> Link<T> {
     }
 
     /// What the agent said before writing to it failed: perhaps the end of the call, or why it closed.
-    fn last_words(&mut self, mut call: Option<&mut Call<'_>>, errno: i32) -> core::result::Result<bool, Lost> {
+    fn last_words(
+        &mut self,
+        mut call: Option<&mut Call<'_>>,
+        errno: i32,
+    ) -> core::result::Result<bool, Lost> {
         for _ in 0..IDLE_READS_MAX {
             if !self.transport.wait(false, 0).is_ok_and(|ready| ready.read) {
                 break;

@@ -36,7 +36,7 @@ const FRAME_BYTES_MAX: usize = 1 << 20;
 /// Received bytes after which the peer is given its whole window back.
 const CONSUMED_BYTES_MAX: u32 = 1 << 30;
 
-/// Answers to the peer that wait for the end of a frame being sent; beyond them nothing more is read.
+/// PINGs whose answers wait for the end of a frame being sent; those beyond them get none. Peers ask one at a time.
 const PINGS_MAX: usize = 4;
 
 /// A message of gRPC: whether it is compressed, and its length.

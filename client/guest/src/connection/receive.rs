@@ -151,10 +151,6 @@ impl Connection {
             return Ok(false);
         }
         let begin = self.rx_begin + frame::HEADER_BYTES;
-        if header.kind == frame::PING && header.flags & frame::ACK == 0 && self.pings_count == PINGS_MAX {
-            // Its answer has to wait for those before it.
-            return Ok(false);
-        }
         self.rx_begin = begin + header.length;
         match header.kind {
             frame::HEADERS | frame::CONTINUATION => self.headers(header, begin, call)?,
@@ -284,6 +280,10 @@ impl Connection {
         let own = call.filter(|call| call.stream == header.stream || header.kind == frame::GOAWAY);
         match header.kind {
             frame::PING if !header.has(frame::ACK) => {
+                if self.pings_count == PINGS_MAX && self.framed == 0 {
+                    self.answer();
+                }
+                // A peer that asks more than it reads answers gets fewer.
                 if let Some(place) = self.pings.get_mut(self.pings_count) {
                     *place = content;
                     self.pings_count += 1;

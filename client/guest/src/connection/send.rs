@@ -83,7 +83,7 @@ impl Connection {
     }
 
     /// Answers to SETTINGS and PINGs, and windows given back.
-    fn answer(&mut self) {
+    pub(super) fn answer(&mut self) {
         const ANSWER_BYTES: usize = frame::HEADER_BYTES + 8;
         while self.settings_unanswered > 0 && self.room() >= ANSWER_BYTES {
             self.push_frame(frame::SETTINGS, frame::ACK, 0, 0);

@@ -21,6 +21,7 @@ mod transport;
 
 mod dialing;
 mod flow;
+mod frames_between;
 
 use vaccel_guest::{Error, Guest, Reason};
 
