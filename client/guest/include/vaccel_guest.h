@@ -2,7 +2,8 @@
  *
  * No threads, no allocation, no global state, no signal. A guest lies in memory the caller gives and belongs to one
  * thread at a time. Functions that can fail return 0 or a positive errno of Linux; vaccel_guest_reason and
- * vaccel_guest_message then say more.
+ * vaccel_guest_message then say more. Instead of a guest that could not be made, NULL is refused with EINVAL; NULL for an
+ * array whose count is not 0 too.
  *
  * Build the library once for your platform (size is what the profile is for):
  *
@@ -120,7 +121,8 @@ typedef struct {
 #define VACCEL_GUEST_READABLE 1
 #define VACCEL_GUEST_WRITABLE 2
 
-/* Your own way to move bytes, for guests without sockets. Times are milliseconds of a clock that never goes back. */
+/* Your own way to move bytes, for guests without sockets. Times are milliseconds of a clock that never goes back. None
+ * of the functions may be NULL. */
 typedef struct {
     void *context;
     /* Opens a connection, after closing any; 0, or -errno. */
@@ -133,7 +135,8 @@ typedef struct {
     int (*wait)(void *context, int write, uint64_t until);
     /* Closes the connection, if there is one. */
     void (*close)(void *context);
-    /* What the clock shows. */
+    /* What the clock shows. Before a connection is tried again this is called until some milliseconds are over: on a
+     * machine where others run only when asked to, ask here. */
     uint64_t (*now)(void *context);
 } vaccel_guest_io;
 
@@ -169,13 +172,15 @@ int vaccel_guest_renew(vaccel_guest *guest);
  * without it the next call opens another one. */
 void vaccel_guest_attend(vaccel_guest *guest);
 
+/* What the agent is; info may be NULL. */
 int vaccel_guest_about(vaccel_guest *guest, vaccel_guest_info *info);
 
 /* Does nothing, all the way to the agent's scheduler and back. timings may be NULL, here and below. */
 int vaccel_guest_noop(vaccel_guest *guest, vaccel_guest_timings *timings);
 
 /* Classifies PNG or JPEG files: for each one its label_count / image_count best classes, best first, one image after the
- * other. labels_found is how many there are. With model NULL the agent's own is used. */
+ * other; at most 80 in one call. labels_found is how many there are; it may be NULL. With model NULL the agent's own is
+ * used. */
 int vaccel_guest_classify(vaccel_guest *guest, const vaccel_guest_resource *model, const vaccel_guest_bytes *images,
                           size_t image_count, vaccel_guest_label *labels, size_t label_count, size_t *labels_found,
                           vaccel_guest_timings *timings);
@@ -185,7 +190,7 @@ int vaccel_guest_run(vaccel_guest *guest, const vaccel_guest_resource *model, co
                      size_t input_count, const char *const *names, size_t name_count, vaccel_guest_output *outputs,
                      size_t output_count, vaccel_guest_timings *timings);
 
-/* Makes the session hold a resource; only what the agent lacks is sent. */
+/* Makes the session hold a resource; only what the agent lacks is sent. resource may be NULL. */
 int vaccel_guest_register(vaccel_guest *guest, int kind, const vaccel_guest_file *files, size_t file_count,
                           vaccel_guest_resource *resource);
 

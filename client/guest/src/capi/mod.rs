@@ -67,6 +67,7 @@ impl Handle {
 
 /// Bad pointers of C programs that can be told.
 const NO_GUEST: c_int = Reason::BadArgument.errno();
+const NO_ARRAY: &str = "expected an array, and got NULL";
 
 macro_rules! guest {
     ($guest:ident) => {
@@ -220,14 +221,25 @@ unsafe extern "C" fn vaccel_guest_classify(
     /// Labels of all images of one call, each of which is held once more on the stack.
     const LABELS_MAX: usize = 5 * ITEMS_MAX;
     let guest = guest!(guest);
+    // SAFETY: null, or a place for a number.
+    let mut labels_found = unsafe { labels_found.as_mut() };
+    if let Some(place) = &mut labels_found {
+        **place = 0;
+    }
     // SAFETY: the module's contract.
-    let (model, given, places) =
-        unsafe { (resource(model), array(images, image_count), array_mut(labels, label_count)) };
+    let (model, Some(given), Some(places)) =
+        (unsafe { (resource(model), array(images, image_count), array_mut(labels, label_count)) })
+    else {
+        return guest.refuses(NO_ARRAY);
+    };
     let mut images: [&[u8]; ITEMS_MAX] = [&[]; ITEMS_MAX];
     let Some(images) = images.get_mut(..given.len()) else { return guest.refuses("expected 1 to 16 images") };
     for (image, given) in images.iter_mut().zip(given) {
         // SAFETY: the module's contract.
-        *image = unsafe { array(given.data, given.length) };
+        let Some(given) = (unsafe { array(given.data, given.length) }) else {
+            return guest.refuses(NO_ARRAY);
+        };
+        *image = given;
     }
     let mut labels = [Label::default(); LABELS_MAX];
     // More labels than there are places here for are not asked for.
@@ -239,8 +251,7 @@ unsafe extern "C" fn vaccel_guest_classify(
         (place.image, place.index, place.probability) = (label.image, label.index, label.probability);
         terminate(&label.name, &mut place.name);
     }
-    // SAFETY: null, or a place for a number.
-    if let Some(place) = unsafe { labels_found.as_mut() } {
+    if let Some(place) = labels_found {
         *place = found;
     }
     // SAFETY: the module's contract.
@@ -261,13 +272,15 @@ unsafe extern "C" fn vaccel_guest_run(
 ) -> c_int {
     let guest = guest!(guest);
     // SAFETY: the module's contract.
-    let (model, given, wanted, places) = unsafe {
+    let (model, Some(given), Some(wanted), Some(places)) = (unsafe {
         (
             resource(model),
             array(inputs, input_count),
             array(names, name_count),
             array_mut(outputs, output_count),
         )
+    }) else {
+        return guest.refuses(NO_ARRAY);
     };
     let Some(model) = model else { return guest.refuses("expected a model") };
     let mut inputs = [Input { name: "", dtype: DType::Unspecified, shape: &[], data: &[] }; ITEMS_MAX];
@@ -283,7 +296,10 @@ unsafe extern "C" fn vaccel_guest_run(
         let (name, shape, data) =
             unsafe { (text(given.name), array(given.shape, given.rank), array(given.data, given.length)) };
         let Some(name) = name else { return guest.refuses("expected names of inputs in UTF-8") };
-        *input = Input { name, dtype: DType::from_number(given.dtype.unsigned_abs().into()), shape, data };
+        let (Some(shape), Some(data)) = (shape, data) else { return guest.refuses(NO_ARRAY) };
+        // A number below 0 is of no type, as 0 is.
+        let dtype = DType::from_number(given.dtype.try_into().unwrap_or(0));
+        *input = Input { name, dtype, shape, data };
     }
     for (name, wanted) in names.iter_mut().zip(wanted) {
         // SAFETY: the module's contract.
@@ -294,7 +310,10 @@ unsafe extern "C" fn vaccel_guest_run(
     }
     for (output, place) in outputs.iter_mut().zip(places.iter()) {
         // SAFETY: the module's contract.
-        *output = Output::new(unsafe { array_mut(place.data, place.size) });
+        let Some(data) = (unsafe { array_mut(place.data, place.size) }) else {
+            return guest.refuses(NO_ARRAY);
+        };
+        *output = Output::new(data);
     }
     let outcome = guest.guest.run(&model, inputs, names, outputs);
     for (place, output) in places.iter_mut().zip(outputs.iter()) {
@@ -315,7 +334,7 @@ unsafe extern "C" fn vaccel_guest_register(
 ) -> c_int {
     let guest = guest!(guest);
     // SAFETY: the module's contract.
-    let given = unsafe { array(files, file_count) };
+    let Some(given) = (unsafe { array(files, file_count) }) else { return guest.refuses(NO_ARRAY) };
     let kind = match kind {
         1 => ResourceKind::Model,
         2 => ResourceKind::Data,
@@ -328,6 +347,7 @@ unsafe extern "C" fn vaccel_guest_register(
         // SAFETY: the module's contract.
         let (name, content) = unsafe { (text(given.name), array(given.data, given.length)) };
         let Some(name) = name else { return guest.refuses("expected names of files in UTF-8") };
+        let Some(content) = content else { return guest.refuses(NO_ARRAY) };
         *file = File { name, content };
     }
     let outcome = guest.guest.register(kind, files);

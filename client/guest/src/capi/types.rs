@@ -89,24 +89,28 @@ pub(super) unsafe fn text<'a>(text: *const c_char) -> Option<&'a str> {
     unsafe { CStr::from_ptr(text) }.to_str().ok()
 }
 
+/// None for elements that are nowhere.
+///
 /// # Safety
 /// As the module's contract says, for as long as the result is used.
-pub(super) unsafe fn array<'a, E>(first: *const E, count: usize) -> &'a [E] {
-    if first.is_null() || count == 0 {
-        return &[];
+pub(super) unsafe fn array<'a, E>(first: *const E, count: usize) -> Option<&'a [E]> {
+    if count == 0 {
+        return Some(&[]);
     }
-    // SAFETY: not null, so an array of so many elements.
-    unsafe { slice::from_raw_parts(first, count) }
+    // SAFETY: when it is not null, it is an array of so many elements.
+    (!first.is_null()).then(|| unsafe { slice::from_raw_parts(first, count) })
 }
 
+/// None for places that are nowhere.
+///
 /// # Safety
 /// As the module's contract says, for as long as the result is used; nobody else uses the array meanwhile.
-pub(super) unsafe fn array_mut<'a, E>(first: *mut E, count: usize) -> &'a mut [E] {
-    if first.is_null() || count == 0 {
-        return &mut [];
+pub(super) unsafe fn array_mut<'a, E>(first: *mut E, count: usize) -> Option<&'a mut [E]> {
+    if count == 0 {
+        return Some(&mut []);
     }
-    // SAFETY: not null, so an array of so many elements that is this call's own.
-    unsafe { slice::from_raw_parts_mut(first, count) }
+    // SAFETY: when it is not null, it is an array of so many elements that is this call's own.
+    (!first.is_null()).then(|| unsafe { slice::from_raw_parts_mut(first, count) })
 }
 
 /// # Safety
