@@ -7,6 +7,7 @@ mod support;
 mod classify;
 mod engines;
 mod guest;
+mod guest_programs;
 mod hostile;
 mod life;
 mod lifecycle;
