@@ -135,7 +135,9 @@ impl<T: Transport> Link<T> {
         }
         call.outcome().map_err(|error| {
             self.text = *call.text();
-            let again = matches!(error.reason, Reason::Overloaded | Reason::ShuttingDown);
+            // What came of a message was taken already.
+            let refused = matches!(error.reason, Reason::Overloaded | Reason::ShuttingDown);
+            let again = refused && !call.has_message();
             Miss { error, again }
         })
     }

@@ -26,6 +26,9 @@ const RX_BYTES: usize = frame::FRAME_BYTES_DEFAULT + frame::HEADER_BYTES;
 /// Bytes to send that are not the caller's: the opening, request headers, short messages, answers to the peer.
 const TX_BYTES: usize = 4096;
 
+/// Bytes of the longest request headers.
+const HEAD_BYTES: usize = 1024;
+
 /// Parts of a message up to this length are copied to the other bytes to send, longer ones are sent from their place.
 const COPIED_BYTES_MAX: usize = 1024;
 
@@ -108,6 +111,11 @@ impl<'a> Call<'a> {
     /// Whether the peer has begun to answer.
     pub(crate) fn is_answered(&self) -> bool {
         self.answered
+    }
+
+    /// Whether bytes of a message came.
+    pub(crate) fn has_message(&self) -> bool {
+        self.prefix_length > 0
     }
 
     /// The rest of the part that is being sent.
@@ -280,7 +288,8 @@ impl Connection {
 
     /// Whether a new call may begin.
     pub(crate) fn takes_calls(&self) -> bool {
-        !self.leaving && self.next_stream < frame::WINDOW_MAX && self.framed == 0
+        let room = TX_BYTES - self.tx_end.saturating_sub(self.tx_begin);
+        !self.leaving && self.next_stream < frame::WINDOW_MAX && self.framed == 0 && room >= HEAD_BYTES
     }
 
     /// Puts the call's headers on their way.

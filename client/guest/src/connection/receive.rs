@@ -163,6 +163,9 @@ impl Connection {
         if header.stream == 0 || header.stream >= self.next_stream {
             return Err(Fault::Protocol("DATA on a stream that is not open"));
         }
+        if self.consumed as usize + header.length > frame::WINDOW_MAX as usize {
+            return Err(Fault::Protocol("more DATA than this side allows"));
+        }
         let mut padding = 0;
         let mut head = frame::HEADER_BYTES;
         if header.has(frame::PADDED) {

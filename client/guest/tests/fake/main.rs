@@ -17,6 +17,7 @@ mod huffman;
 mod frames;
 mod peer;
 mod random;
+mod replies;
 mod transport;
 
 mod dialing;

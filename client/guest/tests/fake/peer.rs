@@ -188,7 +188,7 @@ impl Peer {
     pub fn raw(&mut self, bytes: impl Into<Vec<u8>>) {
         let bytes = bytes.into();
         if !bytes.is_empty() {
-            self.items.push_back((self.now + self.delay, Item::Bytes(bytes, 0)));
+            self.items.push_back((self.now + self.delay, Item::Bytes(bytes.into(), 0)));
         }
     }
 

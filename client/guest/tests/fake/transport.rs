@@ -1,6 +1,7 @@
 //! A [`Transport`] in memory: the peer is a script, and time passes only where the guest waits.
 
 use std::collections::VecDeque;
+use std::rc::Rc;
 
 use vaccel_guest::{Fault, Ready, Transport};
 
@@ -15,7 +16,7 @@ pub const EPIPE: i32 = 32;
 /// What comes to the guest, in order.
 #[derive(Debug)]
 pub enum Item {
-    Bytes(Vec<u8>, usize),
+    Bytes(Rc<Vec<u8>>, usize),
     /// The end, or with an `errno` a reset; it stays.
     End(i32),
 }
