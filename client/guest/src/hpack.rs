@@ -340,6 +340,21 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_huffman_string_is_what_its_bytes_encode_to_or_none() {
+        let mut whole = 0;
+        for string in 0..=u16::MAX {
+            let string = string.to_be_bytes();
+            for string in [&string[..1], &string, &[&[0xff, 0xff][..], &string].concat()] {
+                if let Ok(value) = Value::Huffman(string).check() {
+                    assert_eq!(encode(&value.bytes().collect::<Vec<_>>()), string);
+                    whole += 1;
+                }
+            }
+        }
+        assert!(whole > 1000, "{whole}");
+    }
+
     fn encode(bytes: &[u8]) -> Vec<u8> {
         let mut bits = Vec::new();
         for byte in bytes {

@@ -16,14 +16,17 @@ const LENGTHS: [u8; 256] = [
     27, 27, 26,
 ];
 
-/// The longest code, in bits.
+/// The shortest and the longest code, in bits.
+const LENGTH_MIN: usize = 5;
 const LENGTH_MAX: usize = 30;
 
 /// Bytes in the order of their codes, and for each length its first code and where its bytes begin.
 struct Table {
     order: [u8; 256],
     first: [u32; LENGTH_MAX + 1],
-    begin: [u16; LENGTH_MAX + 2],
+    begin: [u16; LENGTH_MAX + 1],
+    /// For each length from the shortest on: 32 bits below this begin with a code of the length or of a shorter one.
+    limit: [u32; LENGTH_MAX + 1 - LENGTH_MIN],
 }
 
 static TABLE: Table = table();
@@ -34,7 +37,12 @@ static TABLE: Table = table();
     reason = "runs in the compiler, on constants"
 )]
 const fn table() -> Table {
-    let mut table = Table { order: [0; 256], first: [0; LENGTH_MAX + 1], begin: [0; LENGTH_MAX + 2] };
+    let mut table = Table {
+        order: [0; 256],
+        first: [0; LENGTH_MAX + 1],
+        begin: [0; LENGTH_MAX + 1],
+        limit: [0; LENGTH_MAX + 1 - LENGTH_MIN],
+    };
     let (mut code, mut length, mut next) = (0_u32, 1, 0);
     while length <= LENGTH_MAX {
         code <<= 1;
@@ -49,9 +57,12 @@ const fn table() -> Table {
             }
             byte += 1;
         }
+        if length >= LENGTH_MIN {
+            // The highest code of all is that of the end, which is no byte's: this is below 2^32.
+            table.limit[length - LENGTH_MIN] = code << (32 - length);
+        }
         length += 1;
     }
-    table.begin[LENGTH_MAX + 1] = next as u16;
     table
 }
 
@@ -59,8 +70,8 @@ const fn table() -> Table {
 #[derive(Clone, Debug)]
 pub(crate) struct Decoder<'a> {
     bytes: core::slice::Iter<'a, u8>,
-    /// Bits taken from `bytes` and not used yet, the next one highest.
-    bits: u32,
+    /// Bits taken from `bytes` and not used yet, the next one highest, zeros behind them.
+    bits: u64,
     count: usize,
     pub(crate) broken: bool,
 }
@@ -69,39 +80,31 @@ impl<'a> Decoder<'a> {
     pub(crate) fn new(string: &'a [u8]) -> Self {
         Self { bytes: string.iter(), bits: 0, count: 0, broken: false }
     }
-
-    fn bit(&mut self) -> Option<u32> {
-        if self.count == 0 {
-            self.bits = u32::from(*self.bytes.next()?);
-            self.count = 8;
-        }
-        self.count -= 1;
-        Some(self.bits >> self.count & 1)
-    }
 }
 
 impl Iterator for Decoder<'_> {
     type Item = u8;
 
     fn next(&mut self) -> Option<u8> {
-        let mut code = 0;
-        for length in 1..=LENGTH_MAX {
-            let Some(bit) = self.bit() else {
-                // The last byte is filled up with the highest bits of the code that means the end: ones, fewer than 8.
-                let padding = length - 1;
-                self.broken |= padding > 7 || code != (1_u32 << padding) - 1;
-                return None;
-            };
-            code = code << 1 | bit;
-            let first = TABLE.first.get(length).copied().unwrap_or(u32::MAX);
-            let (begin, end) = (TABLE.begin.get(length)?, TABLE.begin.get(length + 1)?);
-            let index = code.checked_sub(first).and_then(|index| usize::try_from(index).ok());
-            if let Some(index) = index.filter(|index| *index < usize::from(end - begin)) {
-                return TABLE.order.get(usize::from(*begin) + index).copied();
-            }
+        while self.count < LENGTH_MAX
+            && let Some(byte) = self.bytes.next()
+        {
+            self.bits |= u64::from(*byte) << (56 - self.count);
+            self.count += 8;
         }
-        self.broken = true;
-        None
+        let bits = (self.bits >> 32) as u32;
+        let at = TABLE.limit.iter().position(|limit| bits < *limit);
+        let Some(length) = at.map(|at| at + LENGTH_MIN).filter(|length| *length <= self.count) else {
+            // The last byte is filled up with the highest bits of the code that means the end: ones, fewer than 8.
+            let ones = !(u64::MAX >> self.count);
+            self.broken |= self.count > 7 || self.bits != ones;
+            return None;
+        };
+        self.bits <<= length;
+        self.count -= length;
+        let (first, begin) = (TABLE.first.get(length)?, TABLE.begin.get(length)?);
+        let index = (bits >> (32 - length)).checked_sub(*first)? as usize;
+        TABLE.order.get(usize::from(*begin) + index).copied()
     }
 }
 
