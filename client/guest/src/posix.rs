@@ -252,6 +252,18 @@ mod sys {
     #[cfg(not(any(target_os = "linux", target_os = "android")))]
     const NONBLOCK: c_int = 0;
 
+    /// A broken connection raises no signal. Hermit has none.
+    #[cfg(not(target_os = "hermit"))]
+    const NO_SIGNAL: c_int = libc::MSG_NOSIGNAL;
+    #[cfg(target_os = "hermit")]
+    const NO_SIGNAL: c_int = 0;
+
+    /// Another piece follows at once.
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    const MORE: c_int = libc::MSG_MORE;
+    #[cfg(not(any(target_os = "linux", target_os = "android")))]
+    const MORE: c_int = 0;
+
     fn errno() -> c_int {
         #[cfg(target_os = "linux")]
         // SAFETY: the C library gives each thread a place for its last error, for as long as the thread runs.
@@ -277,8 +289,12 @@ mod sys {
 
     pub(super) fn socket(address: &Address) -> Result<c_int, Fault> {
         let family = match address {
+            #[cfg(not(target_os = "hermit"))]
             Address::Vsock { .. } => libc::AF_VSOCK,
+            #[cfg(not(target_os = "hermit"))]
             Address::Unix { .. } => libc::AF_UNIX,
+            #[cfg(target_os = "hermit")]
+            Address::Vsock { .. } | Address::Unix { .. } => return Err(Fault::Broken(libc::EAFNOSUPPORT)),
             Address::Tcp { ip: IpAddr::V4(_), .. } => libc::AF_INET,
             Address::Tcp { ip: IpAddr::V6(_), .. } => libc::AF_INET6,
         };
@@ -296,6 +312,9 @@ mod sys {
 
     pub(super) fn connect(fd: c_int, address: &Address) -> Result<(), c_int> {
         match address {
+            #[cfg(target_os = "hermit")]
+            Address::Vsock { .. } | Address::Unix { .. } => Err(libc::EAFNOSUPPORT),
+            #[cfg(not(target_os = "hermit"))]
             Address::Vsock { cid, port } => {
                 // SAFETY: a structure of numbers, for which all zeros are a value.
                 let mut place: libc::sockaddr_vm = unsafe { core::mem::zeroed() };
@@ -303,6 +322,7 @@ mod sys {
                 (place.svm_cid, place.svm_port) = (*cid, *port);
                 connect_to(fd, &place, size_of::<libc::sockaddr_vm>())
             }
+            #[cfg(not(target_os = "hermit"))]
             Address::Unix { path, is_abstract } => {
                 // SAFETY: a structure of numbers, for which all zeros are a value.
                 let mut place: libc::sockaddr_un = unsafe { core::mem::zeroed() };
@@ -342,7 +362,7 @@ mod sys {
     }
 
     pub(super) fn send(fd: c_int, bytes: &[u8], more: bool) -> Result<usize, Fault> {
-        let flags = libc::MSG_NOSIGNAL | if more { libc::MSG_MORE } else { 0 };
+        let flags = NO_SIGNAL | if more { MORE } else { 0 };
         // SAFETY: `bytes` can be read over their whole length.
         moved(unsafe { libc::send(fd, bytes.as_ptr().cast(), bytes.len(), flags) })
     }
@@ -404,7 +424,9 @@ mod sys {
         let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
         // SAFETY: a place for one time.
         let _ = unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
-        let (seconds, nanoseconds) = (time.tv_sec.cast_unsigned(), time.tv_nsec.cast_unsigned());
+        let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
+        // Platforms count these in numbers of different sizes.
+        let nanoseconds = u64::try_from(time.tv_nsec).unwrap_or(0);
         seconds * 1000 + nanoseconds / 1_000_000
     }
 }
