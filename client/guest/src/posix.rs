@@ -264,22 +264,23 @@ mod sys {
     #[cfg(not(any(target_os = "linux", target_os = "android")))]
     const MORE: c_int = 0;
 
-    fn errno() -> c_int {
-        #[cfg(target_os = "linux")]
+    /// Why a call failed that returned this.
+    #[cfg(target_os = "linux")]
+    fn errno(_: isize) -> c_int {
         // SAFETY: the C library gives each thread a place for its last error, for as long as the thread runs.
-        unsafe {
-            *libc::__errno_location()
-        }
-        #[cfg(not(target_os = "linux"))]
-        {
-            libc::EIO
-        }
+        unsafe { *libc::__errno_location() }
+    }
+
+    /// The same where calls are the kernel's own, which return it.
+    #[cfg(not(target_os = "linux"))]
+    fn errno(returned: isize) -> c_int {
+        if returned < -1 { c_int::try_from(returned.unsigned_abs()).unwrap_or(libc::EIO) } else { libc::EIO }
     }
 
     fn moved(count: isize) -> Result<usize, Fault> {
         match usize::try_from(count) {
             Ok(count) => Ok(count),
-            Err(_) => match errno() {
+            Err(_) => match errno(count) {
                 // Nothing was moved: the caller waits and tries again.
                 libc::EAGAIN | libc::EINTR => Err(Fault::WouldBlock),
                 errno => Err(Fault::Broken(errno)),
@@ -301,7 +302,7 @@ mod sys {
         // SAFETY: takes numbers only.
         let fd = unsafe { libc::socket(family, libc::SOCK_STREAM | NONBLOCK, 0) };
         if fd < 0 {
-            return Err(Fault::Broken(errno()));
+            return Err(Fault::Broken(errno(fd as isize)));
         }
         if NONBLOCK == 0 {
             // SAFETY: takes numbers only, of a descriptor just made.
@@ -358,7 +359,7 @@ mod sys {
         debug_assert!(length <= size_of::<A>(), "the address is in its structure");
         // SAFETY: `place` is a socket address of the platform, of which the first `length` bytes count.
         let outcome = unsafe { libc::connect(fd, ptr::from_ref(place).cast(), length as libc::socklen_t) };
-        if outcome == 0 { Ok(()) } else { Err(errno()) }
+        if outcome == 0 { Ok(()) } else { Err(errno(outcome as isize)) }
     }
 
     pub(super) fn send(fd: c_int, bytes: &[u8], more: bool) -> Result<usize, Fault> {
@@ -401,7 +402,7 @@ mod sys {
                 let read = failed || is(libc::POLLIN | libc::POLLHUP);
                 Ok(Some((Ready { read, write: is(libc::POLLOUT) }, failed)))
             }
-            _ => Err(errno()),
+            failed => Err(errno(failed as isize)),
         }
     }
 
