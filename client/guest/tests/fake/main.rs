@@ -6,6 +6,7 @@
     unreachable_pub,
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
+    clippy::needless_pass_by_value,
     clippy::unwrap_used,
     reason = "tests"
 )]
@@ -20,6 +21,7 @@ mod random;
 mod replies;
 mod transport;
 
+mod conversations;
 mod dialing;
 mod flow;
 mod frames_between;

@@ -16,8 +16,8 @@ use crate::transport::Item;
 pub enum Event<'a> {
     /// A guest dials; [`Peer::dial`] may refuse it.
     Dial,
-    /// A frame that is none of a call.
-    Frame(&'a Frame),
+    /// A frame that is none of a call is there.
+    Frame,
     /// A call's headers are there.
     Head(&'a Call),
     /// A piece of its message is there.
@@ -251,7 +251,7 @@ impl Peer {
             frames::RST_STREAM => {
                 assert!(self.calls.contains_key(&frame.stream), "RST_STREAM of what never was");
                 self.calls.get_mut(&frame.stream).unwrap().whole = true;
-                self.happen(Event::Frame(frame));
+                self.happen(Event::Frame);
             }
             frames::SETTINGS => {
                 if frame.is(frames::SETTINGS, frames::ACK) {
@@ -260,17 +260,17 @@ impl Peer {
                 } else {
                     self.raw(Frame::new(frames::SETTINGS, frames::ACK, 0, []).encode());
                 }
-                self.happen(Event::Frame(frame));
+                self.happen(Event::Frame);
             }
             frames::PING => {
                 assert_eq!(frame.flags, frames::ACK, "the guest has nothing to ask");
-                self.happen(Event::Frame(frame));
+                self.happen(Event::Frame);
             }
             frames::WINDOW_UPDATE => {
                 assert_eq!(frame.stream, 0);
                 self.own_window += i64::from(frame.number());
                 assert!(frame.number() > 0 && self.own_window <= 0x7fff_ffff, "a window that cannot be");
-                self.happen(Event::Frame(frame));
+                self.happen(Event::Frame);
             }
             kind => panic!("the guest sends no frame of kind {kind}"),
         }
@@ -308,11 +308,6 @@ impl Peer {
     /// Frames of a kind that came on this connection.
     pub fn came(&self, kind: u8, flag: u8) -> Vec<&Frame> {
         self.frames.iter().filter(|frame| frame.is(kind, flag)).collect()
-    }
-
-    /// Whether what came is whole frames.
-    pub fn is_between_frames(&self) -> bool {
-        self.input.is_empty()
     }
 
     /// The agent's own way.
