@@ -116,7 +116,7 @@ pub struct Machine {
     input: ChildStdin,
     lines: Receiver<String>,
     begun: Instant,
-    /// The file with everything it wrote to its console.
+    /// The file with everything it wrote to its console; kept when the test fails.
     console: PathBuf,
 }
 
@@ -143,7 +143,7 @@ impl Machine {
         let begun = Instant::now();
         let mut child = command.spawn().expect("no qemu-system-x86_64: run ./test once, it installs it");
         let (input, output) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
-        let console = repository().join(format!("target/vm/consoles/{name}.log"));
+        let console = repository().join(format!("target/vm/consoles/{name}-{}.log", std::process::id()));
         let (sender, lines) = mpsc::channel();
         let mut log = create(&console);
         std::thread::spawn(move || copy_console(output, begun, &mut log, &sender));
@@ -156,13 +156,16 @@ impl Machine {
     }
 
     /// The next line of its first process.
-    pub fn line(&self) -> String {
+    pub fn line(&mut self) -> String {
         let line = self.lines.recv_timeout(PATIENCE);
-        line.unwrap_or_else(|error| panic!("the guest says nothing: {error}"))
+        line.unwrap_or_else(|error| {
+            let ended = self.process.0.try_wait();
+            panic!("the guest says nothing: {error}; end of QEMU: {ended:?}")
+        })
     }
 
     /// Waits for this line.
-    pub fn wait_for(&self, expected: &str) {
+    pub fn wait_for(&mut self, expected: &str) {
         while self.line() != expected {}
     }
 
@@ -172,7 +175,7 @@ impl Machine {
     }
 
     /// Waits for the end of a step: what it said, or why it failed.
-    pub fn hear(&self, step: &str) -> Result<Vec<String>, String> {
+    pub fn hear(&mut self, step: &str) -> Result<Vec<String>, String> {
         let (done, failed) = (format!("done {step}"), format!("failed {step}: "));
         let mut said = Vec::new();
         loop {
@@ -211,7 +214,9 @@ impl Machine {
 impl Drop for Machine {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("a machine's console is in {}", self.console.display());
+            eprintln!("the console of a machine is in {}", self.console.display());
+        } else {
+            let _ = std::fs::remove_file(&self.console);
         }
     }
 }

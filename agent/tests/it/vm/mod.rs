@@ -1,7 +1,7 @@
 //! Real AF_VSOCK: microVMs with a kernel, the agent and its guests, on a machine that needs no vsock of its own.
 //!
 //! The guests are `examples/guest-init`, the first process of each machine; what it is told to do are its steps. The
-//! consoles of the machines are kept in `target/vm/consoles`.
+//! consoles of the machines of a failed test are kept in `target/vm/consoles`.
 
 #![allow(clippy::print_stderr, reason = "figures, and where the consoles are")]
 
