@@ -19,9 +19,11 @@ mod frames;
 mod peer;
 mod random;
 mod replies;
+mod sessions;
 mod transport;
 
 mod conversations;
+mod cuts;
 mod dialing;
 mod flow;
 mod frames_between;
