@@ -25,6 +25,7 @@ mod transport;
 mod conversations;
 mod cuts;
 mod dialing;
+mod encoding;
 mod flow;
 mod frames_between;
 
