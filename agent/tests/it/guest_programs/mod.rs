@@ -1,6 +1,7 @@
 //! Programs that use the thin guest as others will: in C and in Rust, on kernels with next to nothing; and the files of
 //! `examples/` that bring them to microVMs and unikernels.
 
+mod configurations;
 mod interface;
 mod needs;
 mod programs;
