@@ -47,7 +47,9 @@ fn tensors_of_every_size_come_back_as_they_went() {
         let mut guest = guest(address);
         let model = register(&mut guest, &onnx::echo());
         for count in [0_usize, 1, 3, 255, 4096, 150_528, (4 << 20) + 1] {
-            let sent: Vec<u8> = (0..count * 4).map(|at| (at * 31 + at / 4093) as u8).collect();
+            let sent: Vec<u8> = (0..count * 4)
+                .map(|at| at.wrapping_mul(31).wrapping_add(at / 4093).to_le_bytes()[0])
+                .collect();
             let mut place = vec![0; count * 4];
             let shape = [i64::try_from(count).unwrap()];
             let input = Input { name: "x", dtype: DType::F32, shape: &shape, data: &sent };
@@ -102,7 +104,7 @@ fn errors_have_their_reason_and_text() {
 fn a_resource_goes_up_in_pieces_and_only_once() {
     let agent = Agent::unix(&[]);
     let mut guest = guest(agent.address());
-    let large: Vec<u8> = (0..40_u32 << 20).map(|at| (at ^ at >> 9) as u8).collect();
+    let large: Vec<u8> = (0..40_u32 << 20).map(|at| (at ^ at >> 9).to_le_bytes()[0]).collect();
     let files = [File { name: "a", content: &large }, File { name: "empty", content: &[] }];
     let first = guest.register(ResourceKind::Data, &files).unwrap();
     assert_eq!(guest.register(ResourceKind::Data, &files).unwrap(), first);
