@@ -196,8 +196,8 @@ impl Machine {
         self.hear(step)
     }
 
-    /// Waits until it has switched itself off: what it said until then, and QEMU's exit code.
-    pub fn end(mut self) -> (Vec<String>, Option<i32>) {
+    /// Waits until it has switched itself off with this exit code: what it said until then.
+    pub fn end(mut self, expected: i32) -> Vec<String> {
         let mut said = Vec::new();
         loop {
             match self.lines.recv_timeout(PATIENCE) {
@@ -207,7 +207,9 @@ impl Machine {
             }
         }
         // QEMU closes its console only by ending.
-        (said, self.process.0.wait().unwrap().code())
+        let code = self.process.0.wait().unwrap().code();
+        assert_eq!(code, Some(expected), "{said:?}");
+        said
     }
 }
 
