@@ -105,7 +105,7 @@ impl Tensors {
         let mut random = Random::new(seed);
         let count = [1, 1, 2, 3, 16][random.below(5)];
         let long = if count == 16 { 20 } else { 257 };
-        let mut name = |random: &mut Random| "n".repeat([0, 1, 7, 127, 256][random.below(5)] % long);
+        let name = |random: &mut Random| "n".repeat([0, 1, 7, 127, 256][random.below(5)] % long);
         let shape = |random: &mut Random| {
             let mut dimension = |_| [0, 1, 127, 128, 1 << 40, -1][random.below(6)];
             (0..seed % 9).map(&mut dimension).collect::<Vec<i64>>()
