@@ -94,7 +94,7 @@ impl<T: Transport> Link<T> {
                 self.close();
             }
         }
-        if self.connected && self.send(None, true).is_err() {
+        if self.connected && self.send(None, true, u64::MAX).is_err() {
             self.close();
         }
     }
@@ -174,7 +174,7 @@ impl<T: Transport> Link<T> {
         let mut answer_by = u64::MAX;
         loop {
             let now = self.transport.now();
-            let blocked = self.send(Some(call), now >= answer_by)?;
+            let blocked = self.send(Some(call), now >= answer_by, until)?;
             if call.is_over() {
                 return Ok(());
             }
@@ -196,8 +196,13 @@ impl<T: Transport> Link<T> {
         }
     }
 
-    /// Sends what can be sent; returns whether more is there and cannot.
-    fn send(&mut self, mut call: Option<&mut Call<'_>>, answers: bool) -> core::result::Result<bool, Lost> {
+    /// Sends what can be sent until the clock shows `until`; returns whether more is there and cannot.
+    fn send(
+        &mut self,
+        mut call: Option<&mut Call<'_>>,
+        answers: bool,
+        until: u64,
+    ) -> core::result::Result<bool, Lost> {
         loop {
             let [first, second] = self.connection.outgoing(call.as_deref_mut(), answers);
             if first.is_empty() && second.is_empty() {
@@ -205,7 +210,13 @@ impl<T: Transport> Link<T> {
             }
             match self.transport.write(first, second) {
                 Ok(0) => return Err(Lost::Gone(0)),
-                Ok(count) => self.connection.sent(call.as_deref_mut(), count),
+                Ok(count) => {
+                    self.connection.sent(call.as_deref_mut(), count);
+                    // A transport may wait in its writes.
+                    if self.transport.now() >= until {
+                        return Ok(true);
+                    }
+                }
                 Err(Fault::WouldBlock) => return Ok(true),
                 Err(Fault::Late) => return Err(Lost::Late),
                 Err(Fault::Broken(errno)) => return self.last_words(call, errno),
@@ -257,7 +268,9 @@ impl<T: Transport> Link<T> {
 
     /// Tells the agent that nobody waits any more; returns whether the connection can go on.
     fn give_up(&mut self, call: &mut Call<'_>) -> bool {
-        self.connection.is_settled() && self.connection.abandon(call) && self.send(None, true) == Ok(false)
+        self.connection.is_settled()
+            && self.connection.abandon(call)
+            && self.send(None, true, u64::MAX) == Ok(false)
     }
 
     fn say(&mut self, text: &str) {

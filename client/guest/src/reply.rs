@@ -117,6 +117,8 @@ pub(crate) struct Computed<'a, 'd> {
     dimension: u64,
     bits: u32,
     in_shape: bool,
+    /// The shape has too many axes, or one that is no number.
+    broken: bool,
 }
 
 const TENSOR: [u32; 3] = [op::MODEL_RUN, 1, 2];
@@ -136,6 +138,7 @@ impl<'a, 'd> Computed<'a, 'd> {
             dimension: 0,
             bits: 0,
             in_shape: false,
+            broken: false,
         }
     }
 
@@ -210,11 +213,18 @@ impl Reader for Computed<'_, '_> {
         }
         let [byte] = self.byte;
         self.dimension |= u64::from(byte & 0x7f).checked_shl(self.bits).unwrap_or(0);
-        self.bits += 7;
+        self.bits = self.bits.saturating_add(7);
+        self.broken |= self.bits > 70;
         if byte & 0x80 == 0 {
-            // One axis too many is noticed by the number of those there should be.
-            let _ = self.dimension(self.dimension);
+            self.broken |= self.dimension(self.dimension).is_err();
             (self.dimension, self.bits) = (0, 0);
+        }
+    }
+
+    fn end(&mut self, path: &[u32]) -> Reading<()> {
+        match path {
+            [tensor @ .., 2] if *tensor == TENSOR && (self.broken || self.bits > 0) => Err(Malformed),
+            _ => Ok(()),
         }
     }
 }

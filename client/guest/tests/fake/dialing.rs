@@ -148,6 +148,46 @@ fn a_deadline_passes_while_nothing_can_be_written() {
 }
 
 #[test]
+fn a_deadline_passes_while_writing_takes_long() {
+    let mut guest = opened(|_, _| false);
+    let begin = peer(&mut guest).now;
+    guest.transport().manner.write = 1000;
+    guest.transport().manner.write_takes = 10;
+    guest.set_deadline_ms(200);
+    let image = [7; 60_000];
+    let outcome = guest.classify(None, &[&image], &mut [vaccel_guest::Label::default()]);
+    fails(&guest, outcome, Reason::Deadline, "the deadline passed");
+    assert!(peer(&mut guest).now - begin <= 220, "one write and one goodbye more");
+    guest.transport().manner.write_takes = 0;
+    guest.noop().unwrap();
+}
+
+#[test]
+fn a_deadline_passes_while_other_things_are_said() {
+    for frame in [frames::ping(1), frames::data(1, b"late"), Frame::new(0x42, 0, 3, [0; 100])] {
+        let mut guest = opened(move |peer, event| {
+            let Event::Asked(call) = event else { return false };
+            if call.stream == 3 {
+                for _ in 0..1000 {
+                    peer.delay += 1;
+                    peer.send(frame.clone());
+                }
+                peer.delay = 0;
+            }
+            call.stream == 3
+        });
+        let begin = peer(&mut guest).now;
+        guest.set_deadline_ms(500);
+        let outcome = guest.noop();
+        fails(&guest, outcome, Reason::Deadline, "the deadline passed");
+        assert_eq!(peer(&mut guest).now - begin, 500);
+        guest.set_deadline_ms(5000);
+        guest.noop().unwrap();
+        assert_eq!(peer(&mut guest).dials.len(), 1);
+    }
+}
+
+#[test]
 fn settings_may_come_late() {
     let mut guest = guest(|peer, event| {
         peer.delay = if matches!(event, Event::Dial) { 5000 } else { 0 };

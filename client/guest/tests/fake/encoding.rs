@@ -313,6 +313,33 @@ fn shapes_and_labels_may_be_coded_in_every_allowed_way() {
 }
 
 #[test]
+fn shapes_that_cannot_be_are_refused() {
+    for shape in [&[1; 9][..], &[0x80], &[1, 0xff], &[0xff; 11]] {
+        for packed in [true, false] {
+            let mut tensor = Vec::new();
+            if packed {
+                tensor = [&[0x12, shape.len() as u8][..], shape].concat();
+            } else {
+                shape.iter().for_each(|byte| tensor.extend_from_slice(&[0x10, *byte]));
+            }
+            let named = [&[0x12, tensor.len() as u8][..], &tensor].concat();
+            let run = [&[0x0a, named.len() as u8][..], &named].concat();
+            let body = prefixed(&[&[0x92, 0x01, run.len() as u8][..], &run].concat());
+            let mut guest = opened(move |peer, event| {
+                let Event::Asked(call) = event else { return false };
+                if call.is("Run") {
+                    peer.reply_bytes(call.stream, &body);
+                }
+                call.is("Run")
+            });
+            let model = flow::model(&mut guest);
+            let outcome = guest.run(&model, &[], &[], &mut [Output::new(&mut [0])]);
+            crate::fails(&guest, outcome, vaccel_guest::Reason::BackendFailed, "no message of the contract");
+        }
+    }
+}
+
+#[test]
 fn numbers_and_limits_are_those_of_the_contract() {
     for number in 0..20 {
         let own = DType::from_number(number);

@@ -29,6 +29,8 @@ pub struct Manner {
     pub write: usize,
     /// Fewer, as chance has it.
     pub random: Option<Random>,
+    /// Milliseconds that each write takes, as with a transport that waits in it.
+    pub write_takes: u64,
     /// Every other time nothing moves although it was said that it could.
     pub blocks: bool,
     turn: bool,
@@ -52,7 +54,14 @@ impl std::fmt::Debug for Fake {
 
 impl Fake {
     pub fn new(peer: Peer) -> Self {
-        let manner = Manner { read: usize::MAX, write: usize::MAX, random: None, blocks: false, turn: false };
+        let manner = Manner {
+            read: usize::MAX,
+            write: usize::MAX,
+            random: None,
+            write_takes: 0,
+            blocks: false,
+            turn: false,
+        };
         Self { peer, manner, turns: 0 }
     }
 
@@ -127,6 +136,7 @@ impl Transport for Fake {
         let count = self.some(self.manner.write, first.len() + second.len());
         self.moved();
         let own = count.min(first.len());
+        self.peer.now += self.manner.write_takes;
         self.peer.take(&first[..own]);
         self.peer.take(&second[..count - own]);
         Ok(count)
