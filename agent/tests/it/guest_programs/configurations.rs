@@ -84,8 +84,11 @@ fn address_of_cmdline(cmdline: &str) -> &str {
 }
 
 #[test]
-#[cfg(target_arch = "x86_64")]
 fn the_commands_in_the_readmes_of_guests_do_what_they_show() {
+    if cfg!(not(target_arch = "x86_64")) {
+        // They name that architecture.
+        return;
+    }
     let agent = Agent::unix(&[]);
     let image = repository().join("examples/images/digit-000-is-2.png");
     let counts = ["guest-c", "guest-rust", "unikraft", "nanos", "firecracker"]

@@ -20,6 +20,9 @@ const SIZE_MAX: u64 = 64 << 10;
 /// Address space that is enough for any guest, in KiB.
 const ADDRESSES_KIB: u64 = 16 << 10;
 
+/// Stack that is enough for the example in C, in KiB: unikernels give their programs 64 or so.
+const STACK_KIB: u64 = 32;
+
 /// Memory that a classification may take beside the image.
 const HEAP_BYTES_MAX: u64 = 256 << 10;
 
@@ -62,6 +65,16 @@ fn sixteen_megabytes_of_addresses_are_enough() {
             succeed(&limited.output().unwrap());
         }
     }
+}
+
+#[test]
+fn the_example_in_c_runs_on_a_small_stack() {
+    let agent = Agent::unix(&[]);
+    let image = noise(agent.folder(), 320);
+    let mut limited = command(Path::new("sh"));
+    // What it was started with lies on the stack too.
+    limited.env_clear().args(["-c", &format!("ulimit -s {STACK_KIB} && exec \"$@\""), "sh"]);
+    succeed(&limited.arg(&Program::c().path).arg(agent.address()).arg(image).output().unwrap());
 }
 
 /// What a program has of memory, in bytes, after it has classified these images. It is looked at while it waits for
