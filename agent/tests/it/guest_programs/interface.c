@@ -408,7 +408,8 @@ static int own_connect(void *context, uint64_t until)
 {
     struct own *own = context;
     struct sockaddr_un place = place_of(own->address);
-    HOLDS(until > now());
+    /* A time to come, or just over. */
+    HOLDS(until + 60000 > now() && until < now() + 61000);
     own_close(own);
     own->fd = socket(AF_UNIX, SOCK_STREAM, 0);
     own->connects++;
