@@ -6,6 +6,8 @@ use vaccel_guest::{DType, Fault, File, Guest, Input, Label, Output, Ready, Resou
 /// What the bytes of a conversation are read as.
 struct Script<'a> {
     rest: &'a [u8],
+    /// The guest's call that is answered, from 1.
+    call: u32,
 }
 
 impl<'a> Script<'a> {
@@ -33,7 +35,8 @@ impl<'a> Script<'a> {
 
     fn stream(&mut self) -> u32 {
         match self.byte() {
-            byte @ 0..=0xef => u32::from(byte & 7) * 2 + 1,
+            0..=0x9f => self.call * 2 - 1,
+            byte @ 0xa0..=0xef => u32::from(byte & 7) * 2 + 1,
             byte => u32::from(byte & 3),
         }
     }
@@ -75,10 +78,52 @@ fn refuse(out: &mut Vec<u8>, stream: u32, code: u8, details: &[u8]) {
     frame(out, 1, 5, stream, &block);
 }
 
+/// A message whose lengths are right, of messages inside each other.
+fn message(script: &mut Script<'_>, depth: u32) -> Vec<u8> {
+    let mut out = Vec::new();
+    for _ in 0..=script.byte() % 4 {
+        let choice = script.byte();
+        let field = match (choice >> 4, depth) {
+            (number @ 0..=7, _) => u32::from(number % 5) + 1,
+            (number, 0) => 16 + u32::from(number % 3),
+            (number, _) => u32::from(number % 2) + 1,
+        };
+        let content = match choice & 7 {
+            0..=3 if depth < 5 => message(script, depth + 1),
+            0..=4 => script.bytes(70).to_vec(),
+            5 => {
+                out.extend_from_slice(&[(field << 3) as u8, script.byte() & 0x7f]);
+                continue;
+            }
+            6 => vec![script.byte(); usize::from(script.byte()) * 3],
+            _ => {
+                out.extend_from_slice(&[(field << 3 | 5) as u8, 0, 0, 0, script.byte()]);
+                continue;
+            }
+        };
+        let tag = field << 3 | 2;
+        if tag >= 128 {
+            out.push(tag as u8 | 128);
+        }
+        out.push(if tag >= 128 { (tag >> 7) as u8 } else { tag as u8 });
+        let length = content.len();
+        out.extend((0..2).filter(|byte| length >> (7 * byte) > 0 || *byte == 0).map(|byte| {
+            let more = length >> (7 * (byte + 1)) > 0;
+            (length >> (7 * byte) & 0x7f) as u8 | u8::from(more) << 7
+        }));
+        out.extend_from_slice(&content);
+        if out.len() > 4000 {
+            break;
+        }
+    }
+    out.truncate(8000);
+    out
+}
+
 /// One thing the agent says.
 fn say(script: &mut Script<'_>, out: &mut Vec<u8>) {
     let stream = script.stream();
-    match script.byte() % 16 {
+    match script.byte() % 20 {
         0 => frame(out, 4, script.byte() & 1, 0, &[]),
         1 => frame(out, 1, script.byte() | 4, stream, REPLY),
         2 => frame(out, 0, script.byte() & 9, stream, script.bytes(255)),
@@ -100,9 +145,14 @@ fn say(script: &mut Script<'_>, out: &mut Vec<u8>) {
             let zeros = script.number().min(70_000) as usize;
             frame(out, script.byte() % 12, script.byte(), stream, &vec![0; zeros]);
         }
-        _ => {
+        15 => {
             let cut = usize::from(script.byte());
             reply(out, stream, script.bytes(255), cut);
+        }
+        _ => {
+            let cut = usize::from(script.byte());
+            let message = message(script, 0);
+            reply(out, stream, &message, cut);
         }
     }
 }
@@ -111,6 +161,9 @@ fn say(script: &mut Script<'_>, out: &mut Vec<u8>) {
 struct Agent {
     said: Vec<u8>,
     at: usize,
+    /// Places in it, and how many calls must have come before what is behind them is said.
+    gates: Vec<(usize, u32)>,
+    calls: u32,
     now: u64,
     /// What decides how bytes are cut.
     cuts: u32,
@@ -128,6 +181,12 @@ struct Agent {
 const TURNS_MAX: u32 = 1_000_000;
 
 impl Agent {
+    /// How much was said by now.
+    fn ready(&self) -> usize {
+        let closed = self.gates.iter().find(|(_, calls)| self.calls < *calls);
+        closed.map_or(self.said.len(), |(at, _)| *at) - self.at
+    }
+
     fn cut(&mut self, room: usize) -> usize {
         self.turns += 1;
         assert!(self.turns < TURNS_MAX, "the guest turns in a circle");
@@ -159,6 +218,7 @@ impl Agent {
                 {
                     assert!(matches!(kind, 0 | 1 | 3 | 4 | 6 | 8), "a frame of kind {kind}");
                     self.left = u32::from_be_bytes([0, a, b, c]) as usize;
+                    self.calls += u32::from(kind == 1);
                     self.head.clear();
                 }
             }
@@ -191,9 +251,10 @@ impl Transport for Agent {
 
     fn read(&mut self, first: &mut [u8], second: &mut [u8]) -> Result<usize, Fault> {
         assert!(!second.is_empty(), "no place to read to");
-        let left = self.said.len() - self.at;
+        let left = self.ready();
         if left == 0 {
             return match self.end {
+                _ if self.at < self.said.len() => Err(Fault::WouldBlock),
                 0 => Err(Fault::WouldBlock),
                 1 => Ok(0),
                 errno => Err(Fault::Broken(i32::from(errno))),
@@ -212,7 +273,8 @@ impl Transport for Agent {
     }
 
     fn wait(&mut self, write: bool, until: u64) -> Result<Ready, Fault> {
-        if self.at == self.said.len() && self.end == 0 && !write {
+        let read = self.ready() > 0 || (self.at == self.said.len() && self.end > 0);
+        if !read && !write {
             self.now = self.now.max(until);
         }
         if self.now >= until && until > 0 {
@@ -220,7 +282,7 @@ impl Transport for Agent {
         }
         self.turns += 1;
         self.now += u64::from(until > 0 && self.turns.is_multiple_of(16));
-        Ok(Ready { read: self.at < self.said.len() || self.end > 0, write })
+        Ok(Ready { read, write })
     }
 
     fn pause(&mut self, until: u64) {
@@ -239,61 +301,72 @@ const DEADLINE_MS: u32 = 500;
 /// What lies around the caller's places, and has to lie there afterwards.
 const CANARY: u8 = 0xa5;
 
-/// Makes a call and looks at what it left.
-fn call(guest: &mut Guest<Agent>, which: u8) {
-    let before = guest.transport().now;
+/// Makes a call and looks at what it left; returns whether it was answered.
+fn call(guest: &mut Guest<Agent>, which: u8) -> bool {
     let (mut place, mut tiny) = ([CANARY; 80], [CANARY; 4]);
     let mut labels = [Label::default(); 6];
     let model = guest.register(ResourceKind::Model, &[File { name: "m", content: &[7; 3000] }]);
     // Registering is several calls.
-    let between = guest.transport().now;
-    match (which % 8, model) {
+    let before = guest.transport().now;
+    let answered = match (which % 8, model) {
         (0 | 1, Ok(model)) => {
             let data = [3; 2000];
             let input = |name| Input { name, dtype: DType::U8, shape: &[20, 100], data: &data };
             let mut outputs = [Output::new(&mut place[8..72]), Output::new(&mut tiny[..2])];
-            let _ = guest.run(&model, &[input("a"), input("")], &["y"], &mut outputs);
-            for Output { data, length, .. } in &outputs {
-                assert!(*length <= data.len());
-            }
+            let outcome = guest.run(&model, &[input("a"), input("")], &["y"], &mut outputs);
+            assert!(outputs.iter().all(|output| output.length <= output.data.len()));
+            outcome.is_ok() && outputs.iter().any(|output| output.length > 0)
         }
         (2, model) => {
-            let model = model.ok();
-            if let Ok((count, _)) = guest.classify(model.as_ref(), &[&[1; 40], &[2; 2000]], &mut labels[..4])
-            {
-                assert!(count <= 4 && labels[4].name.is_empty());
-            }
+            let images = [&[1; 40][..], &[2; 2000]];
+            let outcome = guest.classify(model.ok().as_ref(), &images, &mut labels[..4]);
+            let count = outcome.map_or(0, |(count, _)| count);
+            assert!(count <= 4 && labels[4].name.is_empty());
+            count > 0
         }
-        (3, _) => drop(guest.info()),
-        (4, _) => drop(guest.close()),
-        (5, Ok(model)) => drop(guest.unregister(&model)),
-        (6, _) => guest.attend(),
-        _ => drop(guest.noop()),
-    }
-    let passed = guest.transport().now - between;
-    assert!(passed <= u64::from(DEADLINE_MS) + 1, "{passed} ms after {} ms", between - before);
+        (3, _) => guest.info().is_ok(),
+        (4, _) => guest.close().is_ok(),
+        (5, Ok(model)) => guest.unregister(&model).is_ok(),
+        (6, _) => {
+            guest.attend();
+            false
+        }
+        _ => guest.noop().is_ok(),
+    };
+    let passed = guest.transport().now - before;
+    assert!(passed <= u64::from(DEADLINE_MS) + 1, "{passed} ms");
     assert!(place[..8].iter().chain(&place[72..]).all(|byte| *byte == CANARY));
     assert!(tiny[2..].iter().all(|byte| *byte == CANARY));
     assert!(guest.message().len() <= 512);
+    answered
 }
 
-/// Holds the conversation.
-pub fn hold(input: &[u8]) {
-    let mut script = Script { rest: input };
+/// Holds the conversation; returns which of its two calls were answered.
+pub fn hold(input: &[u8]) -> [bool; 2] {
+    let mut script = Script { rest: input, call: 1 };
     let (mode, calls, cuts) = (script.byte(), script.byte(), u32::from(script.byte()) * 0x0101_0101);
-    let mut said = Vec::new();
+    let (mut said, mut gates) = (Vec::new(), Vec::new());
     if mode & 1 == 0 {
         frame(&mut said, 4, 0, 0, &[]);
     }
     if mode & 2 == 0 {
+        gates.push((said.len(), script.call));
+        script.call += 1;
         reply(&mut said, 1, b"\x0a\x200123456789abcdef0123456789abcdef", 40);
     }
     if mode & 4 == 0 {
+        gates.push((said.len(), script.call));
+        script.call += 1;
         let id = b"\x0a\x40aaaaaaaaaaaaaaaabbbbbbbbbbbbbbbbccccccccccccccccdddddddddddddddd";
-        reply(&mut said, 3, id, usize::from(mode));
+        reply(&mut said, script.call * 2 - 3, id, usize::from(mode));
     }
     if mode & 8 == 0 {
         while !script.rest.is_empty() && said.len() < 1 << 18 {
+            match script.byte() {
+                0..=0x5f => gates.push((said.len(), script.call)),
+                0x60..=0x9f => script.call += 1,
+                _ => {}
+            }
             say(&mut script, &mut said);
         }
     } else {
@@ -303,6 +376,8 @@ pub fn hold(input: &[u8]) {
     let agent = Agent {
         said,
         at: 0,
+        gates,
+        calls: 0,
         now: 1000,
         cuts,
         end,
@@ -315,6 +390,5 @@ pub fn hold(input: &[u8]) {
     let mut guest = Guest::new(agent);
     guest.set_deadline_ms(DEADLINE_MS);
     guest.set_repeatable(mode & 0x40 != 0);
-    call(&mut guest, calls);
-    call(&mut guest, calls >> 3);
+    [call(&mut guest, calls), call(&mut guest, calls >> 3)]
 }

@@ -6,4 +6,6 @@
 #[path = "../conversation.rs"]
 mod conversation;
 
-libfuzzer_sys::fuzz_target!(|input: &[u8]| conversation::hold(input));
+libfuzzer_sys::fuzz_target!(|input: &[u8]| {
+    conversation::hold(input);
+});

@@ -228,3 +228,52 @@ fn skipped(size: usize) -> Vec<u8> {
     prost::encoding::encode_varint(size as u64, &mut head);
     [&[0][..], &((head.len() + size) as u32).to_be_bytes(), &head].concat()
 }
+
+#[test]
+fn messages_go_through_windows_that_change_by_chance() {
+    for seed in 0..300 {
+        let mut random = Random::new(seed);
+        let mut own = Random::new(seed + 1000);
+        let mut guest = opened(move |peer, event| {
+            match event {
+                Event::Head(_) => {
+                    peer.holds_windows = true;
+                    peer.send(frames::window_update(0, 1_000_000));
+                }
+                Event::Data(call) => {
+                    let stream = call.stream;
+                    peer.delay += own.below(3) as u64;
+                    peer.send(frames::window_update(stream, 1 + own.below(40_000) as u32));
+                    match own.below(6) {
+                        0 => {
+                            let window = [0, 1, 1000, 65_535, 200_000][own.below(5)];
+                            peer.send(frames::settings(&[(INITIAL_WINDOW_SIZE, window)]));
+                            // Below zero, it takes this to go on.
+                            peer.send(frames::window_update(stream, 200_000));
+                        }
+                        1 => {
+                            let length = 16_384 + own.below(60_000) as u32;
+                            peer.send(frames::settings(&[(MAX_FRAME_SIZE, length)]));
+                        }
+                        2 => peer.send(frames::ping(1)),
+                        3 => peer.writable_from = peer.now + 2,
+                        _ => {}
+                    }
+                }
+                Event::Asked(_) => peer.delay = 0,
+                _ => {}
+            }
+            false
+        });
+        let manner = &mut guest.transport().manner;
+        manner.write = [7, 1000, 20_000, usize::MAX][random.below(4)];
+        manner.read = [1, 30, usize::MAX][random.below(3)];
+        manner.blocks = random.below(2) == 0;
+        manner.random = Some(random.clone());
+        let size = random.below(400_000);
+        if let Err(error) = echo(&mut guest, size) {
+            panic!("{seed}: {error:?} {}", guest.message());
+        }
+        assert_eq!(peer(&mut guest).dials.len(), 1);
+    }
+}
