@@ -1,5 +1,5 @@
-//! Bytes of an agent that were changed at random, in cuts of chance: the guest outlives them all, keeps its deadline and
-//! writes nothing beside the places it was given. `fuzz/run` does the same for longer, led by what it finds.
+//! Bytes of an agent that were changed at random, in cuts of chance: the guest outlives them all, keeps its deadline
+//! and writes nothing beside the places it was given. `fuzz/run` does the same for longer, led by what it finds.
 
 #[allow(clippy::indexing_slicing, reason = "tests")]
 #[path = "../../fuzz/conversation.rs"]
