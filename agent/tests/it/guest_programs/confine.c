@@ -111,6 +111,17 @@ static void what_it_may_try_in_vain(int vectored)
     refuse(SYS_setsockopt, ENOPROTOOPT);
     refuse(SYS_sendmsg, ENOTSUP);
     refuse(SYS_recvmsg, ENOTSUP);
+    /* What glibc and Rust ask when they start, and do without. */
+    refuse(SYS_getrandom, ENOSYS);
+    refuse(SYS_set_robust_list, ENOSYS);
+    refuse(SYS_rseq, ENOSYS);
+    refuse(SYS_sched_getaffinity, ENOSYS);
+    refuse(SYS_statx, ENOSYS);
+#ifdef SYS_readlink
+    refuse(SYS_readlink, ENOENT);
+#else
+    refuse(SYS_readlinkat, ENOENT);
+#endif
     if (vectored) {
         allow(SYS_readv);
         allow(SYS_writev);
@@ -132,8 +143,8 @@ static void what_the_programs_need(void)
     allow_if(SYS_open, (struct condition){ LOW(1), O_ACCMODE | O_CREAT, O_RDONLY });
 #endif
     allow_if(SYS_openat, (struct condition){ LOW(2), O_ACCMODE | O_CREAT, O_RDONLY });
-    allow(SYS_fstat);                                            /* Rust asks how long a file is before it reads it */
-    allow_if(SYS_fcntl, (struct condition){ LOW(1), ALL, F_SETFD }); /* and hides it from programs it may start */
+    allow(SYS_fstat); /* Rust asks how long a file is before it reads it */
+    allow(SYS_newfstatat);
     allow(SYS_exit);
     allow(SYS_exit_group);
 }
@@ -151,9 +162,10 @@ static void what_happens_before_main(char **program)
 #ifdef SYS_arch_prctl
     allow(SYS_arch_prctl); /* where a thread's own variables are */
 #endif
-    allow(SYS_set_tid_address); /* how musl learns the number of its thread */
+    allow(SYS_set_tid_address); /* how a C library learns the number of its thread */
+    allow(SYS_gettid);
+    allow_if_null(SYS_prlimit64, 2); /* the limit of the stack is read, not set */
     allow(SYS_rt_sigaction);    /* Rust ignores SIGPIPE, and tells when the stack is used up */
-    allow(SYS_rt_sigprocmask);  /* musl, before the first of those */
     allow(SYS_sigaltstack);     /* the stack on which Rust would tell */
 }
 
