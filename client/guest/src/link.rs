@@ -84,18 +84,30 @@ impl<T: Transport> Link<T> {
         }
     }
 
-    /// Takes note of what the agent has said since the last call, and answers it as far as that does not have to wait.
+    /// Takes note of what the agent has said since the last call, and answers it.
     pub(crate) fn attend(&mut self) {
-        for _ in 0..IDLE_READS_MAX {
-            if !self.connected || !self.transport.wait(false, 0).is_ok_and(|ready| ready.read) {
-                break;
-            }
-            if self.receive(None).is_err() {
-                self.close();
-            }
-        }
+        self.listen();
         if self.connected && self.send(None, true, u64::MAX).is_err() {
             self.close();
+        }
+    }
+
+    /// Takes note of what the agent has said since the last call, and answers what cannot wait for the next one.
+    fn listen(&mut self) {
+        for _ in 0..IDLE_READS_MAX {
+            if !self.connected || !self.transport.wait(false, 0).is_ok_and(|ready| ready.read) {
+                return;
+            }
+            let answered = self.receive(None).and_then(|()| match self.connection.owes_ping() {
+                true => self.send(None, false, u64::MAX),
+                false => Ok(false),
+            });
+            match answered {
+                Ok(false) => {}
+                // What cannot be answered now is not asked for more.
+                Ok(true) => return,
+                Err(_) => self.close(),
+            }
         }
     }
 
@@ -144,7 +156,7 @@ impl<T: Transport> Link<T> {
 
     /// A connection on which a call can begin.
     fn ready(&mut self, until: u64) -> core::result::Result<(), Miss> {
-        self.attend();
+        self.listen();
         if self.connected && self.connection.takes_calls() {
             return Ok(());
         }

@@ -102,6 +102,11 @@ impl Connection {
         }
     }
 
+    /// Whether a PING is unanswered.
+    pub(crate) fn owes_ping(&self) -> bool {
+        self.pings_count > 0
+    }
+
     /// Whether an answer to the peer is waiting for something it can be sent with.
     pub(crate) fn owes_answer(&self) -> bool {
         self.settings_unanswered > 0

@@ -95,6 +95,8 @@ pub struct Peer {
     script: Option<Script>,
     input: Vec<u8>,
     greeted: bool,
+    /// The guest's first frame was its settings.
+    introduced: bool,
     calls: HashMap<u32, Call>,
     window: i64,
     /// Of each stream, without what every stream begins with.
@@ -129,6 +131,7 @@ impl Peer {
             script: Some(Box::new(script)),
             input: Vec::new(),
             greeted: false,
+            introduced: false,
             calls: HashMap::new(),
             window: 65_535,
             windows: HashMap::new(),
@@ -141,7 +144,8 @@ impl Peer {
         assert!(self.input.is_empty() || !self.connected, "the guest closed in the middle of a frame");
         self.dials.push(self.now);
         (self.items, self.delay, self.write_fails) = (VecDeque::new(), 0, None);
-        (self.input, self.greeted, self.calls) = (Vec::new(), false, HashMap::new());
+        (self.input, self.calls) = (Vec::new(), HashMap::new());
+        (self.greeted, self.introduced) = (false, false);
         (self.window, self.own_window) = (65_535, 65_535);
         (self.windows, self.settings) = (HashMap::new(), SETTINGS.into());
         self.frames.clear();
@@ -228,7 +232,8 @@ impl Peer {
             at += length;
             self.frames
                 .push(Frame { payload: frame.payload[..frame.payload.len().min(64)].to_vec(), ..frame });
-            assert!(self.frames[0].kind == frames::SETTINGS, "the first frame");
+            self.introduced |= frame.kind == frames::SETTINGS;
+            assert!(self.introduced, "the first frame");
             self.frame(&frame);
         }
         self.input.drain(..at);
