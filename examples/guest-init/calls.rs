@@ -1,7 +1,8 @@
 //! What this guest has an agent do, each in a session of its own.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use vaccel_guest::{DType, File, Guest, ITEMS_MAX, Input, Label, Output, Posix, ResourceId, ResourceKind};
 
@@ -15,6 +16,27 @@ const ENDLESS: &str = "/models/endless.onnx";
 
 /// Bytes of the tensor that comes back as it went.
 const ECHO_BYTES: usize = 8 << 20;
+
+/// Another guest of this machine, a program of its own: `examples/guest-c`.
+const CLASSIFY: &str = "/bin/classify";
+
+/// Has that program say what every image shows, and says it as [`Caller::classify`] does.
+pub(crate) fn have_classified(address: &str) -> Result<(), Failure> {
+    let output = Command::new(CLASSIFY).arg(address).args(images()?).output()?;
+    for line in String::from_utf8(output.stdout)?.lines() {
+        let (path, seen) = line.split_once(": ").ok_or("expected a line FILE: CLASS PROBABILITY")?;
+        let image = Path::new(path).file_name().unwrap_or_default().display();
+        say(&format!("image {image} {seen}"));
+    }
+    if output.status.success() { Ok(()) } else { Err(String::from_utf8(output.stderr)?.into()) }
+}
+
+fn images() -> std::io::Result<Vec<PathBuf>> {
+    let mut paths: Vec<PathBuf> =
+        fs::read_dir(IMAGES)?.map(|entry| Ok(entry?.path())).collect::<std::io::Result<_>>()?;
+    paths.sort();
+    Ok(paths)
+}
 
 /// A guest of the agent at one address.
 pub(crate) struct Caller {
@@ -38,10 +60,7 @@ impl Caller {
 
     /// Says what every image of the initramfs shows.
     pub(crate) fn classify(&mut self) -> Result<(), Failure> {
-        let mut paths: Vec<PathBuf> =
-            fs::read_dir(IMAGES)?.map(|entry| Ok(entry?.path())).collect::<std::io::Result<_>>()?;
-        paths.sort();
-        for batch in paths.chunks(ITEMS_MAX) {
+        for batch in images()?.chunks(ITEMS_MAX) {
             let files: Vec<Vec<u8>> = batch.iter().map(fs::read).collect::<std::io::Result<_>>()?;
             let images: Vec<&[u8]> = files.iter().map(Vec::as_slice).collect();
             let mut labels = vec![Label::default(); images.len()];

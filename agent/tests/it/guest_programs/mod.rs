@@ -14,6 +14,11 @@ use crate::support::{Agent, digits, output_text};
 /// Where agents listen: what these programs can reach on this machine.
 const SOCKETS: &[&str] = &["unix://{}/s", "tcp://127.0.0.1:0"];
 
+/// The example in C, for whoever takes it elsewhere.
+pub fn guest_in_c() -> Program {
+    Program::c()
+}
+
 /// A command that hears nothing of this session's settings.
 fn command(program: &std::path::Path) -> Command {
     let mut command = Command::new(program);

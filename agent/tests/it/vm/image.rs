@@ -7,6 +7,7 @@ use std::process::Command;
 use bytes::Bytes;
 
 use super::cpio::Archive;
+use crate::guest_programs::guest_in_c;
 use crate::support::onnx::{self, F32};
 use crate::support::{digits, output_text, read, repository};
 
@@ -53,6 +54,7 @@ pub fn initramfs(folder: &Path, with_agent: bool) -> PathBuf {
         let name = path.file_name().unwrap().to_str().unwrap();
         archive.file(&format!("/images/{name}"), &read(&path));
     }
+    archive.file("/bin/classify", &read(&guest_in_c().path));
     archive.file("/models/echo.onnx", &onnx::echo());
     archive.file("/models/endless.onnx", &endless());
     if with_agent {
