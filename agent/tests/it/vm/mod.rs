@@ -123,6 +123,11 @@ fn plan<'a>(cid: u32, initramfs: &'a Path, steps: &'a [&'a str]) -> Plan<'a> {
     Plan { model: Model::Q35, cid, initramfs, memory_mib, steps }
 }
 
+/// A client of an agent in a machine, which may be slow to answer.
+async fn reach(address: &str) -> Client {
+    Client::builder(endpoint(address)).connect_timeout(PATIENCE).connect().await.unwrap()
+}
+
 /// What a client of the host is told about all images.
 async fn seen_by_the_host(client: &Client) -> Vec<Seen> {
     let session = client.open_session(SessionOptions::default()).await.unwrap();
@@ -175,7 +180,7 @@ fn classifies_in_c(machine: &mut Machine, addresses: &[&str], seen: &[Seen]) {
 
 /// The host does the same with an agent in a machine.
 async fn the_host_uses_an_agent_in(machine: &Machine, device: &Device, seen: &[Seen]) {
-    let client = connect(&device.address(A, PORT)).await;
+    let client = reach(&device.address(A, PORT)).await;
     assert_eq!(client.info().await.unwrap().tenant, "vsock:2");
     eprintln!("from switching on to the first reply: {:.2?}", machine.age());
     let begun = Instant::now();
@@ -216,15 +221,15 @@ fn finds_nobody(machine: &mut Machine, addresses: &[&str]) {
         let begun = Instant::now();
         let why = machine.ask(&format!("info={address}")).unwrap_err();
         assert!(why.starts_with("UNREACHABLE") || why.starts_with("DEADLINE"), "{why}");
-        assert!(begun.elapsed() < PATIENCE / 6, "{why} after {:?}", begun.elapsed());
+        assert!(begun.elapsed() < PATIENCE, "{why} after {:?}", begun.elapsed());
         eprintln!("{address}: {why} after {:.2?}", begun.elapsed());
     }
-    machine.ask("deadline=20000").unwrap();
+    machine.ask("deadline=60000").unwrap();
 }
 
 /// A call that its agent does not outlive fails, and the next one finds another agent.
 async fn the_host_outlives_the_agent_in(machine: &mut Machine, device: &Device) {
-    let client = connect(&device.address(A, PORT)).await;
+    let client = reach(&device.address(A, PORT)).await;
     let session = client.open_session(SessionOptions::default()).await.unwrap();
     let call = tokio::spawn(run_endless(session.clone()));
     machine.ask("busy").unwrap();
@@ -273,7 +278,7 @@ async fn outlives_the_agent_of_the_host(machine: &mut Machine, host: Agent, devi
     host.kill();
     machine.hear(&step).unwrap_err();
     let _host = Agent::start(&[&address], &[]);
-    machine.ask("deadline=20000").unwrap();
+    machine.ask("deadline=60000").unwrap();
     assert_eq!(machine.ask(&format!("echo={HOST}")).unwrap(), [ECHOED]);
 }
 
