@@ -2,11 +2,11 @@
 //! HTTP/2 servers that do nothing, against a raw blocking socket that moves as many bytes and the async client,
 //! over TCP and unix sockets. Every server is a process of its own, every client this process's one thread.
 //!
-//! `cargo bench --bench guest` prints a table and writes `target/bench-guest.json`. Rounds interleave the rows of a size,
-//! a few calls of each in turn, so that a change of the machine's mood meets them alike; a figure is the median of the
-//! rounds' medians. Whether the kernel keeps client and server on one core decides about a short call and stays for a
-//! round or more: the best round of each compares them in the same mood. `-- --test` runs one short round, to see that
-//! it works.
+//! `cargo bench --bench guest` prints a table and writes `target/bench-guest.json`. Rounds interleave the rows of a
+//! size, a few calls of each in turn, so that a change of the machine's mood meets them alike; a figure is the median
+//! of the rounds' medians. Whether the kernel keeps client and server on one core decides about a short call and
+//! stays for a round or more: the best round of each compares them in the same mood. `-- --test` runs one short
+//! round, to see that it works.
 
 #![allow(
     clippy::print_stdout,

@@ -108,7 +108,7 @@ typedef struct {
 typedef struct {
     char version[33];
     char tenant[129];     /* who it takes this guest for */
-    char operations[257]; /* their names, with spaces between */
+    char operations[513]; /* their names, with spaces between */
     char engines[129];    /* those it has, with spaces between */
     uint64_t message_bytes_max;
     uint64_t session_lease_ms;

@@ -139,7 +139,7 @@ pub struct Info {
     /// Who it takes this guest for.
     pub tenant: Text<128>,
     /// Names of its operations, with spaces between.
-    pub operations: Text<256>,
+    pub operations: Text<512>,
     /// Names of the engines it has, with spaces between.
     pub engines: Text<128>,
     /// Longest message, in bytes.

@@ -73,7 +73,7 @@ pub(crate) struct CTimings {
 pub(crate) struct CInfo {
     pub(super) version: [u8; 33],
     pub(super) tenant: [u8; 129],
-    pub(super) operations: [u8; 257],
+    pub(super) operations: [u8; 513],
     pub(super) engines: [u8; 129],
     pub(super) message_bytes_max: u64,
     pub(super) session_lease_ms: u64,

@@ -136,6 +136,32 @@ fn a_window_that_stays_closed_ends_at_the_deadline_and_the_connection_goes_on() 
 }
 
 #[test]
+fn the_window_of_the_connection_holds_for_all_calls_together() {
+    let mut guest = opened(|peer, event| {
+        peer.holds_windows = true;
+        if let Event::Dial = event {
+            return false;
+        }
+        if matches!(event, Event::Head(call) if call.stream == 3) {
+            peer.send(frames::settings(&[(INITIAL_WINDOW_SIZE, 1 << 20)]));
+        }
+        // Used up by several calls, and given back once the guest has to wait.
+        if let Event::Data(call) = event {
+            assert!(!call.body.is_empty());
+            peer.delay = 30;
+            peer.send(frames::window_update(0, 500_000));
+            peer.delay = 0;
+        }
+        false
+    });
+    let begin = peer(&mut guest).now;
+    for size in [30_000, 30_000, 30_000] {
+        echo(&mut guest, size).unwrap();
+    }
+    assert_eq!(peer(&mut guest).now - begin, 30, "the third call waits");
+}
+
+#[test]
 fn frames_are_as_long_as_the_peer_allows() {
     let mut guest = opened(|peer, event| {
         match event {
@@ -200,16 +226,21 @@ fn windows_and_frame_sizes_that_cannot_be_are_refused() {
 fn windows_are_given_back_before_they_run_out() {
     // 70 replies of 31 MiB are more than the largest window; the server in memory counts it.
     const SIZE: usize = 31 << 20;
-    let mut guest = opened(|peer, event| {
+    let mut given = 1;
+    let mut guest = opened(move |peer, event| {
         let Event::Asked(call) = event else { return false };
+        let now = peer.came(frames::WINDOW_UPDATE, 0).len();
+        if now > std::mem::replace(&mut given, now) {
+            assert_eq!(peer.own_window, 0x7fff_ffff, "all of it, padding too");
+        }
         if !call.is("Run") {
             return false;
         }
         peer.send(frames::headers(call.stream, frames::REPLY));
         // A field that the guest passes over.
-        peer.send(frames::data(call.stream, &skipped(SIZE)));
+        peer.send(frames::data(call.stream, &skipped((SIZE >> 20) * ((1 << 20) - 256))));
         for _ in 0..SIZE >> 20 {
-            peer.send(frames::data(call.stream, &[0; 1 << 20]));
+            peer.send(frames::padded(frames::data(call.stream, &[0; (1 << 20) - 256]), 255));
         }
         peer.send(frames::trailers(call.stream, frames::OK));
         true

@@ -166,6 +166,18 @@ fn a_goodbye_that_covers_the_call_lets_it_end() {
 }
 
 #[test]
+fn a_goodbye_after_the_answer_began_changes_nothing() {
+    for position in 1..4 {
+        let mut guest = replying(move |mut reply, stream| {
+            reply.insert(position, frames::goaway(stream - 2));
+            reply
+        });
+        guest.noop().unwrap();
+        assert_eq!(peer(&mut guest).dials.len(), 1);
+    }
+}
+
+#[test]
 fn a_goodbye_that_does_not_cover_the_call_moves_it_to_a_new_connection() {
     let mut guest = opened(|peer, event| {
         if matches!(event, Event::Asked(call) if call.stream == 3) {

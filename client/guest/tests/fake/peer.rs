@@ -104,7 +104,7 @@ pub struct Peer {
     /// Settings the guest has answered last, and those it may know already: the first window and the longest frame.
     settings: VecDeque<(i64, usize)>,
     /// What this side may still send.
-    own_window: i64,
+    pub own_window: i64,
 }
 
 /// What holds before any settings.

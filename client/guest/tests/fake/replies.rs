@@ -82,7 +82,9 @@ fn a_header_block_may_be_cut_anywhere() {
                 peer.send(Frame::new(CONTINUATION, END_HEADERS, stream, []));
             });
             guest.transport().manner.read = manner;
-            assert_eq!(guest.noop().unwrap().queue_us, 1, "{cut}");
+            for _ in 0..2 {
+                assert_eq!(guest.noop().unwrap().queue_us, 1, "{cut}");
+            }
         }
     }
 }
