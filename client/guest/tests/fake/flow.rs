@@ -146,8 +146,7 @@ fn the_window_of_the_connection_holds_for_all_calls_together() {
             peer.send(frames::settings(&[(INITIAL_WINDOW_SIZE, 1 << 20)]));
         }
         // Used up by several calls, and given back once the guest has to wait.
-        if let Event::Data(call) = event {
-            assert!(!call.body.is_empty());
+        if matches!(event, Event::Data(_)) && peer.window == 0 {
             peer.delay = 30;
             peer.send(frames::window_update(0, 500_000));
             peer.delay = 0;

@@ -98,7 +98,8 @@ pub struct Peer {
     /// The guest's first frame was its settings.
     introduced: bool,
     calls: HashMap<u32, Call>,
-    window: i64,
+    /// What the guest may still send, all calls together.
+    pub window: i64,
     /// Of each stream, without what every stream begins with.
     windows: HashMap<u32, i64>,
     /// Settings the guest has answered last, and those it may know already: the first window and the longest frame.
