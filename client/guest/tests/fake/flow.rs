@@ -253,7 +253,7 @@ fn windows_are_given_back_before_they_run_out() {
 }
 
 /// The beginning of a message whose only field is one of so many bytes that no reply has.
-fn skipped(size: usize) -> Vec<u8> {
+pub fn skipped(size: usize) -> Vec<u8> {
     let mut head = vec![0x7a];
     prost::encoding::encode_varint(size as u64, &mut head);
     [&[0][..], &((head.len() + size) as u32).to_be_bytes(), &head].concat()

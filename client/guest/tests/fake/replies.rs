@@ -212,6 +212,28 @@ fn what_is_no_message_is_no_reply() {
 }
 
 #[test]
+fn the_longest_reply_is_one_and_a_longer_one_is_not() {
+    for (more, outcome) in [(0, None), (1, Some(Reason::BackendFailed))] {
+        let mut guest = replying(move |peer, stream| {
+            // The field's tag and length are five bytes.
+            let size = vaccel_proto::limits::MESSAGE_BYTES_MAX - 5 + more;
+            let head = flow::skipped(size);
+            assert_eq!(head.len(), 5 + 5);
+            peer.send(frames::headers(stream, frames::REPLY));
+            peer.send(frames::data(stream, &head));
+            let mut left = size;
+            while left > 0 {
+                let frame = vec![0; left.min(1 << 20)];
+                peer.send(frames::data(stream, &frame));
+                left -= frame.len();
+            }
+            peer.send(frames::trailers(stream, frames::OK));
+        });
+        assert_eq!(guest.noop().err().map(|error| error.reason), outcome);
+    }
+}
+
+#[test]
 fn a_reply_without_a_status_is_none() {
     for end in [frames::trailers(3, &[("x", "y")]), Frame::new(frames::DATA, END_STREAM, 3, [])] {
         let mut guest = replying(move |peer, stream| {
