@@ -213,7 +213,7 @@ impl<T: Transport> Guest<T> {
     }
 
     /// Makes the session hold a resource; only what the agent lacks is sent. A file that broke off goes on where it
-    /// stopped.
+    /// stopped. It takes several calls, each of which has the deadline.
     ///
     /// # Errors
     /// `BAD_ARGUMENT` for files that cannot be, `QUOTA_EXCEEDED`, and those of [`Guest::info`].
