@@ -17,12 +17,13 @@ const ENDLESS: &str = "/models/endless.onnx";
 /// Bytes of the tensor that comes back as it went.
 const ECHO_BYTES: usize = 8 << 20;
 
-/// Another guest of this machine, a program of its own: `examples/guest-c`.
-const CLASSIFY: &str = "/bin/classify";
+/// Other guests of this machine, programs of their own: `examples/guest-c` and `examples/guest-rust`.
+pub(crate) const GUEST_IN_C: &str = "/bin/classify";
+pub(crate) const GUEST_IN_RUST: &str = "/bin/guest-rust";
 
-/// Has that program say what every image shows, and says it as [`Caller::classify`] does.
-pub(crate) fn have_classified(address: &str) -> Result<(), Failure> {
-    let output = Command::new(CLASSIFY).arg(address).args(images()?).output()?;
+/// Has such a program say what every image shows, and says it as [`Caller::classify`] does.
+pub(crate) fn have_classified(program: &str, address: &str) -> Result<(), Failure> {
+    let output = Command::new(program).arg(address).args(images()?).output()?;
     for line in String::from_utf8(output.stdout)?.lines() {
         let (path, seen) = line.split_once(": ").ok_or("expected a line FILE: CLASS PROBABILITY")?;
         let image = Path::new(path).file_name().unwrap_or_default().display();

@@ -19,6 +19,7 @@
 //! | `info=ADDRESS` | says who the agent takes this machine for |
 //! | `classify=ADDRESS` | says what every file in `/images` shows |
 //! | `classify-c=ADDRESS` | has `/bin/classify`, the guest in C, say the same |
+//! | `classify-rust=ADDRESS` | has `/bin/guest-rust`, the guest in Rust, say the same |
 //! | `echo=ADDRESS` | sends 8 MiB through `/models/echo.onnx`, and says whether they came back as they went |
 //! | `endless=ADDRESS` | runs `/models/endless.onnx` |
 //! | `hold=ADDRESS` | registers `/models/echo.onnx` and keeps the session |
@@ -108,7 +109,8 @@ impl Guest {
         match verb {
             "info" => caller()?.info()?,
             "classify" => caller()?.classify()?,
-            "classify-c" => calls::have_classified(value)?,
+            "classify-c" => calls::have_classified(calls::GUEST_IN_C, value)?,
+            "classify-rust" => calls::have_classified(calls::GUEST_IN_RUST, value)?,
             "echo" => caller()?.echo()?,
             "endless" => caller()?.endless()?,
             "hold" => self.held = Some(caller()?.hold()?),

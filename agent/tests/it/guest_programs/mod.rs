@@ -19,6 +19,11 @@ pub fn guest_in_c() -> Program {
     Program::c()
 }
 
+/// The example in Rust in one file that needs no other, for the same.
+pub fn guest_in_rust() -> Program {
+    Program::rust_static()
+}
+
 /// A command that hears nothing of this session's settings.
 fn command(program: &std::path::Path) -> Command {
     let mut command = Command::new(program);

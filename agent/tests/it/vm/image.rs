@@ -7,7 +7,7 @@ use std::process::Command;
 use bytes::Bytes;
 
 use super::cpio::Archive;
-use crate::guest_programs::guest_in_c;
+use crate::guest_programs::{guest_in_c, guest_in_rust};
 use crate::support::onnx::{self, F32};
 use crate::support::{digits, output_text, read, repository};
 
@@ -55,6 +55,7 @@ pub fn initramfs(folder: &Path, with_agent: bool) -> PathBuf {
         archive.file(&format!("/images/{name}"), &read(&path));
     }
     archive.file("/bin/classify", &read(&guest_in_c().path));
+    archive.file("/bin/guest-rust", &read(&guest_in_rust().path));
     archive.file("/models/echo.onnx", &onnx::echo());
     archive.file("/models/endless.onnx", &endless());
     if with_agent {

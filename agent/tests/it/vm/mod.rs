@@ -79,8 +79,8 @@ async fn guests_siblings_and_hosts_meet_over_vsock() {
     assert!(tenants[0] != tenants[1] && tenants.iter().all(|tenant| tenant.starts_with("hvsock:")));
     uses_an_agent(&mut a, HOST, &tenants[0], &seen, 0.0);
     uses_an_agent(&mut b, HOST, &tenants[1], &seen, 0.0);
-    classifies_in_c(&mut a, &[LOCAL, HOST], &seen);
-    classifies_in_c(&mut b, &[SIBLING, HOST], &seen);
+    classify_by_themselves(&mut a, &[LOCAL, HOST], &seen);
+    classify_by_themselves(&mut b, &[SIBLING, HOST], &seen);
     keeps_to_itself_what_it_holds(&mut a, &mut b, &device).await;
 
     finds_nobody(&mut a, &["vsock://local:2049", "vsock://host:2049"]);
@@ -171,10 +171,12 @@ fn uses_an_agent(machine: &mut Machine, address: &str, expected: &str, seen: &[S
     eprintln!("{address} as {expected}: {:.2?}", begun.elapsed());
 }
 
-/// The guest in C gets the same labels; its probabilities have four places.
-fn classifies_in_c(machine: &mut Machine, addresses: &[&str], seen: &[Seen]) {
+/// The guests in C and in Rust get the same labels; their probabilities have four places.
+fn classify_by_themselves(machine: &mut Machine, addresses: &[&str], seen: &[Seen]) {
     for address in addresses {
-        assert_seen(&machine.ask(&format!("classify-c={address}")).unwrap(), seen, NEAR);
+        for program in ["classify-c", "classify-rust"] {
+            assert_seen(&machine.ask(&format!("{program}={address}")).unwrap(), seen, NEAR);
+        }
     }
 }
 
