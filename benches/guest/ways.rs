@@ -87,9 +87,9 @@ impl Transport for Counted {
         self.posix.connect(until)
     }
 
-    fn write(&mut self, first: &[u8], second: &[u8]) -> Result<usize, Fault> {
+    fn write(&mut self, pieces: &[&[u8]]) -> Result<usize, Fault> {
         self.count += 1;
-        self.posix.write(first, second)
+        self.posix.write(pieces)
     }
 
     fn read(&mut self, first: &mut [u8], second: &mut [u8]) -> Result<usize, Fault> {

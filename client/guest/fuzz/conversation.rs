@@ -238,14 +238,18 @@ impl Transport for Agent {
         if self.dials > 6 { Err(Fault::Broken(111)) } else { Ok(()) }
     }
 
-    fn write(&mut self, first: &[u8], second: &[u8]) -> Result<usize, Fault> {
-        let count = self.cut(first.len() + second.len());
+    fn write(&mut self, pieces: &[&[u8]]) -> Result<usize, Fault> {
+        let count = self.cut(pieces.iter().map(|piece| piece.len()).sum());
         if count == 0 {
             return if self.cuts & 0xf00 == 0 { Err(Fault::Broken(32)) } else { Err(Fault::WouldBlock) };
         }
-        let own = count.min(first.len());
-        self.hear(&first[..own]);
-        self.hear(&second[..count - own]);
+        let mut left = count;
+        for piece in pieces {
+            assert!(!piece.is_empty(), "an empty piece");
+            let now = left.min(piece.len());
+            self.hear(&piece[..now]);
+            left -= now;
+        }
         Ok(count)
     }
 

@@ -156,6 +156,10 @@ void vaccel_guest_set_deadline_ms(vaccel_guest *guest, uint32_t deadline_ms);
 /* Whether later calls may be run twice when the connection breaks under them. */
 void vaccel_guest_set_repeatable(vaccel_guest *guest, int repeatable);
 
+/* Says whether this program ignores SIGPIPE (signal(SIGPIPE, SIG_IGN)). If it does, requests go with write and with
+ * writev, many pieces in one; if not, or when not said, with one send for each piece, which raises no signal. */
+void vaccel_guest_set_sigpipe_ignored(vaccel_guest *guest, int ignored);
+
 /* Engine and device of later sessions; NULL or "" for the agent's choice. */
 void vaccel_guest_choose(vaccel_guest *guest, const char *engine, const char *device);
 

@@ -98,7 +98,7 @@ impl<T: Transport> Link<T> {
             if !self.connected || !self.transport.wait(false, 0).is_ok_and(|ready| ready.read) {
                 return;
             }
-            let answered = self.receive(None).and_then(|()| match self.connection.owes_ping() {
+            let answered = self.receive(None).and_then(|()| match self.connection.is_full_of_pings() {
                 true => self.send(None, false, u64::MAX),
                 false => Ok(false),
             });
@@ -216,11 +216,11 @@ impl<T: Transport> Link<T> {
         until: u64,
     ) -> core::result::Result<bool, Lost> {
         loop {
-            let [first, second] = self.connection.outgoing(call.as_deref_mut(), answers);
-            if first.is_empty() && second.is_empty() {
+            let pieces = self.connection.outgoing(call.as_deref_mut(), answers);
+            if pieces.as_slice().is_empty() {
                 return Ok(false);
             }
-            match self.transport.write(first, second) {
+            match self.transport.write(pieces.as_slice()) {
                 Ok(0) => return Err(Lost::Gone(0)),
                 Ok(count) => {
                     self.connection.sent(call.as_deref_mut(), count);

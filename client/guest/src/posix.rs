@@ -10,6 +10,7 @@ use core::net::IpAddr;
 use core::ptr;
 
 use crate::address::{Address, NoAddress};
+use crate::connection::PIECES_MAX;
 use crate::transport::{Fault, Ready, Transport};
 
 /// Bytes of one write on vsock: some hypervisors break on packets above 32 KiB.
@@ -24,22 +25,21 @@ const CID_HOST: u32 = 2;
 /// Pause before connecting again to a unix socket whose queue is full, in milliseconds.
 const QUEUE_PAUSE_MS: u64 = 10;
 
-/// Whether a write in two pieces may raise SIGPIPE. The standard library ignores that signal in every program of its
-/// own; what C programs do with it is not this library's to change.
-const VECTORED: bool = cfg!(feature = "std");
+/// The standard library ignores SIGPIPE in every program of its own; what C programs do with it is not this library's
+/// to change.
+const SIGPIPE_IGNORED: bool = cfg!(feature = "std");
 
 /// A socket.
 #[derive(Debug)]
 pub struct Posix {
     address: Address,
     fd: c_int,
-    /// Writes in two pieces work.
-    writes_two: bool,
+    /// No write raises a signal.
+    sigpipe_ignored: bool,
+    /// Writes in many pieces work.
+    writes_many: bool,
     /// Reads in two pieces work.
     reads_two: bool,
-    /// The last thing done was a write: another one may wait for the answer to it, unless TCP is told not to.
-    wrote: bool,
-    no_delay: bool,
 }
 
 impl Posix {
@@ -47,8 +47,14 @@ impl Posix {
     pub const fn new(address: Address) -> Self {
         let is_vsock = matches!(address, Address::Vsock { .. });
         // Vectored calls on vsock lose their first piece in some guests.
-        let (writes_two, reads_two) = (VECTORED && !is_vsock, !is_vsock);
-        Self { address, fd: -1, writes_two, reads_two, wrote: false, no_delay: false }
+        let (writes_many, reads_two) = (!is_vsock, !is_vsock);
+        Self { address, fd: -1, sigpipe_ignored: SIGPIPE_IGNORED, writes_many, reads_two }
+    }
+
+    /// Says whether the program ignores SIGPIPE: then `write` and `writev` are used, the latter for all there is to
+    /// send, and otherwise `send` for each piece of it. Programs with Rust's own `main` do.
+    pub const fn set_sigpipe_ignored(&mut self, ignored: bool) {
+        self.sigpipe_ignored = ignored;
     }
 
     /// The way to the agent that the environment names: `VACCEL_RPC_ADDRESS`, then `VACCEL_RPC_ADDR`, then what
@@ -107,14 +113,6 @@ impl Posix {
             }
         }
     }
-
-    /// Tells TCP to send at once. That it cannot costs time and nothing else.
-    fn send_at_once(&mut self) {
-        self.no_delay = true;
-        if matches!(self.address, Address::Tcp { .. }) {
-            sys::set_no_delay(self.fd);
-        }
-    }
 }
 
 impl core::str::FromStr for Posix {
@@ -151,7 +149,6 @@ impl Transport for Posix {
 
     fn connect(&mut self, until: u64) -> Result<(), Fault> {
         self.close();
-        (self.wrote, self.no_delay) = (false, false);
         loop {
             self.fd = sys::socket(&self.address)?;
             let pending = match sys::connect(self.fd, &self.address) {
@@ -181,26 +178,26 @@ impl Transport for Posix {
         }
     }
 
-    fn write(&mut self, first: &[u8], second: &[u8]) -> Result<usize, Fault> {
-        if self.wrote && !self.no_delay {
-            self.send_at_once();
-        }
-        self.wrote = true;
-        if self.writes_two && !first.is_empty() && !second.is_empty() {
-            match sys::writev(self.fd, first, second) {
+    fn write(&mut self, pieces: &[&[u8]]) -> Result<usize, Fault> {
+        let Some((first, others)) = pieces.split_first() else { return Ok(0) };
+        if self.sigpipe_ignored && self.writes_many && !others.is_empty() {
+            match sys::writev(self.fd, pieces) {
                 Err(Fault::Broken(libc::ENOSYS | libc::EPERM | libc::EOPNOTSUPP | libc::EINVAL)) => {
-                    self.writes_two = false;
+                    self.writes_many = false;
                 }
                 outcome => return outcome,
             }
         }
-        let (piece, more) = if first.is_empty() { (second, false) } else { (first, !second.is_empty()) };
-        let piece = piece.get(..self.write_max()).unwrap_or(piece);
-        sys::send(self.fd, piece, more)
+        let piece = first.get(..self.write_max()).unwrap_or(first);
+        // TCP sends a short piece by itself unless it is told that another one follows.
+        let more = !others.is_empty() && matches!(self.address, Address::Tcp { .. });
+        match self.sigpipe_ignored && !more {
+            true => sys::write(self.fd, piece),
+            false => sys::send(self.fd, piece, more),
+        }
     }
 
     fn read(&mut self, first: &mut [u8], second: &mut [u8]) -> Result<usize, Fault> {
-        self.wrote = false;
         if first.is_empty() {
             return sys::read(self.fd, second);
         }
@@ -368,12 +365,20 @@ mod sys {
         moved(unsafe { libc::send(fd, bytes.as_ptr().cast(), bytes.len(), flags) })
     }
 
-    pub(super) fn writev(fd: c_int, first: &[u8], second: &[u8]) -> Result<usize, Fault> {
-        let piece =
-            |bytes: &[u8]| libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
-        let pieces = [piece(first), piece(second)];
-        // SAFETY: both pieces can be read over their whole length, and are only read.
-        moved(unsafe { libc::writev(fd, pieces.as_ptr(), 2) })
+    pub(super) fn write(fd: c_int, bytes: &[u8]) -> Result<usize, Fault> {
+        // SAFETY: `bytes` can be read over their whole length.
+        moved(unsafe { libc::write(fd, bytes.as_ptr().cast(), bytes.len()) })
+    }
+
+    pub(super) fn writev(fd: c_int, pieces: &[&[u8]]) -> Result<usize, Fault> {
+        let mut list = [const { libc::iovec { iov_base: ptr::null_mut(), iov_len: 0 } }; PIECES_MAX];
+        let mut count = 0;
+        for (place, piece) in list.iter_mut().zip(pieces) {
+            *place = libc::iovec { iov_base: piece.as_ptr().cast_mut().cast(), iov_len: piece.len() };
+            count += 1;
+        }
+        // SAFETY: the first `count` entries are pieces that can be read over their whole length, and are only read.
+        moved(unsafe { libc::writev(fd, list.as_ptr(), count) })
     }
 
     pub(super) fn read(fd: c_int, into: &mut [u8]) -> Result<usize, Fault> {
@@ -404,15 +409,6 @@ mod sys {
             }
             failed => Err(errno(failed as isize)),
         }
-    }
-
-    pub(super) fn set_no_delay(fd: c_int) {
-        let on: c_int = 1;
-        let length = size_of::<c_int>() as libc::socklen_t;
-        // SAFETY: `on` is a number of the length that is told.
-        let _ = unsafe {
-            libc::setsockopt(fd, libc::IPPROTO_TCP, libc::TCP_NODELAY, ptr::from_ref(&on).cast(), length)
-        };
     }
 
     pub(super) fn close(fd: c_int) {

@@ -35,11 +35,12 @@ pub trait Transport {
     /// [`Fault::Late`] and [`Fault::Broken`].
     fn connect(&mut self, until: u64) -> core::result::Result<(), Fault>;
 
-    /// Writes some bytes of `first`, or of both one after the other; returns how many.
+    /// Writes some bytes of the pieces, one after the other; returns how many. There is at least one piece, and none is
+    /// empty. To write only the first is right, and more system calls than it takes.
     ///
     /// # Errors
     /// [`Fault::WouldBlock`] and [`Fault::Broken`].
-    fn write(&mut self, first: &[u8], second: &[u8]) -> core::result::Result<usize, Fault>;
+    fn write(&mut self, pieces: &[&[u8]]) -> core::result::Result<usize, Fault>;
 
     /// Reads some bytes to `first`, and when it is full to `second`; returns how many, 0 at the end. `first` may be
     /// empty, `second` never is.

@@ -111,6 +111,7 @@ static void what_is_no_guest_is_refused(void)
     vaccel_guest_set_token(NULL, "token");
     vaccel_guest_set_deadline_ms(NULL, 1);
     vaccel_guest_set_repeatable(NULL, 1);
+    vaccel_guest_set_sigpipe_ignored(NULL, 1);
     vaccel_guest_choose(NULL, NULL, NULL);
     vaccel_guest_attend(NULL);
     HOLDS(vaccel_guest_open(NULL) == EINVAL && vaccel_guest_close(NULL) == EINVAL);

@@ -106,8 +106,12 @@ unsafe extern "C" fn vaccel_guest_init(
         unsafe { text(address) }.and_then(|address| address.parse().ok())
     };
     match posix {
-        // SAFETY: the module's contract.
-        Some(posix) => unsafe { place(memory, size, Way::Posix(posix)) },
+        Some(mut posix) => {
+            // Whatever Rust's standard library would have done about it.
+            posix.set_sigpipe_ignored(false);
+            // SAFETY: the module's contract.
+            unsafe { place(memory, size, Way::Posix(posix)) }
+        }
         None => ptr::null_mut(),
     }
 }
@@ -143,6 +147,14 @@ unsafe extern "C" fn vaccel_guest_set_repeatable(guest: *mut Handle, repeatable:
     // SAFETY: null, or a guest that is this call's own.
     if let Some(guest) = unsafe { guest.as_mut() } {
         guest.guest.set_repeatable(repeatable != 0);
+    }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn vaccel_guest_set_sigpipe_ignored(guest: *mut Handle, ignored: c_int) {
+    // SAFETY: null, or a guest that is this call's own.
+    if let Some(Way::Posix(posix)) = unsafe { guest.as_mut() }.map(|guest| guest.guest.transport()) {
+        posix.set_sigpipe_ignored(ignored != 0);
     }
 }
 

@@ -54,11 +54,11 @@ impl Transport for Way {
         }
     }
 
-    fn write(&mut self, first: &[u8], second: &[u8]) -> core::result::Result<usize, Fault> {
+    fn write(&mut self, pieces: &[&[u8]]) -> core::result::Result<usize, Fault> {
         match self {
-            Self::Posix(posix) => posix.write(first, second),
+            Self::Posix(posix) => posix.write(pieces),
             Self::Own(io) => {
-                let piece = if first.is_empty() { second } else { first };
+                let piece = pieces.first().copied().unwrap_or_default();
                 count((io.write)(io.context, piece.as_ptr().cast(), piece.len()))
             }
         }

@@ -1,7 +1,35 @@
 //! What goes to the peer: answers to it, and the call's message in frames of its size and within its windows.
 
-use super::{CONSUMED_BYTES_MAX, COPIED_BYTES_MAX, Call, Connection, TX_BYTES, move_down};
+use super::{
+    AHEAD_MAX, CONSUMED_BYTES_MAX, COPIED_BYTES_MAX, Call, Connection, PIECES_MAX, PINGS_MAX, TX_BYTES,
+    move_down,
+};
 use crate::frame::{self, Header};
+
+/// Bytes to send that lie one after the other in different places. None is empty.
+#[derive(Debug)]
+pub(crate) struct Pieces<'a> {
+    pieces: [&'a [u8]; PIECES_MAX],
+    count: usize,
+}
+
+impl<'a> Pieces<'a> {
+    pub(crate) fn as_slice(&self) -> &[&'a [u8]] {
+        self.pieces.get(..self.count).unwrap_or_default()
+    }
+
+    fn is_full(&self) -> bool {
+        self.count == PIECES_MAX
+    }
+
+    /// Adds one at the end, where there is a place for it.
+    fn push(&mut self, piece: &'a [u8]) {
+        if let (Some(place), false) = (self.pieces.get_mut(self.count), piece.is_empty()) {
+            *place = piece;
+            self.count += 1;
+        }
+    }
+}
 
 impl Connection {
     pub(super) fn room(&self) -> usize {
@@ -51,19 +79,21 @@ impl Connection {
         {
             self.answer();
         }
-        let Some(call) = call else { return };
-        while self.framed == 0 && call.unframed > 0 && self.room() > frame::HEADER_BYTES + COPIED_BYTES_MAX {
-            let window = usize::try_from(self.window.min(call.window)).unwrap_or(0);
-            let length = call.unframed.min(window).min(self.peer_frame);
-            if length == 0 {
-                return;
-            }
-            call.unframed -= length;
-            self.window -= length as i64;
-            call.window -= length as i64;
-            let flags = if call.unframed == 0 { frame::END_STREAM } else { 0 };
-            self.push_frame(frame::DATA, flags, call.stream, length);
-            self.framed = length;
+        if let Some(call) = call {
+            self.frame(call);
+        }
+    }
+
+    /// Begins the next frame of the call, or several that are short.
+    fn frame(&mut self, call: &mut Call<'_>) {
+        while self.framed == 0 && self.room() > frame::HEADER_BYTES + COPIED_BYTES_MAX {
+            let window = self.window.min(call.window);
+            let Some(header) = call.next_frame(call.unframed, window, self.peer_frame) else { return };
+            call.unframed -= header.length;
+            self.window -= header.length as i64;
+            call.window -= header.length as i64;
+            self.push(&header.encode());
+            self.framed = header.length;
             self.copy_short(call);
         }
     }
@@ -102,9 +132,9 @@ impl Connection {
         }
     }
 
-    /// Whether a PING is unanswered.
-    pub(crate) fn owes_ping(&self) -> bool {
-        self.pings_count > 0
+    /// Whether another PING would get no answer.
+    pub(crate) fn is_full_of_pings(&self) -> bool {
+        self.pings_count == PINGS_MAX
     }
 
     /// Whether an answer to the peer is waiting for something it can be sent with.
@@ -112,31 +142,65 @@ impl Connection {
         self.settings_unanswered > 0
     }
 
-    /// The bytes to send now, in two pieces; empty when there is nothing to send or the peer has to say something
-    /// first. Answers to the peer go with them, or with `answers` by themselves.
+    /// The bytes to send now, of as many frames as the peer has room for; none when there is nothing to send or the
+    /// peer has to say something first. Answers to the peer go with them, or with `answers` by themselves.
     pub(crate) fn outgoing<'c, 'p: 'c>(
         &'c mut self,
         mut call: Option<&mut Call<'p>>,
         answers: bool,
-    ) -> [&'c [u8]; 2] {
+    ) -> Pieces<'c> {
         self.fill(call.as_deref_mut(), answers);
-        let own = self.tx.get(self.tx_begin..self.tx_end).unwrap_or_default();
-        let rest = call.map_or(&[][..], |call| call.rest());
-        [own, rest.get(..self.framed).unwrap_or(rest)]
+        let mut pieces = Pieces { pieces: [&[]; PIECES_MAX], count: 0 };
+        pieces.push(self.tx.get(self.tx_begin..self.tx_end).unwrap_or_default());
+        let Some(call) = call else { return pieces };
+        // From here on this is what `frame` will do when the frames before are sent.
+        let mut unframed = if call.over { 0 } else { call.unframed };
+        let mut window = self.window.min(call.window);
+        let frames = unframed.div_ceil(self.peer_frame.max(1));
+        // No short batch comes last: TCP would keep it back until the peer has acknowledged the one before.
+        let most = if frames > AHEAD_MAX { frames / 2 } else { frames };
+        let mut headers = self.ahead.iter_mut().take(most);
+        let (mut part, mut offset, mut framed) = (call.part, call.offset, self.framed);
+        loop {
+            if framed == 0 {
+                let Some(header) = call.next_frame(unframed, window, self.peer_frame) else { return pieces };
+                let Some(place) = headers.next() else { return pieces };
+                *place = header.encode();
+                framed = header.length;
+                unframed -= framed;
+                window -= framed as i64;
+                pieces.push(place);
+            }
+            let rest = call.parts.get(part).and_then(|part| part.get(offset..));
+            let Some(rest) = rest.filter(|_| !pieces.is_full()) else { return pieces };
+            let piece = rest.get(..framed).unwrap_or(rest);
+            pieces.push(piece);
+            framed -= piece.len();
+            (part, offset) =
+                if piece.len() == rest.len() { (part + 1, 0) } else { (part, offset + piece.len()) };
+        }
     }
 
     /// So many of them were sent.
-    pub(crate) fn sent(&mut self, call: Option<&mut Call<'_>>, count: usize) {
-        let own = count.min(self.tx_end - self.tx_begin);
-        self.tx_begin += own;
-        if self.tx_begin == self.tx_end {
-            (self.tx_begin, self.tx_end) = (0, 0);
-        }
-        let (Some(call), beyond @ 1..) = (call, count - own) else { return };
-        self.framed = self.framed.saturating_sub(beyond);
-        call.advance(beyond);
-        if self.tx_end == 0 {
-            self.copy_short(call);
+    pub(crate) fn sent(&mut self, mut call: Option<&mut Call<'_>>, mut count: usize) {
+        loop {
+            let own = count.min(self.tx_end - self.tx_begin);
+            self.tx_begin += own;
+            if self.tx_begin == self.tx_end {
+                (self.tx_begin, self.tx_end) = (0, 0);
+            }
+            let Some(call) = call.as_deref_mut() else { return };
+            let beyond = (count - own).min(self.framed);
+            call.advance(beyond);
+            self.framed -= beyond;
+            count -= own + beyond;
+            if self.tx_end == 0 {
+                self.copy_short(call);
+            }
+            if count == 0 || own + beyond == 0 {
+                return;
+            }
+            self.frame(call);
         }
     }
 }

@@ -72,6 +72,29 @@ fn messages_around_the_first_window_use_it_to_the_last_byte() {
 }
 
 #[test]
+fn frames_that_the_windows_allow_go_together_and_no_short_write_comes_last() {
+    const FRAME: usize = 65_536;
+    for (size, most) in [(1, 1), (602_112, 1), (15 * FRAME, 1), (16 * FRAME + 1, 2), (100 * FRAME + 1, 14)] {
+        let mut guest = opened(|_, _| false);
+        let settings = [(INITIAL_WINDOW_SIZE, 1 << 30), (MAX_FRAME_SIZE, FRAME as u32)];
+        peer(&mut guest).send(frames::settings(&settings));
+        peer(&mut guest).send(frames::window_update(0, 1 << 30));
+        let model = model(&mut guest);
+        guest.transport().writes.clear();
+        let data = vec![7; size];
+        let input = Input { name: "x", dtype: DType::U8, shape: &[size as i64], data: &data };
+        let mut place = vec![0; size];
+        guest.run(&model, &[input], &[], &mut [Output::new(&mut place)]).unwrap();
+        assert!(place == data, "{size} bytes");
+        // Long replies are acknowledged with a window.
+        let mut writes = guest.transport().writes.clone();
+        writes.retain(|length| *length > 30);
+        assert!(writes.len() <= most, "{size} bytes: {writes:?}");
+        assert!(writes.len() == 1 || writes.iter().all(|length| *length > 6 * FRAME), "{size}: {writes:?}");
+    }
+}
+
+#[test]
 fn large_messages_go_through_windows_of_every_size() {
     for (window, manner) in [(1, usize::MAX), (13, 1), (1000, 7), (16_384, 1000), (1 << 20, usize::MAX)] {
         let mut first = true;

@@ -43,6 +43,8 @@ const TURNS_MAX: u32 = 10_000;
 pub struct Fake {
     pub peer: Peer,
     pub manner: Manner,
+    /// The lengths of its writes.
+    pub writes: Vec<usize>,
     turns: u32,
 }
 
@@ -62,7 +64,7 @@ impl Fake {
             blocks: false,
             turn: false,
         };
-        Self { peer, manner, turns: 0 }
+        Self { peer, manner, writes: Vec::new(), turns: 0 }
     }
 
     fn moved(&mut self) {
@@ -123,9 +125,9 @@ impl Transport for Fake {
         }
     }
 
-    fn write(&mut self, first: &[u8], second: &[u8]) -> Result<usize, Fault> {
+    fn write(&mut self, pieces: &[&[u8]]) -> Result<usize, Fault> {
         assert!(self.peer.connected, "nothing is connected");
-        assert!(first.len() + second.len() > 0, "an empty write");
+        assert!(!pieces.is_empty() && pieces.iter().all(|piece| !piece.is_empty()), "an empty write");
         if let Some(errno) = self.peer.write_fails {
             return Err(Fault::Broken(errno));
         }
@@ -133,12 +135,16 @@ impl Transport for Fake {
             self.in_vain();
             return Err(Fault::WouldBlock);
         }
-        let count = self.some(self.manner.write, first.len() + second.len());
+        let count = self.some(self.manner.write, pieces.iter().map(|piece| piece.len()).sum());
         self.moved();
-        let own = count.min(first.len());
+        self.writes.push(count);
         self.peer.now += self.manner.write_takes;
-        self.peer.take(&first[..own]);
-        self.peer.take(&second[..count - own]);
+        let mut left = count;
+        for piece in pieces {
+            let now = left.min(piece.len());
+            self.peer.take(&piece[..now]);
+            left -= now;
+        }
         Ok(count)
     }
 

@@ -234,8 +234,8 @@ impl Transport for Counted {
         self.posix.connect(until).inspect(|()| self.connections += 1)
     }
 
-    fn write(&mut self, first: &[u8], second: &[u8]) -> Result<usize, Fault> {
-        self.posix.write(first, second)
+    fn write(&mut self, pieces: &[&[u8]]) -> Result<usize, Fault> {
+        self.posix.write(pieces)
     }
 
     fn read(&mut self, first: &mut [u8], second: &mut [u8]) -> Result<usize, Fault> {
