@@ -69,7 +69,7 @@ pub struct Settings {
     #[arg(long, global = true, env = "VACCEL_AGENT_ONNXRUNTIME_MIB", value_name = "MIB")]
     pub onnxruntime_mib: Option<u64>,
 
-    /// Engine for models: auto, tract or onnxruntime [default: auto]
+    /// Engine for models: auto, tract, onnxruntime or noop [default: auto]
     #[arg(long, global = true, env = "VACCEL_AGENT_ENGINE", value_name = "NAME")]
     pub engine: Option<String>,
 

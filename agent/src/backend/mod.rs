@@ -196,7 +196,13 @@ impl Engines {
                 absent_because: why.unwrap_or_default().into(),
             },
         };
-        vec![self.tract.info(), onnxruntime]
+        let noop = EngineInfo {
+            name: NOOP.into(),
+            version: "computes nothing (built in)".into(),
+            devices: vec![CPU.into()],
+            absent_because: String::new(),
+        };
+        vec![self.tract.info(), onnxruntime, noop]
     }
 
     /// Fills in what a session left open, and checks that it can be had. An engine that stays open is the best one
@@ -211,9 +217,9 @@ impl Engines {
             engine: or(engine, &self.default.engine),
             device: or(asked.device, &self.default.device),
         };
-        if !["", TRACT, ONNXRUNTIME].contains(&choice.engine.as_str()) {
+        if !["", TRACT, ONNXRUNTIME, NOOP].contains(&choice.engine.as_str()) {
             let asked = vaccel_proto::error::shown(&choice.engine);
-            return Err(Error::field("engine", format!("{TRACT} or {ONNXRUNTIME}"), asked));
+            return Err(Error::field("engine", format!("{TRACT}, {ONNXRUNTIME} or {NOOP}"), asked));
         }
         if let Some(why) = self.onnxruntime.absent_because().filter(|_| choice.engine == ONNXRUNTIME) {
             let message =
@@ -260,6 +266,8 @@ impl Engines {
 /// Names of the engines, as sessions and configurations give them.
 const TRACT: &str = "tract";
 const ONNXRUNTIME: &str = "onnxruntime";
+/// Computes nothing and answers as vAccel's noop plugin does: for tests of everything around engines.
+pub(crate) const NOOP: &str = "noop";
 
 /// The device every engine has.
 pub(crate) const CPU: &str = "cpu";

@@ -9,7 +9,9 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use vaccel_proto::limits::IMAGES_PER_CALL_MAX;
-use vaccel_proto::v1::{Classification, ImageClassificationReply, ImageClassificationRequest, Label, Tensor};
+use vaccel_proto::v1::{
+    Classification, ImageClassificationReply, ImageClassificationRequest, Label, ResourceKind, Tensor,
+};
 use vaccel_proto::{Error, Reason};
 
 use super::image_input::{ImageInput, Scores, check_pixels};
@@ -19,6 +21,9 @@ use crate::scheduler::{Cancel, Timed};
 
 /// Images that run together. All batches are powers of two, so that an engine that plans by shape needs few plans.
 const BATCH_MAX: usize = 32;
+
+/// What vAccel's noop plugin sees on every image.
+const DUMMY_TAG: &str = "This is a dummy classification tag!";
 
 impl Operation for ImageClassificationRequest {
     const NAME: &'static str = "image_classification";
@@ -34,6 +39,15 @@ impl Operation for ImageClassificationRequest {
             ));
         }
         Ok(())
+    }
+
+    fn dummy(self, context: &Context<'_>) -> Result<ImageClassificationReply, Error> {
+        if !self.model.is_empty() {
+            context.resource("model", &self.model, ResourceKind::Model)?;
+        }
+        let label = Label { index: 0, name: DUMMY_TAG.into(), probability: 1.0 };
+        let classification = Classification { labels: vec![label] };
+        Ok(ImageClassificationReply { classifications: vec![classification; self.images.len()] })
     }
 
     async fn execute(self, context: &Context<'_>) -> Result<Timed<ImageClassificationReply>, Error> {

@@ -19,8 +19,9 @@ use tokio::time::Instant;
 use vaccel_proto::v1::{OperationInfo, ResourceKind, run_reply::Outcome, run_request::Op};
 use vaccel_proto::{Error, Reason, v1};
 
-use crate::backend::{Engines, LoadedModels, Model};
+use crate::backend::{Engines, LoadedModels, Model, NOOP};
 use crate::quota::Account;
+use crate::resource::Resource;
 use crate::scheduler::{Cancel, Scheduler, Timed};
 use crate::session::Session;
 
@@ -39,6 +40,9 @@ pub(crate) trait Operation: Sized {
 
     /// Checks everything that needs nothing but the request.
     fn validate(&self) -> Result<(), Error>;
+
+    /// What the `noop` engine answers, which computes nothing: the outputs of vAccel's noop plugin.
+    fn dummy(self, context: &Context<'_>) -> Result<Self::Reply, Error>;
 
     /// Runs it.
     fn execute(self, context: &Context<'_>)
@@ -65,7 +69,12 @@ macro_rules! ops {
         pub(crate) async fn run(op: Op, context: &Context<'_>) -> Result<Timed<Outcome>, Error> {
             match op { $(Op::$variant(request) => {
                 request.validate()?;
-                Ok(request.execute(context).await?.map(Outcome::$variant))
+                let reply = if context.session.choice.engine == NOOP {
+                    Timed::instant(request.dummy(context)?)
+                } else {
+                    request.execute(context).await?
+                };
+                Ok(reply.map(Outcome::$variant))
             })* }
         }
     };
@@ -116,6 +125,16 @@ impl Context<'_> {
         Ok(done)
     }
 
+    /// A resource of the session that is of a kind.
+    pub(crate) fn resource(&self, path: &str, id: &str, kind: ResourceKind) -> Result<Arc<Resource>, Error> {
+        let resource = self.session.holdings.resource(id)?;
+        if resource.kind == kind {
+            return Ok(resource);
+        }
+        let name = |kind: ResourceKind| kind.as_str_name().trim_start_matches("RESOURCE_KIND_");
+        Err(Error::field(path, format!("a resource of kind {}", name(kind)), name(resource.kind)))
+    }
+
     /// The loaded model of a resource of the session, or with an empty name the embedded one. The first use loads it;
     /// how long that took is in the result.
     pub(crate) async fn model(&self, resource: &str) -> Result<(Arc<Model>, Duration), Error> {
@@ -124,10 +143,7 @@ impl Context<'_> {
             let files = vec![(EMBEDDED_NAME.to_owned(), Bytes::from_static(EMBEDDED_MODEL))];
             (self.workshop.embedded.slot(choice), files)
         } else {
-            let resource = self.session.holdings.resource(resource)?;
-            if resource.kind != ResourceKind::Model {
-                return Err(Error::field("model", "a resource of kind MODEL", resource.kind.as_str_name()));
-            }
+            let resource = self.resource("model", resource, ResourceKind::Model)?;
             let files =
                 resource.files.iter().map(|(file, blob)| (file.name.clone(), blob.data.clone())).collect();
             (resource.loaded.slot(choice), files)

@@ -17,6 +17,10 @@ impl Operation for NoopRequest {
         Ok(())
     }
 
+    fn dummy(self, _: &Context<'_>) -> Result<NoopReply, Error> {
+        Ok(NoopReply {})
+    }
+
     async fn execute(self, _: &Context<'_>) -> Result<Timed<NoopReply>, Error> {
         Ok(Timed::instant(NoopReply {}))
     }
