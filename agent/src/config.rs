@@ -128,6 +128,25 @@ pub struct Settings {
     /// How log lines are written, to standard error [default: text]
     #[arg(long, global = true, env = "VACCEL_AGENT_LOG_FORMAT", value_name = "FORMAT")]
     pub log_format: Option<LogFormat>,
+
+    /// What tenants may use, in the file only.
+    #[arg(skip)]
+    #[serde(default)]
+    pub policy: Vec<Rule>,
+}
+
+/// What the tenants of a pattern may use.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Rule {
+    /// The tenants: a name as in the agent's log, in which `*` stands for any characters.
+    pub tenant: String,
+    /// The engine that their sessions get, and no other.
+    pub engine: Option<String>,
+    /// The device that their sessions get, and no other.
+    pub device: Option<String>,
+    /// The operations they may run; all when not said.
+    pub operations: Option<Vec<String>>,
 }
 
 /// How log lines are written.
@@ -181,6 +200,9 @@ impl Settings {
     pub fn over(mut self, below: Self) -> Self {
         if self.address.is_empty() {
             self.address = below.address;
+        }
+        if self.policy.is_empty() {
+            self.policy = below.policy;
         }
         prefer!(
             self,
@@ -246,6 +268,8 @@ pub struct Config {
     pub connections_max: usize,
     /// Bounds of one tenant.
     pub tenant: TenantLimits,
+    /// What tenants may use; the first rule that fits one counts.
+    pub policy: Vec<Rule>,
     /// Filter of log lines.
     pub log: String,
     /// How log lines are written.
@@ -348,6 +372,7 @@ impl Config {
                 resource_bytes: mebibytes(settings.tenant_resource_mib.unwrap_or(1024)),
                 in_flight_bytes: mebibytes(settings.tenant_in_flight_mib.unwrap_or(256)),
             },
+            policy: settings.policy,
             log: settings.log.unwrap_or_else(|| "info".into()),
             log_format: settings.log_format.unwrap_or_default(),
         };

@@ -20,7 +20,7 @@ impl Direct {
     /// The engine or device the configuration names is absent.
     pub fn new(config: &EngineConfig) -> Result<Self, Error> {
         let engines = Engines::new(config)?;
-        let choice = engines.choose(Choice::default())?;
+        let choice = engines.choose(Choice::default(), 0)?;
         Classifier::embedded(&engines, &choice).map(Self)
     }
 

@@ -15,8 +15,8 @@ use tokio::time::Instant;
 use vaccel_proto::error::Detail;
 use vaccel_proto::limits::{CHUNK_BYTES_MAX, DEADLINE_MAX, MESSAGE_BYTES_MAX};
 use vaccel_proto::v1::{
-    File, InfoReply, Limits, OpenSessionRequest, ResourceInfo, RunReply, SessionInfo, Timings, Usage,
-    run_request::Op,
+    File, InfoReply, Limits, OpenSessionRequest, OperationProfile, ResourceInfo, RunReply, SessionInfo,
+    Timings, Usage, run_request::Op,
 };
 use vaccel_proto::{Error, Reason};
 
@@ -24,6 +24,7 @@ use crate::backend::Choice;
 use crate::config::Config;
 use crate::identity::Tenant;
 use crate::ops::{self, Context, Workshop};
+use crate::policy::Policies;
 use crate::quota::{Account, Accounts, Hold, Unit};
 use crate::resource::{Registered, Store, UploadBegin};
 use crate::scheduler::past_deadline;
@@ -76,6 +77,7 @@ pub(crate) struct Dispatch {
     sessions: Sessions,
     store: Store,
     workshop: Arc<Workshop>,
+    policies: Policies,
     draining: AtomicBool,
     in_flight: Arc<watch::Sender<usize>>,
 }
@@ -104,7 +106,7 @@ impl Drop for InFlight {
 }
 
 impl Dispatch {
-    pub(crate) fn new(config: &Config, workshop: Workshop) -> Self {
+    pub(crate) fn new(config: &Config, workshop: Workshop, policies: Policies) -> Self {
         let limits = Limits {
             message_bytes_max: MESSAGE_BYTES_MAX as u64,
             chunk_bytes_max: CHUNK_BYTES_MAX as u64,
@@ -120,6 +122,7 @@ impl Dispatch {
             sessions: Sessions::new(config.session_lease),
             store: Store::default(),
             workshop: Arc::new(workshop),
+            policies,
             draining: AtomicBool::new(false),
             in_flight: Arc::new(watch::Sender::new(0)),
         }
@@ -240,7 +243,10 @@ impl Dispatch {
             Ok(InfoReply {
                 version: env!("CARGO_PKG_VERSION").into(),
                 tenant: caller.tenant.public(),
-                operations: ops::list(),
+                operations: ops::list()
+                    .into_iter()
+                    .filter(|operation| self.policies.allows(&caller.tenant, &operation.name))
+                    .collect(),
                 engines: self.workshop.engines.info(),
                 limits: Some(self.limits),
                 usage: Some(Usage {
@@ -260,8 +266,9 @@ impl Dispatch {
         asked: OpenSessionRequest,
     ) -> Result<(String, Duration), Error> {
         self.call(caller, "open_session", self.call_deadline, async |account, _| {
-            let asked = Choice { engine: asked.engine, device: asked.device };
-            let choice = self.workshop.engines.choose(asked)?;
+            let wish = Choice { engine: asked.engine, device: asked.device };
+            let wish = self.policies.wish(&caller.tenant, wish)?;
+            let choice = self.workshop.engines.choose(wish, asked.hints)?;
             let counted = account.hold(Unit::Sessions, 1)?;
             let session = self.sessions.open(&caller.tenant, caller.connection, choice, counted)?;
             Ok((session.id.as_str().to_owned(), self.sessions.lease()))
@@ -273,6 +280,14 @@ impl Dispatch {
     pub(crate) async fn renew_session(&self, caller: &Caller, id: &str) -> Result<Duration, Error> {
         self.call(caller, "renew_session", self.call_deadline, async |_, _| {
             self.session(caller, id).map(|_| self.sessions.lease())
+        })
+        .await
+    }
+
+    /// What the calls of a session took, by operation.
+    pub(crate) async fn profile(&self, caller: &Caller, id: &str) -> Result<Vec<OperationProfile>, Error> {
+        self.call(caller, "profile", self.call_deadline, async |_, _| {
+            self.session(caller, id).map(|session| session.profile.shown())
         })
         .await
     }
@@ -407,8 +422,13 @@ impl Dispatch {
                     format!("no operation this agent knows; it knows: {known}"),
                 )
             })?;
+            self.policies.check(&caller.tenant, name)?;
             let context = Context { workshop: &self.workshop, session: &session, account, deadline };
-            let done = ops::run(op, &context).await?;
+            let begun = Instant::now();
+            let done = ops::run(op, &context).await;
+            let stages = done.as_ref().ok().map(|done| [done.queue, done.run]);
+            session.profile.record(name, begun.elapsed(), stages);
+            let done = done?;
             let timings = Timings { queue_us: micros(done.queue), run_us: micros(done.run), batch_size: 1 };
             Ok(RunReply { timings: Some(timings), outcome: Some(done.value) })
         })

@@ -39,6 +39,11 @@ impl Tenant {
         Self(name.as_ref().into())
     }
 
+    /// The name as the host's people see it.
+    pub(crate) fn as_str(&self) -> &str {
+        &self.0
+    }
+
     /// The name as the tenant itself may see it: without the host's paths, and still the same for the same tenant.
     pub(crate) fn public(&self) -> String {
         match self.0.split_once(':') {

@@ -10,6 +10,8 @@ mod direct;
 mod dispatch;
 mod identity;
 mod ops;
+mod policy;
+mod profile;
 mod quota;
 mod resource;
 mod scheduler;
@@ -31,6 +33,7 @@ pub use crate::direct::Direct;
 use crate::dispatch::Dispatch;
 use crate::identity::{Identity, Tokens};
 use crate::ops::Workshop;
+use crate::policy::Policies;
 use crate::scheduler::Scheduler;
 use crate::service::{Gate, Health};
 use crate::transport::{Acceptor, Entrance, Listener};
@@ -72,6 +75,19 @@ pub fn operations() -> Vec<OperationInfo> {
     ops::list()
 }
 
+/// Checks what a configuration cannot know by itself: names of operations.
+///
+/// # Errors
+/// The name that there is none of.
+pub fn check(config: &Config) -> Result<(), ConfigError> {
+    policies(config).map(drop)
+}
+
+fn policies(config: &Config) -> Result<Policies, ConfigError> {
+    let known: Vec<String> = ops::list().into_iter().map(|operation| operation.name).collect();
+    Policies::new(config.policy.clone(), &known)
+}
+
 /// A running agent.
 #[derive(Debug)]
 pub struct Agent {
@@ -91,6 +107,7 @@ impl Agent {
     /// Anything the configuration asked for that cannot be had.
     pub async fn start(config: Config) -> Result<Self, StartError> {
         let engines = backend::Engines::new(&config.engines).map_err(StartError::Engine)?;
+        let policies = policies(&config)?;
         let tokens = config.token_file.as_deref().map(Tokens::from_file).transpose()?;
         let acceptor = config.tls.as_ref().map(Acceptor::new).transpose()?;
         let mut bound = Vec::new();
@@ -100,7 +117,7 @@ impl Agent {
         }
 
         let workshop = Workshop::new(engines, Scheduler::new(config.lanes), config.load_deadline);
-        let dispatch = Arc::new(Dispatch::new(&config, workshop));
+        let dispatch = Arc::new(Dispatch::new(&config, workshop, policies));
         let health = Health::new();
         let gate = Gate::new(Arc::clone(&dispatch), Identity::new(tokens), health.clone());
         let (closing, is_closing) = watch::channel(false);

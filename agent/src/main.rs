@@ -102,7 +102,11 @@ fn run() -> Result<ExitCode, Failure> {
                 vaccel_agent::operations().into_iter().map(|op| format!("{:<24} {}\n", op.name, op.summary));
             print(&lines.collect::<String>())
         }
-        Command::CheckConfig => print(&format!("{:#?}\n", Config::new(settings)?)),
+        Command::CheckConfig => {
+            let config = Config::new(settings)?;
+            vaccel_agent::check(&config)?;
+            print(&format!("{config:#?}\n"))
+        }
     }
 }
 

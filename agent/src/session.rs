@@ -16,6 +16,7 @@ use vaccel_proto::limits::SESSION_ID_BYTES;
 
 use crate::backend::Choice;
 use crate::identity::{Tenant, hex};
+use crate::profile::Profile;
 use crate::quota::Hold;
 use crate::resource::Holdings;
 
@@ -56,6 +57,8 @@ pub(crate) struct Session {
     pub(crate) choice: Choice,
     /// Resources and unfinished uploads.
     pub(crate) holdings: Holdings,
+    /// What its calls took.
+    pub(crate) profile: Profile,
     pub(crate) opened: Instant,
     _counted: Hold,
 }
@@ -109,8 +112,9 @@ impl Sessions {
     ) -> Result<Arc<Session>, Error> {
         let id = SessionId::random()?;
         let opened = Instant::now();
-        let holdings = Holdings::default();
-        let session = Arc::new(Session { id: id.clone(), choice, holdings, opened, _counted: counted });
+        let (holdings, profile) = (Holdings::default(), Profile::default());
+        let session = Session { id: id.clone(), choice, holdings, profile, opened, _counted: counted };
+        let session = Arc::new(session);
         let mut entry = Entry {
             tenant: tenant.clone(),
             session: Arc::clone(&session),

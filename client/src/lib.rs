@@ -52,5 +52,7 @@ pub use session::{CallOptions, ClassifyOptions, ModelRun, Resource, Session, Ses
 pub use tls::{Pem, Tls};
 pub use upload::ResourceFiles;
 pub use vaccel_proto as proto;
-pub use vaccel_proto::v1::{DType, Label, NamedTensor, ResourceKind, Tensor, Timings};
-pub use vaccel_proto::{Endpoint, Error, Reason};
+pub use vaccel_proto::v1::{
+    DType, Label, NamedTensor, OperationProfile, ResourceKind, StageProfile, Tensor, Timings,
+};
+pub use vaccel_proto::{Endpoint, Error, Reason, hints};

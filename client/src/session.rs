@@ -17,8 +17,8 @@ use vaccel_proto::v1::run_request::Op;
 use vaccel_proto::v1::sessions_client::SessionsClient;
 use vaccel_proto::v1::{
     CloseSessionRequest, ImageClassificationRequest, Label, ListResourcesRequest, ModelRunRequest,
-    NamedTensor, NoopRequest, OpenSessionRequest, RenewSessionRequest, ResourceInfo, ResourceKind, RunReply,
-    RunRequest, Tensor, Timings, UnregisterResourceRequest,
+    NamedTensor, NoopRequest, OpenSessionRequest, OperationProfile, ProfileRequest, RenewSessionRequest,
+    ResourceInfo, ResourceKind, RunReply, RunRequest, Tensor, Timings, UnregisterResourceRequest,
 };
 use vaccel_proto::{Error, Reason};
 
@@ -34,6 +34,8 @@ pub struct SessionOptions {
     pub device: String,
     /// An engine the agent names; empty for its choice.
     pub engine: String,
+    /// Kinds of engines wished for, of [`hints`](vaccel_proto::hints), any of which will do; 0 for no wish.
+    pub hints: u32,
 }
 
 /// How a call is made; see [`Session::with`].
@@ -239,6 +241,17 @@ impl Session {
         Ok(reply.timings.unwrap_or_default())
     }
 
+    /// What the session's operations took so far, by operation.
+    ///
+    /// # Errors
+    /// Those of [`Client::info`].
+    pub async fn profile(&self) -> Result<Vec<OperationProfile>, Error> {
+        let reply = self.call(|wire, time, session| async move {
+            SessionsClient::new(wire).profile(timed(ProfileRequest { session }, time)).await
+        });
+        Ok(reply.await?.operations)
+    }
+
     /// Makes the session hold a resource; only what the agent lacks goes over the wire. The content stays in
     /// memory as long as the session holds it, for an agent that was restarted.
     ///
@@ -404,12 +417,13 @@ impl Session {
 }
 
 async fn open(client: &Client, options: &SessionOptions, deadline: Deadline) -> Result<String, Error> {
-    let SessionOptions { device, engine } = options;
+    let SessionOptions { device, engine, hints } = options.clone();
+    let asked = OpenSessionRequest { device, engine, hints };
     let reply = client
         .link()
         // A session that was opened without our hearing of it ends by its lease.
         .repeat(deadline, true, |wire, time| {
-            let request = timed(OpenSessionRequest { device: device.clone(), engine: engine.clone() }, time);
+            let request = timed(asked.clone(), time);
             async move { SessionsClient::new(wire).open(request).await }
         })
         .await?;

@@ -3,6 +3,7 @@
 
 pub mod endpoint;
 pub mod error;
+pub mod hints;
 pub mod limits;
 pub mod tensor;
 

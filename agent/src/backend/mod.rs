@@ -17,7 +17,7 @@ use bytes::Bytes;
 use tokio::sync::{OnceCell, Semaphore};
 use vaccel_proto::limits::MESSAGE_BYTES_MAX;
 use vaccel_proto::v1::{EngineInfo, Tensor};
-use vaccel_proto::{Error, Reason};
+use vaccel_proto::{Error, Reason, hints};
 
 use crate::config::EngineConfig;
 use crate::scheduler::Cancel;
@@ -181,7 +181,7 @@ impl Engines {
         }
         let default = Choice { engine: config.engine.clone(), device: config.device.clone() };
         let engines = Self { tract: tract::Tract, onnxruntime, default };
-        engines.choose(Choice::default())?;
+        engines.choose(Choice::default(), 0)?;
         Ok(engines)
     }
 
@@ -194,6 +194,7 @@ impl Engines {
                 version: why.map_or("found, loaded on first use", |_| "").into(),
                 devices: why.map_or(vec![CPU.into()], |_| Vec::new()),
                 absent_because: why.unwrap_or_default().into(),
+                hints: MODEL_KINDS,
             },
         };
         let noop = EngineInfo {
@@ -201,6 +202,7 @@ impl Engines {
             version: "computes nothing (built in)".into(),
             devices: vec![CPU.into()],
             absent_because: String::new(),
+            hints: NOOP_KINDS,
         };
         vec![self.tract.info(), onnxruntime, noop]
     }
@@ -210,13 +212,11 @@ impl Engines {
     ///
     /// # Errors
     /// `DISABLED`, naming what is there, when an engine or device was asked for and is absent.
-    pub(crate) fn choose(&self, asked: Choice) -> Result<Choice, Error> {
-        let or = |asked: String, default: &String| if asked.is_empty() { default.clone() } else { asked };
-        let engine = if asked.engine == "auto" { String::new() } else { asked.engine };
-        let choice = Choice {
-            engine: or(engine, &self.default.engine),
-            device: or(asked.device, &self.default.device),
-        };
+    pub(crate) fn choose(&self, asked: Choice, hints: u32) -> Result<Choice, Error> {
+        let is_named = !["", "auto"].contains(&asked.engine.as_str());
+        let engine = if is_named { asked.engine } else { self.default.engine.clone() };
+        let device = if asked.device.is_empty() { self.default.device.clone() } else { asked.device };
+        let choice = Choice { engine: wished(engine, is_named, hints::wish(hints))?, device };
         if !["", TRACT, ONNXRUNTIME, NOOP].contains(&choice.engine.as_str()) {
             let asked = vaccel_proto::error::shown(&choice.engine);
             return Err(Error::field("engine", format!("{TRACT}, {ONNXRUNTIME} or {NOOP}"), asked));
@@ -263,11 +263,36 @@ impl Engines {
     }
 }
 
+/// The engine that a session's hints mean: the one it would have without them, or one of a kind wished for. Empty is
+/// any engine for models.
+fn wished(engine: String, is_named: bool, wish: u32) -> Result<String, Error> {
+    let kinds = if engine == NOOP { NOOP_KINDS } else { MODEL_KINDS };
+    if wish == 0 || wish & kinds != 0 {
+        return Ok(engine);
+    }
+    if !is_named && wish & MODEL_KINDS != 0 {
+        return Ok(String::new());
+    }
+    if !is_named && wish & NOOP_KINDS != 0 {
+        return Ok(NOOP.into());
+    }
+    let (wish, kinds) =
+        (hints::names(wish), hints::names(if is_named { kinds } else { MODEL_KINDS | NOOP_KINDS }));
+    let there = if is_named { format!("engine {engine} is") } else { "the engines here are".into() };
+    let message = format!("an engine of kind {wish} was asked for and is absent; {there} of {kinds}");
+    Err(Error::new(Reason::Disabled, message))
+}
+
 /// Names of the engines, as sessions and configurations give them.
 const TRACT: &str = "tract";
 const ONNXRUNTIME: &str = "onnxruntime";
 /// Computes nothing and answers as vAccel's noop plugin does: for tests of everything around engines.
 pub(crate) const NOOP: &str = "noop";
+
+/// What the engines answer to in a session's hints. Every engine for models takes those of all frameworks, by their
+/// content.
+const MODEL_KINDS: u32 = hints::CPU | hints::SOFTWARE | hints::TENSORFLOW | hints::TORCH | hints::GENERIC;
+const NOOP_KINDS: u32 = hints::DEBUG;
 
 /// The device every engine has.
 pub(crate) const CPU: &str = "cpu";
@@ -293,4 +318,37 @@ pub(crate) fn rejected(engine: &str, cause: impl std::fmt::Display) -> Error {
 fn public(text: &str) -> String {
     let words = text.split_whitespace().map(|word| if word.contains('/') { "…" } else { word });
     words.collect::<Vec<_>>().join(" ").chars().take(400).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hints_choose_among_what_is_there() {
+        let of = |engine: &str, is_named, hints| wished(engine.into(), is_named, hints::wish(hints));
+        for (engine, is_named, hints, expected) in [
+            ("", false, 0, ""),
+            ("", false, hints::ALL, ""),
+            ("noop", false, hints::REMOTE, "noop"),
+            ("", false, hints::CPU | hints::GPU, ""),
+            ("", false, hints::DEBUG, "noop"),
+            ("", false, hints::TORCH | hints::DEBUG, ""),
+            ("noop", false, hints::TENSORFLOW, ""),
+            ("tract", true, hints::SOFTWARE, "tract"),
+            ("noop", true, hints::DEBUG | hints::GPU, "noop"),
+        ] {
+            assert_eq!(of(engine, is_named, hints).expect("there"), expected, "{engine} {hints:#x}");
+        }
+        for (engine, is_named, hints, named) in [
+            ("", false, hints::GPU | hints::FPGA, "CPU|SOFTWARE|TENSORFLOW|TORCH|GENERIC|DEBUG"),
+            ("", false, 0x10_0000, "0x100000"),
+            ("tract", true, hints::DEBUG, "engine tract is of CPU"),
+            ("noop", true, hints::CPU, "engine noop is of DEBUG"),
+        ] {
+            let refusal = of(engine, is_named, hints).expect_err(named);
+            assert_eq!(refusal.reason(), Reason::Disabled);
+            assert!(refusal.message().contains(named), "{refusal}");
+        }
+    }
 }

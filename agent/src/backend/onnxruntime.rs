@@ -158,6 +158,7 @@ impl Engine for OnnxRuntime {
             version: self.library.version.clone(),
             devices: vec![CPU.into()],
             absent_because: String::new(),
+            hints: super::MODEL_KINDS,
         }
     }
 

@@ -47,6 +47,7 @@ impl Engine for Tract {
             version: "0.23 (built in)".into(),
             devices: vec![CPU.into()],
             absent_because: String::new(),
+            hints: super::MODEL_KINDS,
         }
     }
 

@@ -12,9 +12,9 @@ use vaccel_proto::v1::resources_server::Resources;
 use vaccel_proto::v1::sessions_server::Sessions;
 use vaccel_proto::v1::{
     CloseSessionReply, CloseSessionRequest, InfoReply, InfoRequest, ListResourcesReply, ListResourcesRequest,
-    ListSessionsReply, ListSessionsRequest, OpenSessionReply, OpenSessionRequest, RegisterResourceReply,
-    RegisterResourceRequest, RenewSessionReply, RenewSessionRequest, RunReply, RunRequest,
-    UnregisterResourceReply, UnregisterResourceRequest, UploadReply, UploadRequest,
+    ListSessionsReply, ListSessionsRequest, OpenSessionReply, OpenSessionRequest, ProfileReply,
+    ProfileRequest, RegisterResourceReply, RegisterResourceRequest, RenewSessionReply, RenewSessionRequest,
+    RunReply, RunRequest, UnregisterResourceReply, UnregisterResourceRequest, UploadReply, UploadRequest,
 };
 use vaccel_proto::{Error, Reason};
 
@@ -65,6 +65,11 @@ impl Sessions for Door {
     ) -> Result<Response<RenewSessionReply>, Status> {
         let lease = self.dispatch.renew_session(&caller(&request)?, &request.get_ref().session).await?;
         Ok(Response::new(RenewSessionReply { lease_ms: millis(lease) }))
+    }
+
+    async fn profile(&self, request: Request<ProfileRequest>) -> Result<Response<ProfileReply>, Status> {
+        let operations = self.dispatch.profile(&caller(&request)?, &request.get_ref().session).await?;
+        Ok(Response::new(ProfileReply { operations }))
     }
 
     async fn close(

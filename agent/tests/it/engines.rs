@@ -141,7 +141,11 @@ fn every_type() -> Vec<(u64, Tensor)> {
 async fn an_engine_or_device_that_was_asked_for_and_is_absent_is_an_error() {
     let agent = Agent::unix(&[]);
     let client = agent.guest(0).await;
-    let asked = |engine: &str, device: &str| SessionOptions { engine: engine.into(), device: device.into() };
+    let asked = |engine: &str, device: &str| SessionOptions {
+        engine: engine.into(),
+        device: device.into(),
+        ..SessionOptions::default()
+    };
     for (options, reason, named) in [
         (asked("", "cuda:0"), Reason::Disabled, "cpu"),
         (asked("tract", "gpu"), Reason::Disabled, "cpu"),

@@ -4,6 +4,7 @@
 
 mod support;
 
+mod choices;
 mod classify;
 mod engines;
 mod guest;

@@ -163,6 +163,11 @@ void vaccel_guest_set_sigpipe_ignored(vaccel_guest *guest, int ignored);
 /* Engine and device of later sessions; NULL or "" for the agent's choice. */
 void vaccel_guest_choose(vaccel_guest *guest, const char *engine, const char *device);
 
+/* Kinds of engines that later sessions wish for, in vAccel's bits of plugin types (CPU 1, GPU 2, FPGA 4, SOFTWARE 8,
+ * TENSORFLOW 16, TORCH 32, JETSON 64, GENERIC 128, DEBUG 256); any of them will do, and 0 is no wish. One that is absent
+ * is an error. */
+void vaccel_guest_wish(vaccel_guest *guest, uint32_t hints);
+
 /* Opens a session. Calls that need one do this by themselves. */
 int vaccel_guest_open(vaccel_guest *guest);
 

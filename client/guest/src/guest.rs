@@ -42,6 +42,7 @@ pub struct Guest<T> {
     holds: bool,
     engine: Text<32>,
     device: Text<32>,
+    hints: u32,
     deadline_ms: u32,
     repeatable: bool,
 }
@@ -56,6 +57,7 @@ impl<T: Transport> Guest<T> {
             holds: false,
             engine: Text::new(),
             device: Text::new(),
+            hints: 0,
             deadline_ms: DEADLINE_MS,
             repeatable: false,
         }
@@ -80,6 +82,12 @@ impl<T: Transport> Guest<T> {
     /// Engine and device of later sessions; empty for the agent's choice.
     pub fn choose(&mut self, engine: &str, device: &str) {
         (self.engine, self.device) = (engine.into(), device.into());
+    }
+
+    /// Kinds of engines that later sessions wish for, in vAccel's bits of plugin types (CPU 1, GPU 2, …, DEBUG 256);
+    /// any of them will do, and 0 is no wish. One that is absent is an error.
+    pub fn wish(&mut self, hints: u32) {
+        self.hints = hints;
     }
 
     /// What people are told about the last failed call.
@@ -304,10 +312,11 @@ impl<T: Transport> Guest<T> {
         if let Some(session) = self.session {
             return Ok(session);
         }
-        let (engine, device) = (self.engine, self.device);
+        let (engine, device, hints) = (self.engine, self.device, self.hints);
         let write = |writer: &mut Writer<'_>| {
             writer.bytes(1, device.as_bytes());
             writer.bytes(2, engine.as_bytes());
+            writer.number(3, u64::from(hints));
         };
         let mut opened = Opened::new();
         // A session that was opened without this guest's hearing of it ends by its lease.

@@ -239,6 +239,11 @@ impl Sessions for Door {
         Ok(Response::new(CloseSessionReply {}))
     }
 
+    async fn profile(&self, request: Request<ProfileRequest>) -> Result<Response<ProfileReply>, Status> {
+        self.0.session(&request.get_ref().session)?;
+        Ok(Response::new(ProfileReply::default()))
+    }
+
     async fn list(&self, _: Request<ListSessionsRequest>) -> Result<Response<ListSessionsReply>, Status> {
         let info = |id: &String| SessionInfo { session: id.clone(), ..SessionInfo::default() };
         Ok(Response::new(ListSessionsReply {

@@ -113,6 +113,7 @@ static void what_is_no_guest_is_refused(void)
     vaccel_guest_set_repeatable(NULL, 1);
     vaccel_guest_set_sigpipe_ignored(NULL, 1);
     vaccel_guest_choose(NULL, NULL, NULL);
+    vaccel_guest_wish(NULL, 1);
     vaccel_guest_attend(NULL);
     HOLDS(vaccel_guest_open(NULL) == EINVAL && vaccel_guest_close(NULL) == EINVAL);
     HOLDS(vaccel_guest_renew(NULL) == EINVAL && vaccel_guest_noop(NULL, NULL) == EINVAL);
@@ -302,6 +303,11 @@ static void engines_are_chosen(vaccel_guest *guest)
     RETURNS(guest, 0, vaccel_guest_open(guest));
     RETURNS(guest, 0, vaccel_guest_open(guest));
     vaccel_guest_choose(guest, NULL, NULL);
+    vaccel_guest_wish(guest, 2);
+    RETURNS(guest, 0, vaccel_guest_close(guest));
+    RETURNS(guest, EPERM, vaccel_guest_open(guest));
+    HOLDS(is_reason(guest, "DISABLED") && strstr(vaccel_guest_message(guest), "GPU"));
+    vaccel_guest_wish(guest, 0);
     RETURNS(guest, 0, vaccel_guest_close(guest));
     RETURNS(guest, 0, vaccel_guest_close(guest));
 }

@@ -80,7 +80,7 @@ async fn devices_and_engines_that_are_not_there_open_no_session() {
         ("", "../libevil.so", Reason::BadArgument, "engine"),
         ("", &"x".repeat(1 << 20), Reason::BadArgument, "engine"),
     ] {
-        let request = OpenSessionRequest { device: device.into(), engine: engine.into() };
+        let request = OpenSessionRequest { device: device.into(), engine: engine.into(), hints: 0 };
         refused(device, answer(sessions.open(request).await), reason, field);
     }
     assert_eq!(attacker.client.info().await.unwrap().usage.unwrap().sessions, 1);

@@ -168,6 +168,14 @@ unsafe extern "C" fn vaccel_guest_choose(guest: *mut Handle, engine: *const c_ch
 }
 
 #[unsafe(no_mangle)]
+unsafe extern "C" fn vaccel_guest_wish(guest: *mut Handle, hints: u32) {
+    // SAFETY: null, or a guest that is this call's own.
+    if let Some(guest) = unsafe { guest.as_mut() } {
+        guest.guest.wish(hints);
+    }
+}
+
+#[unsafe(no_mangle)]
 unsafe extern "C" fn vaccel_guest_open(guest: *mut Handle) -> c_int {
     let guest = guest!(guest);
     let outcome = guest.guest.open();

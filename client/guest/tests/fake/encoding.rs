@@ -35,6 +35,7 @@ const SIZES: [usize; 12] = [0, 1, 2, 15, 16, 17, 127, 128, 1024, 1025, 16_383, 7
 fn small_requests_say_what_they_should() {
     let (mut guest, calls) = recording();
     guest.choose("tract", "cpu");
+    guest.wish(0x4001);
     guest.noop().unwrap();
     guest.renew().unwrap();
     let model = flow::model(&mut guest);
@@ -42,10 +43,11 @@ fn small_requests_say_what_they_should() {
     guest.info().unwrap();
     guest.close().unwrap();
     guest.choose("", "");
+    guest.wish(0);
     guest.open().unwrap();
     let calls = calls.borrow();
     let of = |method: &str| calls.iter().find(|call| call.path() == method).expect("it was called");
-    let open = v1::OpenSessionRequest { device: "cpu".into(), engine: "tract".into() };
+    let open = v1::OpenSessionRequest { device: "cpu".into(), engine: "tract".into(), hints: 0x4001 };
     assert_eq!(of("/vaccel.v1.Sessions/Open").message::<v1::OpenSessionRequest>(), open);
     let session = SESSION.to_owned();
     let run = RunRequest { session: session.clone(), op: Some(Op::Noop(v1::NoopRequest {})) };
@@ -246,6 +248,7 @@ fn what_the_agent_is_is_read_whole() {
         version: "1.2".into(),
         devices: vec!["cpu".into(), "cuda".into()],
         absent_because: absent.into(),
+        hints: 1,
     };
     let reply = v1::InfoReply {
         version: "1.2.3".into(),

@@ -49,6 +49,10 @@ impl v1::sessions_server::Sessions for Agent {
         Ok(Response::new(v1::CloseSessionReply {}))
     }
 
+    async fn profile(&self, _: Request<v1::ProfileRequest>) -> Reply<v1::ProfileReply> {
+        Err(Status::unimplemented("no guest asks"))
+    }
+
     async fn list(&self, _: Request<v1::ListSessionsRequest>) -> Reply<v1::ListSessionsReply> {
         Err(Status::unimplemented("no guest asks"))
     }

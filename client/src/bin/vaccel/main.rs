@@ -60,7 +60,7 @@ async fn execute(target: &Target, command: Command, output: &mut Output) -> Resu
 
 async fn open(client: &Client, target: &Target) -> Result<Session, Error> {
     let (device, engine) = (target.device.clone(), target.engine.clone());
-    client.open_session(SessionOptions { device, engine }).await
+    client.open_session(SessionOptions { device, engine, ..SessionOptions::default() }).await
 }
 
 async fn give_back(session: &Session, outcome: Result<(), Failure>) -> Result<(), Failure> {
