@@ -51,6 +51,7 @@ fn main() {
     let unix = format!("unix://{}/agent", folder.path().display());
     let mut agent = Command::new(env!("CARGO_BIN_EXE_vaccel-agent"));
     let agent = agent.args(["--engine", "tract", "--address", "tcp://127.0.0.1:0", "--address", &unix]);
+    let agent = agent.arg("--store").arg(folder.path().join("store"));
     let agent = Server::start(agent, "listening on ", 2);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let mut rows = Vec::new();

@@ -29,6 +29,8 @@ async fn main() {
     let socket = format!("unix://{}/s", folder.path().display());
     let mut agent = Command::new(env!("CARGO_BIN_EXE_vaccel-agent"))
         .args(["--engine", "tract", "--address", &socket, "--address", "tcp://127.0.0.1:0"])
+        .arg("--store")
+        .arg(folder.path().join("store"))
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();

@@ -3,6 +3,8 @@
 //! [`Settings`] is what a person writes, every field optional, the same names in all three places. [`Config`] is what
 //! the agent runs on, checked and complete.
 
+mod store;
+
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -12,6 +14,8 @@ use serde::Deserialize;
 use vaccel_proto::Endpoint;
 use vaccel_proto::endpoint::CID_ANY;
 use vaccel_proto::limits::{LOCAL_ADDRESS_DEFAULT, VSOCK_PORT_DEFAULT};
+
+pub use store::{StoreConfig, StoreSync};
 
 /// What a person sets. Flags, environment variables and file keys carry the same names.
 #[derive(Args, Clone, Debug, Default, Deserialize)]
@@ -60,6 +64,20 @@ pub struct Settings {
     /// Lines `NAME TOKEN`; when given, tcp:// and tls:// calls must carry one of the tokens
     #[arg(long, global = true, env = "VACCEL_AGENT_TOKEN_FILE", value_name = "FILE")]
     pub token_file: Option<PathBuf>,
+
+    /// Folder for files that guests upload; one agent each [default: vaccel-agent in $XDG_STATE_HOME or
+    /// ~/.local/state; $STATE_DIRECTORY under systemd]
+    #[arg(long, global = true, env = "VACCEL_AGENT_STORE", value_name = "DIR")]
+    pub store: Option<PathBuf>,
+
+    /// What a stored file survives: `always` also power cuts, `rename` the agent's end, `never` neither
+    /// [default: rename]
+    #[arg(long, global = true, env = "VACCEL_AGENT_STORE_SYNC", value_name = "WHEN")]
+    pub store_sync: Option<StoreSync>,
+
+    /// MiB that all tenants may store together [default: 16384]
+    #[arg(long, global = true, env = "VACCEL_AGENT_STORE_MIB", value_name = "MIB")]
+    pub store_mib: Option<u64>,
 
     /// ONNX Runtime library [default: $ORT_DYLIB_PATH, then the usual library folders]
     #[arg(long, global = true, env = "VACCEL_AGENT_ONNXRUNTIME", value_name = "PATH")]
@@ -113,7 +131,7 @@ pub struct Settings {
     #[arg(long, global = true, env = "VACCEL_AGENT_TENANT_CALLS_MAX", value_name = "N")]
     pub tenant_calls_max: Option<u64>,
 
-    /// MiB of resources one tenant may keep [default: 1024]
+    /// MiB of files one tenant may keep on disk [default: 1024]
     #[arg(long, global = true, env = "VACCEL_AGENT_TENANT_RESOURCE_MIB", value_name = "MIB")]
     pub tenant_resource_mib: Option<u64>,
 
@@ -215,6 +233,9 @@ impl Settings {
             tls_key,
             tls_client_ca,
             token_file,
+            store,
+            store_sync,
+            store_mib,
             onnxruntime,
             onnxruntime_mib,
             engine,
@@ -252,6 +273,8 @@ pub struct Config {
     pub tls: Option<TlsFiles>,
     /// Bearer tokens of `tcp://` and `tls://` listeners.
     pub token_file: Option<PathBuf>,
+    /// Where uploaded files are.
+    pub store: StoreConfig,
     /// Engines and devices.
     pub engines: EngineConfig,
     /// Threads that compute at the same time.
@@ -349,6 +372,7 @@ impl Config {
             unix_mode: unix_mode(settings.unix_mode.as_deref().unwrap_or("660"))?,
             tls: tls_files(settings.tls_cert, settings.tls_key, settings.tls_client_ca)?,
             token_file: settings.token_file,
+            store: StoreConfig::new(settings.store, settings.store_sync, settings.store_mib)?,
             engines: EngineConfig {
                 onnxruntime: settings.onnxruntime,
                 onnxruntime_bytes: match settings.onnxruntime_mib {
@@ -525,6 +549,8 @@ mod tests {
             ("grace = -1", "--grace"),
             ("session-lease = nan", "--session-lease"),
             ("lanes = 0", "--lanes"),
+            ("store-mib = 0", "--store-mib"),
+            ("store-sync = 'sometimes'", "store-sync"),
         ] {
             let refusal = config(toml).expect_err(toml).to_string();
             assert!(refusal.contains(named), "{toml}: {refusal}");

@@ -81,7 +81,8 @@ impl From<io::Error> for DemoError {
 pub async fn run(settings: Settings, out: &mut (impl Write + Send)) -> Result<(), DemoError> {
     let socket = std::env::temp_dir().join(format!("vaccel-demo-{}.sock", std::process::id()));
     let address = vec![format!("unix://{}", socket.display()), "tcp://127.0.0.1:0".into()];
-    let settings = Settings { address, vsock: None, token_file: None, ..settings };
+    let store = Some(std::env::temp_dir().join(format!("vaccel-demo-{}", std::process::id())));
+    let settings = Settings { address, vsock: None, token_file: None, store: store.clone(), ..settings };
     let config = Config::new(settings).map_err(StartError::Config)?;
     let direct = Direct::new(&config.engines)?;
     let agent = Agent::start(config).await?;
@@ -91,6 +92,9 @@ pub async fn run(settings: Settings, out: &mut (impl Write + Send)) -> Result<()
 
     let done = visit(&endpoints, &direct, out).await;
     agent.drain().await;
+    if let Some(store) = store {
+        let _ = std::fs::remove_dir_all(store);
+    }
     done?;
     writeln!(
         out,

@@ -2,16 +2,19 @@
 
 use bytes::Bytes;
 use vaccel_proto::Error;
-use vaccel_proto::v1::Classification;
+use vaccel_proto::v1::{Classification, SgemmReply, SgemmRequest};
 
 use crate::backend::{Choice, Engines};
 use crate::config::EngineConfig;
-use crate::ops::Classifier;
+use crate::ops::{self, Classifier};
 use crate::scheduler::Cancel;
 
-/// The embedded classifier, called in this process.
+/// The embedded classifier and matrix products, called in this process.
 #[derive(Debug)]
-pub struct Direct(Classifier);
+pub struct Direct {
+    classifier: Classifier,
+    engines: Engines,
+}
 
 impl Direct {
     /// Loads the embedded model with the configured engine.
@@ -21,7 +24,8 @@ impl Direct {
     pub fn new(config: &EngineConfig) -> Result<Self, Error> {
         let engines = Engines::new(config)?;
         let choice = engines.choose(Choice::default(), 0)?;
-        Classifier::embedded(&engines, &choice).map(Self)
+        let classifier = Classifier::embedded(&engines, &choice)?;
+        Ok(Self { classifier, engines })
     }
 
     /// Labels images as `image_classification` does.
@@ -29,6 +33,14 @@ impl Direct {
     /// # Errors
     /// As the operation.
     pub fn classify(&self, images: &[Bytes], top_k: usize) -> Result<Vec<Classification>, Error> {
-        self.0.classify(images, top_k, &Cancel::default())
+        self.classifier.classify(images, top_k, &Cancel::default())
+    }
+
+    /// Multiplies matrices as `sgemm` does, of sizes that no call could carry, too.
+    ///
+    /// # Errors
+    /// As the operation.
+    pub fn sgemm(&self, request: &SgemmRequest) -> Result<SgemmReply, Error> {
+        ops::sgemm(request, &self.engines.blas, &Cancel::default())
     }
 }

@@ -10,13 +10,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
+use prost::Message;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use vaccel_proto::error::Detail;
 use vaccel_proto::limits::{CHUNK_BYTES_MAX, DEADLINE_MAX, MESSAGE_BYTES_MAX};
+use vaccel_proto::tensor::GRPC_HEADER_BYTES;
 use vaccel_proto::v1::{
-    File, InfoReply, Limits, OpenSessionRequest, OperationProfile, ResourceInfo, RunReply, SessionInfo,
-    Timings, Usage, run_request::Op,
+    File, InfoReply, Limits, OpenSessionRequest, OperationProfile, ResourceInfo, RunReply, RunRequest,
+    SessionInfo, Timings, Usage,
 };
 use vaccel_proto::{Error, Reason};
 
@@ -26,7 +28,7 @@ use crate::identity::Tenant;
 use crate::ops::{self, Context, Workshop};
 use crate::policy::Policies;
 use crate::quota::{Account, Accounts, Hold, Unit};
-use crate::resource::{Registered, Store, UploadBegin};
+use crate::resource::{ReadBegin, Reading, Registered, Store, UploadBegin};
 use crate::scheduler::past_deadline;
 use crate::session::{ConnectionId, Session, Sessions};
 
@@ -106,7 +108,7 @@ impl Drop for InFlight {
 }
 
 impl Dispatch {
-    pub(crate) fn new(config: &Config, workshop: Workshop, policies: Policies) -> Self {
+    pub(crate) fn new(config: &Config, workshop: Workshop, policies: Policies, store: Store) -> Self {
         let limits = Limits {
             message_bytes_max: MESSAGE_BYTES_MAX as u64,
             chunk_bytes_max: CHUNK_BYTES_MAX as u64,
@@ -114,13 +116,14 @@ impl Dispatch {
             sessions_max: config.tenant.sessions,
             calls_in_flight_max: config.tenant.calls,
             resource_bytes_max: config.tenant.resource_bytes,
+            in_flight_bytes_max: config.tenant.in_flight_bytes,
         };
         Self {
             limits,
             call_deadline: config.call_deadline,
             accounts: Accounts::new(config.tenant.clone()),
             sessions: Sessions::new(config.session_lease),
-            store: Store::default(),
+            store,
             workshop: Arc::new(workshop),
             policies,
             draining: AtomicBool::new(false),
@@ -170,10 +173,11 @@ impl Dispatch {
     /// Frees what ended sessions left behind, for ever.
     pub(crate) async fn housekeep(&self) {
         tokio::join!(self.sessions.reap(), async {
+            self.store.survey().await;
             let mut every_minute = tokio::time::interval(Duration::from_secs(60));
             loop {
                 every_minute.tick().await;
-                self.store.sweep();
+                self.store.sweep().await;
             }
         });
     }
@@ -253,6 +257,7 @@ impl Dispatch {
                     sessions: account.used(Unit::Sessions),
                     calls_in_flight: account.used(Unit::Calls),
                     resource_bytes: account.used(Unit::ResourceBytes),
+                    cached_bytes: self.store.cached_bytes(&caller.tenant).await?,
                 }),
             })
         })
@@ -326,7 +331,7 @@ impl Dispatch {
     ) -> Result<Registered, Error> {
         self.call(caller, "register_resource", self.call_deadline, async |account, _| {
             let session = self.session(caller, session)?;
-            self.store.register(&caller.tenant, &session.holdings, account, kind, files)
+            self.store.register(&caller.tenant, &session.holdings, account, kind, files).await
         })
         .await
     }
@@ -342,44 +347,44 @@ impl Dispatch {
     ) -> Result<u64, Error> {
         self.call(caller, "upload", DEADLINE_MAX, async |account, _| {
             let session = self.session(caller, session)?;
-            let mut uploading = self.store.upload(&caller.tenant, &session.holdings, account, begin)?;
+            let mut uploading = self.store.upload(&caller.tenant, &session.holdings, account, begin).await?;
             let mut piece = Some(first);
             while let Some(data) = piece {
-                if data.len() > CHUNK_BYTES_MAX {
-                    let limit = CHUNK_BYTES_MAX as u64;
-                    return Err(Error::limit(
-                        Reason::MessageTooLarge,
-                        "chunk",
-                        limit,
-                        data.len() as u64,
-                        "bytes",
-                    ));
-                }
-                uploading.append(&data)?;
-                piece = match tokio::time::timeout(UPLOAD_PIECE_DEADLINE, pieces.next()).await {
-                    Ok(piece) => piece?,
-                    Err(_) => {
-                        let waited = UPLOAD_PIECE_DEADLINE.as_secs();
-                        let message =
-                            format!("no piece of the file came for {waited} s; go on where it stopped");
-                        return Err(Error::new(Reason::Deadline, message));
-                    }
-                };
+                check_piece(&data)?;
+                uploading.append(data).await?;
+                piece = next_piece(pieces, "the file", "; go on where it stopped").await?;
             }
-            uploading.finish(&self.store, &caller.tenant, &session.holdings)
+            uploading.finish().await
         })
         .await
     }
 
-    /// Lets go of a resource.
+    /// Lets go of a resource once, or for good.
     pub(crate) async fn unregister(
         &self,
         caller: &Caller,
         session: &str,
         resource: &str,
+        all: bool,
     ) -> Result<(), Error> {
         self.call(caller, "unregister_resource", self.call_deadline, async |_, _| {
-            self.session(caller, session)?.holdings.unregister(resource)
+            self.session(caller, session)?.holdings.unregister(resource, all)
+        })
+        .await
+    }
+
+    /// Begins to read a file of a resource. The whole may take [`DEADLINE_MAX`]; its pieces leave as the guest takes
+    /// them.
+    pub(crate) async fn read(
+        &self,
+        caller: &Caller,
+        session: &str,
+        resource: &str,
+        begin: ReadBegin,
+    ) -> Result<(Reading, Instant), Error> {
+        self.call(caller, "read_resource", DEADLINE_MAX, async |_, deadline| {
+            let resource = self.session(caller, session)?.holdings.resource(resource)?;
+            Ok((resource.read(begin).await?, deadline))
         })
         .await
     }
@@ -405,34 +410,103 @@ impl Dispatch {
     }
 
     /// Runs an operation.
-    pub(crate) async fn run(
-        &self,
-        caller: &Caller,
-        session: &str,
-        op: Option<Op>,
-    ) -> Result<RunReply, Error> {
-        let name = op.as_ref().map_or("run", ops::name);
+    pub(crate) async fn run(&self, caller: &Caller, request: RunRequest) -> Result<RunReply, Error> {
+        let name = request.op.as_ref().map_or("run", ops::name);
         self.call(caller, name, self.call_deadline, async |account, deadline| {
-            let session = self.session(caller, session)?;
-            let op = op.ok_or_else(|| {
-                let known: Vec<String> = ops::list().into_iter().map(|operation| operation.name).collect();
-                let known = known.join(", ");
-                Error::new(
-                    Reason::UnknownOperation,
-                    format!("no operation this agent knows; it knows: {known}"),
-                )
-            })?;
-            self.policies.check(&caller.tenant, name)?;
-            let context = Context { workshop: &self.workshop, session: &session, account, deadline };
-            let begun = Instant::now();
-            let done = ops::run(op, &context).await;
-            let stages = done.as_ref().ok().map(|done| [done.queue, done.run]);
-            session.profile.record(name, begun.elapsed(), stages);
-            let done = done?;
-            let timings = Timings { queue_us: micros(done.queue), run_us: micros(done.run), batch_size: 1 };
-            Ok(RunReply { timings: Some(timings), outcome: Some(done.value) })
+            self.operate(caller, request, account, deadline, MESSAGE_BYTES_MAX as u64).await
         })
         .await
+    }
+
+    /// Runs an operation whose request comes in pieces of `total` bytes together. What is returned beside the reply
+    /// counts them, until the reply is sent.
+    pub(crate) async fn run_large(
+        &self,
+        caller: &Caller,
+        total: u64,
+        first: Bytes,
+        pieces: &mut impl Pieces,
+    ) -> Result<(RunReply, Hold), Error> {
+        self.call(caller, "run_large", DEADLINE_MAX, async |account, deadline| {
+            let counted = account.hold(Unit::InFlightBytes, total)?;
+            let whole = gather(total, first, pieces).await?;
+            let request = RunRequest::decode(whole).map_err(|error| {
+                Error::field("data", "a RunRequest in pieces", "no message of the contract").caused_by(error)
+            })?;
+            // The operation has as long as any other one has.
+            let deadline = caller.deadline.map_or_else(|| Instant::now() + self.call_deadline, |_| deadline);
+            let limit = self.limits.in_flight_bytes_max;
+            Ok((self.operate(caller, request, account, deadline, limit).await?, counted))
+        })
+        .await
+    }
+
+    async fn operate(
+        &self,
+        caller: &Caller,
+        request: RunRequest,
+        account: &Arc<Account>,
+        deadline: Instant,
+        reply_bytes_max: u64,
+    ) -> Result<RunReply, Error> {
+        let session = self.session(caller, &request.session)?;
+        let op = request.op.ok_or_else(|| {
+            let known: Vec<String> = ops::list().into_iter().map(|operation| operation.name).collect();
+            let message = format!("no operation this agent knows; it knows: {}", known.join(", "));
+            Error::new(Reason::UnknownOperation, message)
+        })?;
+        let name = ops::name(&op);
+        self.policies.check(&caller.tenant, name)?;
+        let workshop = &self.workshop;
+        let context = Context { workshop, session: &session, account, deadline, reply_bytes_max };
+        let begun = Instant::now();
+        let done = ops::run(op, &context).await;
+        let stages = done.as_ref().ok().map(|done| [done.queue, done.run]);
+        session.profile.record(name, begun.elapsed(), stages);
+        let done = done?;
+        let timings = Timings { queue_us: micros(done.queue), run_us: micros(done.run), batch_size: 1 };
+        Ok(RunReply { timings: Some(timings), outcome: Some(done.value) })
+    }
+}
+
+/// The bytes of all pieces, where tensors lie as in a message that came whole.
+async fn gather(total: u64, first: Bytes, pieces: &mut impl Pieces) -> Result<Bytes, Error> {
+    let wrong = |came: usize| Error::field("data", format!("{total} bytes in all"), came);
+    let length = usize::try_from(total).map_err(|_| wrong(0))?;
+    let mut whole = Vec::with_capacity(length.saturating_add(GRPC_HEADER_BYTES));
+    whole.resize(GRPC_HEADER_BYTES, 0);
+    let mut piece = Some(first);
+    while let Some(data) = piece {
+        check_piece(&data)?;
+        if whole.len() + data.len() > length + GRPC_HEADER_BYTES {
+            return Err(wrong(whole.len() + data.len() - GRPC_HEADER_BYTES));
+        }
+        whole.extend_from_slice(&data);
+        piece = next_piece(pieces, "the request", "").await?;
+    }
+    if whole.len() < length + GRPC_HEADER_BYTES {
+        return Err(wrong(whole.len() - GRPC_HEADER_BYTES));
+    }
+    Ok(Bytes::from(whole).slice(GRPC_HEADER_BYTES..))
+}
+
+fn check_piece(data: &Bytes) -> Result<(), Error> {
+    let (limit, length) = (CHUNK_BYTES_MAX as u64, data.len() as u64);
+    if length <= limit {
+        return Ok(());
+    }
+    Err(Error::limit(Reason::MessageTooLarge, "chunk", limit, length, "bytes"))
+}
+
+/// The next piece, unless it takes too long.
+async fn next_piece(pieces: &mut impl Pieces, whole: &str, advice: &str) -> Result<Option<Bytes>, Error> {
+    match tokio::time::timeout(UPLOAD_PIECE_DEADLINE, pieces.next()).await {
+        Ok(piece) => piece,
+        Err(_) => {
+            let waited = UPLOAD_PIECE_DEADLINE.as_secs();
+            let message = format!("no piece of {whole} came for {waited} s{advice}");
+            Err(Error::new(Reason::Deadline, message))
+        }
     }
 }
 

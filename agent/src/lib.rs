@@ -34,6 +34,7 @@ use crate::dispatch::Dispatch;
 use crate::identity::{Identity, Tokens};
 use crate::ops::Workshop;
 use crate::policy::Policies;
+use crate::resource::Store;
 use crate::scheduler::Scheduler;
 use crate::service::{Gate, Health};
 use crate::transport::{Acceptor, Entrance, Listener};
@@ -110,6 +111,7 @@ impl Agent {
         let policies = policies(&config)?;
         let tokens = config.token_file.as_deref().map(Tokens::from_file).transpose()?;
         let acceptor = config.tls.as_ref().map(Acceptor::new).transpose()?;
+        let store = Store::open(&config.store, config.tenant.resource_bytes)?;
         let mut bound = Vec::new();
         for endpoint in &config.addresses {
             let listener = Listener::bind(endpoint, config.unix_mode).await;
@@ -117,7 +119,7 @@ impl Agent {
         }
 
         let workshop = Workshop::new(engines, Scheduler::new(config.lanes), config.load_deadline);
-        let dispatch = Arc::new(Dispatch::new(&config, workshop, policies));
+        let dispatch = Arc::new(Dispatch::new(&config, workshop, policies, store));
         let health = Health::new();
         let gate = Gate::new(Arc::clone(&dispatch), Identity::new(tokens), health.clone());
         let (closing, is_closing) = watch::channel(false);

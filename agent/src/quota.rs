@@ -31,9 +31,9 @@ pub(crate) enum Unit {
 /// inside one kernel; beyond these the tenant waits, so that it cannot fill the machine with runs it gave up.
 pub(crate) const ABANDONED_RUNS_MAX: u64 = 4;
 
-/// Files, uploads and resources of one tenant. A resource names up to 64 files, so that these descriptions alone take
-/// at most some 30 MiB.
-const OBJECTS_MAX: u64 = 1000;
+/// Files, uploads and resources that one tenant holds, and its files on disk. A resource names up to 64 files, so that
+/// these descriptions alone take at most some 30 MiB.
+pub(crate) const OBJECTS_MAX: u64 = 1000;
 
 /// The use of one tenant.
 #[derive(Debug)]

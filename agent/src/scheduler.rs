@@ -43,7 +43,7 @@ impl Cancel {
         self.0.set.load(Ordering::Relaxed)
     }
 
-    fn set(&self) {
+    pub(crate) fn set(&self) {
         self.0.set.store(true, Ordering::Relaxed);
         if let Some(interrupt) = &*self.0.interrupt.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
         {

@@ -56,7 +56,7 @@ pub(crate) struct Session {
     /// Engine and device its models run on.
     pub(crate) choice: Choice,
     /// Resources and unfinished uploads.
-    pub(crate) holdings: Holdings,
+    pub(crate) holdings: Arc<Holdings>,
     /// What its calls took.
     pub(crate) profile: Profile,
     pub(crate) opened: Instant,
@@ -112,7 +112,7 @@ impl Sessions {
     ) -> Result<Arc<Session>, Error> {
         let id = SessionId::random()?;
         let opened = Instant::now();
-        let (holdings, profile) = (Holdings::default(), Profile::default());
+        let (holdings, profile) = (Arc::default(), Profile::default());
         let session = Session { id: id.clone(), choice, holdings, profile, opened, _counted: counted };
         let session = Arc::new(session);
         let mut entry = Entry {

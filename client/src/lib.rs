@@ -25,6 +25,7 @@
 //!   nothing.
 //! * An agent that was restarted knows no sessions. The client then opens one, registers again what the
 //!   session held, and goes on. [`Session`] and [`Resource`] stay valid.
+//! * A file that was damaged on the agent's disk is found out there and goes up again.
 //!
 //! Every error is an [`Error`] with a [`Reason`] from one table.
 
@@ -35,11 +36,17 @@ pub mod vsock;
 
 mod backoff;
 mod client;
+mod compute;
 mod dial;
 mod error;
+mod files;
+mod genop;
 mod hybrid;
+mod large;
 mod link;
+mod models;
 mod opening;
+mod read;
 mod retry;
 mod session;
 mod tls;
@@ -47,12 +54,17 @@ mod upload;
 mod wire;
 
 pub use client::{Builder, Client, connect};
+pub use compute::{Minmax, Parallel, Sgemm};
+pub use files::ResourceFiles;
+pub use genop::{arg, room};
 pub use link::Link;
+pub use models::{TfRun, tf_input, tf_node};
+pub use read::ResourceReader;
 pub use session::{CallOptions, ClassifyOptions, ModelRun, Resource, Session, SessionOptions, named};
 pub use tls::{Pem, Tls};
-pub use upload::ResourceFiles;
 pub use vaccel_proto as proto;
 pub use vaccel_proto::v1::{
-    DType, Label, NamedTensor, OperationProfile, ResourceKind, StageProfile, Tensor, Timings,
+    Arg, ArgType, DType, Label, ModelDescription, ModelPort, NamedTensor, OperationProfile, ResourceKind,
+    StageProfile, Tensor, TfInput, TfNode, TfStatus, Timings,
 };
 pub use vaccel_proto::{Endpoint, Error, Reason, hints};

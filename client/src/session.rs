@@ -1,11 +1,12 @@
 //! A session: what a guest holds on the agent, and the operations it runs there.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
+use prost::Message;
 use tonic::Status;
 use vaccel_proto::error::Detail;
 use vaccel_proto::limits::{IMAGES_PER_CALL_MAX, MESSAGE_BYTES_MAX};
@@ -23,8 +24,12 @@ use vaccel_proto::v1::{
 use vaccel_proto::{Error, Reason};
 
 use crate::client::{Client, timed};
+use crate::files::{Content, ResourceFiles};
+use crate::large::Encoded;
+use crate::models::Family;
+use crate::read::ResourceReader;
 use crate::retry::Deadline;
-use crate::upload::{self, Content, Meter, ResourceFiles};
+use crate::upload::{self, Meter};
 use crate::wire::Wire;
 
 /// Where a session computes.
@@ -119,7 +124,16 @@ struct State {
     /// How many times the session was opened again.
     epoch: u64,
     closed: bool,
-    held: BTreeMap<String, Arc<Content>>,
+    held: BTreeMap<String, Held>,
+    /// Resources loaded through a family of model calls.
+    loaded: BTreeSet<(Family, String)>,
+}
+
+/// A resource of the session, kept for an agent that was restarted.
+struct Held {
+    content: Arc<Content>,
+    /// How often it was registered.
+    times: u64,
 }
 
 impl fmt::Debug for Session {
@@ -135,7 +149,8 @@ impl fmt::Debug for Session {
 impl Session {
     pub(crate) async fn open(client: Client, options: SessionOptions) -> Result<Self, Error> {
         let id = open(&client, &options, client.deadline(None)).await?;
-        let state = Mutex::new(State { id, epoch: 0, closed: false, held: BTreeMap::new() });
+        let state =
+            Mutex::new(State { id, epoch: 0, closed: false, held: BTreeMap::new(), loaded: BTreeSet::new() });
         let inner = Inner { client, options, state, recovery: tokio::sync::Mutex::default() };
         Ok(Self { inner: Arc::new(inner), options: CallOptions::default() })
     }
@@ -175,6 +190,7 @@ impl Session {
                 let mut state = self.state();
                 state.closed = true;
                 state.held.clear();
+                state.loaded.clear();
                 state.id.clone()
             })
             .await?;
@@ -210,7 +226,8 @@ impl Session {
         }
     }
 
-    /// Runs a model on `inputs`, by name or by place. `outputs` are those wanted; empty for all.
+    /// Runs a model on `inputs`, by name or by place. `outputs` are those wanted, by name or as `#0`, `#1` and so on;
+    /// empty for all.
     ///
     /// # Errors
     /// `BAD_ARGUMENT` for tensors that are not what the model takes, and those of [`Session::classify`].
@@ -252,16 +269,18 @@ impl Session {
         Ok(reply.await?.operations)
     }
 
-    /// Makes the session hold a resource; only what the agent lacks goes over the wire. The content stays in
-    /// memory as long as the session holds it, for an agent that was restarted.
+    /// Makes the session hold a resource; only what the agent lacks goes over the wire. Files in memory stay
+    /// there as long as the session holds them, for an agent that was restarted; files on disk are read again.
+    /// What was registered twice is held until it was unregistered twice.
     ///
     /// # Errors
     /// `BAD_ARGUMENT` for a list of files that cannot be, `QUOTA_EXCEEDED`, `MODEL_REJECTED`, `DEADLINE` when
     /// the agent takes nothing more for that long, and those of [`Client::info`].
     pub async fn register(&self, files: ResourceFiles) -> Result<Resource, Error> {
         let kind = files.kind;
-        let (content, meter) = files.hash().await?;
-        let (content, meter) = (Arc::new(content), &meter);
+        let (content, progress) = files.hash().await?;
+        let meter = &Meter::new(&content, progress);
+        let content = Arc::new(content);
         loop {
             let (content, link) = (&content, self.inner.client.link());
             let register = |session: String| async move {
@@ -271,7 +290,8 @@ impl Session {
             let mut state = self.state();
             // A session that was opened again meanwhile did not get it.
             if state.epoch == epoch {
-                state.held.insert(id.clone(), Arc::clone(content));
+                let new = || Held { content: Arc::clone(content), times: 0 };
+                state.held.entry(id.clone()).or_insert_with(new).times += 1;
                 return Ok(Resource { id, kind });
             }
         }
@@ -283,13 +303,41 @@ impl Session {
     /// `NOT_FOUND` when the session does not hold it, and those of [`Client::info`].
     pub async fn unregister(&self, resource: &Resource) -> Result<(), Error> {
         let name = &resource.id;
-        self.call(|wire, time, session| {
-            let request = timed(UnregisterResourceRequest { session, resource: name.clone() }, time);
-            async move { ResourcesClient::new(wire).unregister(request).await }
-        })
-        .await?;
-        self.state().held.remove(name);
+        let is_held = {
+            let mut state = self.state();
+            let held = state.held.get_mut(name);
+            if let Some(held) = held.filter(|held| held.times > 1) {
+                held.times -= 1;
+                return Ok(());
+            }
+            state.held.contains_key(name)
+        };
+        // A call that was repeated may have been counted twice; here is who knows.
+        let gone = self.call(|wire, time, session| {
+            let request = UnregisterResourceRequest { session, resource: name.clone(), all: is_held };
+            async move { ResourcesClient::new(wire).unregister(timed(request, time)).await }
+        });
+        gone.await?;
+        let mut state = self.state();
+        state.held.remove(name);
+        state.loaded.retain(|(_, loaded)| loaded != name);
         Ok(())
+    }
+
+    /// Reads a file of a resource back, by its name, which may be empty when there is only one: `length` bytes
+    /// from `offset` on, or with 0 all of them.
+    ///
+    /// # Errors
+    /// `NOT_FOUND` when the session does not hold the resource, `BAD_ARGUMENT` for a file or an offset that it
+    /// does not have, and those of [`Client::info`].
+    pub async fn read_resource(
+        &self,
+        resource: &Resource,
+        file: &str,
+        offset: u64,
+        length: u64,
+    ) -> Result<ResourceReader, Error> {
+        ResourceReader::open(self.clone(), resource, file, offset, length).await
     }
 
     /// What the session holds.
@@ -311,14 +359,48 @@ impl Session {
         self.inner.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn deadline(&self) -> Deadline {
+    pub(crate) fn deadline(&self) -> Deadline {
         self.inner.client.deadline(self.options.deadline)
     }
 
-    async fn operate(&self, op: Op) -> Result<RunReply, Error> {
+    pub(crate) fn note_loaded(&self, family: Family, model: &str) {
+        self.state().loaded.insert((family, model.to_owned()));
+    }
+
+    pub(crate) fn forget_loaded(&self, family: Family, model: &str) {
+        self.state().loaded.remove(&(family, model.to_owned()));
+    }
+
+    pub(crate) fn has_loaded(&self, family: Family, model: &str) -> bool {
+        self.state().loaded.contains(&(family, model.to_owned()))
+    }
+
+    pub(crate) async fn operate(&self, op: Op) -> Result<RunReply, Error> {
         let mut request = RunRequest { session: self.id(), op: Some(op) };
         request.align();
-        check_size(&request)?;
+        if request.encoded_len() > MESSAGE_BYTES_MAX {
+            return self.operate_in_pieces(&request).await;
+        }
+        let reply = self.operate_whole(&request).await;
+        match reply {
+            // It has run nothing yet, or computed what was too long to be sent.
+            Err(error) if error.reason() == Reason::MessageTooLarge && self.options.repeatable => {
+                self.operate_in_pieces(&request).await
+            }
+            reply => reply,
+        }
+    }
+
+    async fn operate_in_pieces(&self, request: &RunRequest) -> Result<RunReply, Error> {
+        let encoded = |session: String| Encoded::new(&RunRequest { session, ..request.clone() });
+        self.call(|wire, time, session| {
+            let encoded = encoded(session);
+            async move { encoded.run(wire, time).await }
+        })
+        .await
+    }
+
+    async fn operate_whole(&self, request: &RunRequest) -> Result<RunReply, Error> {
         self.call(|wire, time, session| {
             let mut request = request.clone();
             // Ids have one length, so the tensors stay where they were aligned.
@@ -334,7 +416,7 @@ impl Session {
         .await
     }
 
-    async fn call<R, F, Fut>(&self, call: F) -> Result<R, Error>
+    pub(crate) async fn call<R, F, Fut>(&self, call: F) -> Result<R, Error>
     where
         F: Fn(Wire, Duration, String) -> Fut,
         Fut: Future<Output = Result<tonic::Response<R>, Status>>,
@@ -348,9 +430,9 @@ impl Session {
         Ok(self.on_session(|| deadline, run).await?.0)
     }
 
-    /// Runs `body` with the session's id. If the agent does not know the session, it did not run anything:
-    /// the session is opened again and the body runs once more. Returns also the epoch in which it succeeded.
-    /// `deadline` bounds each wait for the session.
+    /// Runs `body` with the session's id. If the agent does not know the session, or finds a file damaged, it did
+    /// not run anything: the session is opened again, or the file goes up again, and the body runs once more.
+    /// Returns also the epoch in which it succeeded. `deadline` bounds each wait for the session.
     async fn on_session<R, D, F, Fut>(&self, deadline: D, body: F) -> Result<(R, u64), Error>
     where
         D: Fn() -> Deadline,
@@ -361,8 +443,12 @@ impl Session {
         let mut recovered = false;
         loop {
             let (id, epoch) = deadline().bound(DOING, self.current()).await??;
-            match body(id).await {
+            match body(id.clone()).await {
                 Ok(reply) => return Ok((reply, epoch)),
+                Err(error) if !recovered && is_damaged_file(&error) => {
+                    self.restore(&id).await?;
+                    recovered = true;
+                }
                 Err(error) if !recovered && is_lost_session(&error) => {
                     let deadline = deadline();
                     deadline.bound(DOING, self.recover(epoch, deadline)).await??;
@@ -371,6 +457,17 @@ impl Session {
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    /// Registers again what the session holds, after the agent found a file of it damaged: that file goes up anew.
+    async fn restore(&self, id: &str) -> Result<(), Error> {
+        let held: Vec<_> = self.state().held.values().map(|held| Arc::clone(&held.content)).collect();
+        for content in held {
+            let meter = Meter::new(&content, None);
+            let patience = self.deadline().remaining();
+            upload::register(self.inner.client.link(), id, &content, &meter, patience).await?;
+        }
+        Ok(())
     }
 
     /// The session's id and epoch, after a recovery that is under way.
@@ -391,7 +488,7 @@ impl Session {
             if state.closed || state.epoch != epoch {
                 return Ok(());
             }
-            state.held.values().cloned().collect()
+            state.held.values().map(|held| Arc::clone(&held.content)).collect()
         };
         let client = &self.inner.client;
         let failed = |error: Error| {
@@ -400,7 +497,7 @@ impl Session {
         };
         let id = open(client, &self.inner.options, deadline).await.map_err(failed)?;
         for content in held {
-            let meter = Meter::silent(&content);
+            let meter = Meter::new(&content, None);
             if let Err(error) =
                 upload::register(client.link(), &id, &content, &meter, deadline.remaining()).await
             {
@@ -446,14 +543,11 @@ fn is_lost_session(error: &Error) -> bool {
         && matches!(error.detail(), Detail::Resource { kind, .. } if kind == "session")
 }
 
-fn check_size<M: Aligned>(message: &M) -> Result<(), Error> {
-    let (limit, length) = (MESSAGE_BYTES_MAX as u64, message.encoded_len() as u64);
-    if length > limit {
-        return Err(Error::limit(Reason::MessageTooLarge, "message", limit, length, "bytes"));
-    }
-    Ok(())
+fn is_damaged_file(error: &Error) -> bool {
+    error.reason() == Reason::NotFound
+        && matches!(error.detail(), Detail::Resource { kind, .. } if kind == "file")
 }
 
-fn malformed(operation: &str) -> Error {
+pub(crate) fn malformed(operation: &str) -> Error {
     Error::new(Reason::BackendFailed, format!("the agent's answer is not one to {operation}"))
 }

@@ -1,145 +1,30 @@
 //! Resources on their way to the agent: what it lacks goes up in pieces, from where the last attempt stopped.
 
-use std::collections::HashMap;
-use std::fmt;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
-use sha2::{Digest, Sha256};
+use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout_at};
+use tokio_stream::Stream;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::Request;
-use vaccel_proto::limits::{CHUNK_BYTES_MAX, DEADLINE_MAX, FILES_PER_RESOURCE_MAX, NAME_BYTES_MAX};
+use vaccel_proto::limits::DEADLINE_MAX;
+use vaccel_proto::v1::UploadRequest;
 use vaccel_proto::v1::resources_client::ResourcesClient;
-use vaccel_proto::v1::{File, MissingFile, RegisterResourceRequest, ResourceKind, UploadRequest};
 use vaccel_proto::{Error, Reason};
 
 use crate::backoff::Backoff;
 use crate::client::timed;
 use crate::error::of_status;
+use crate::files::{Content, NamedFile, Pieces, Progress};
 use crate::link::Link;
 use crate::retry::{Deadline, pause_after};
 
-/// Told how many bytes of a resource the agent has, and how many it will have.
-type Progress = Arc<dyn Fn(u64, u64) + Send + Sync>;
-
-/// The files of a resource, whole and in memory.
-#[derive(Clone)]
-pub struct ResourceFiles {
-    /// What they are.
-    pub kind: ResourceKind,
-    /// Name and content; a name is a label such as `model.onnx`, not a path.
-    pub files: Vec<(String, Bytes)>,
-    progress: Option<Progress>,
-}
-
-impl ResourceFiles {
-    /// A resource of several files.
-    pub fn new(kind: ResourceKind, files: Vec<(String, Bytes)>) -> Self {
-        Self { kind, files, progress: None }
-    }
-
-    /// A model in one file.
-    pub fn model(name: impl Into<String>, content: impl Into<Bytes>) -> Self {
-        Self::new(ResourceKind::Model, vec![(name.into(), content.into())])
-    }
-
-    /// Calls `progress` with the bytes that are under way or at the agent, and the bytes of all files.
-    #[must_use]
-    pub fn on_progress(mut self, progress: impl Fn(u64, u64) + Send + Sync + 'static) -> Self {
-        self.progress = Some(Arc::new(progress));
-        self
-    }
-
-    /// Checks the limits that need no agent, and names every file by its content.
-    pub(crate) async fn hash(self) -> Result<(Content, Meter), Error> {
-        if self.files.is_empty() || self.files.len() > FILES_PER_RESOURCE_MAX {
-            return Err(Error::field(
-                "files",
-                format!("1 to {FILES_PER_RESOURCE_MAX} files"),
-                self.files.len(),
-            ));
-        }
-        for (index, (name, _)) in self.files.iter().enumerate() {
-            if name.is_empty() || name.len() > NAME_BYTES_MAX {
-                let expected = format!("1 to {NAME_BYTES_MAX} bytes");
-                return Err(Error::field(format!("files[{index}].name"), expected, name.len()));
-            }
-        }
-        let Self { kind, files, progress } = self;
-        // A gigabyte takes a second: not on a thread that others wait for.
-        let hashed =
-            tokio::task::spawn_blocking(move || files.into_iter().map(NamedFile::new).collect()).await;
-        let files: Vec<NamedFile> = hashed
-            .map_err(|e| Error::new(Reason::Cancelled, format!("hashing the files was cut off: {e}")))?;
-        let content = Content { kind, files };
-        let meter = Meter::new(content.bytes(), progress);
-        Ok((content, meter))
-    }
-}
-
-impl fmt::Debug for ResourceFiles {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let files: Vec<_> = self.files.iter().map(|(name, content)| (name, content.len())).collect();
-        f.debug_struct("ResourceFiles")
-            .field("kind", &self.kind)
-            .field("files", &files)
-            .finish_non_exhaustive()
-    }
-}
-
-/// The content of a resource, kept for the day when an agent has lost it.
-pub(crate) struct Content {
-    kind: ResourceKind,
-    files: Vec<NamedFile>,
-}
-
-struct NamedFile {
-    name: String,
-    data: Bytes,
-    sha256: Bytes,
-}
-
-impl NamedFile {
-    fn new((name, data): (String, Bytes)) -> Self {
-        let sha256 = Bytes::copy_from_slice(&Sha256::digest(&data));
-        Self { name, data, sha256 }
-    }
-
-    fn size(&self) -> u64 {
-        self.data.len() as u64
-    }
-}
-
-impl Content {
-    /// Bytes of all files; the same content under two names goes up once.
-    fn bytes(&self) -> u64 {
-        self.files.iter().map(|file| (&file.sha256, file.size())).collect::<HashMap<_, _>>().values().sum()
-    }
-
-    fn request(&self, session: &str) -> RegisterResourceRequest {
-        let file = |file: &NamedFile| File {
-            name: file.name.clone(),
-            size: file.size(),
-            sha256: file.sha256.clone(),
-        };
-        RegisterResourceRequest {
-            session: session.into(),
-            kind: self.kind.into(),
-            files: self.files.iter().map(file).collect(),
-        }
-    }
-
-    /// The file the agent misses, and the bytes it lacks of it.
-    fn find(&self, missing: &MissingFile) -> Result<(&NamedFile, u64), Error> {
-        self.files
-            .iter()
-            .find(|file| file.sha256 == missing.sha256)
-            .and_then(|file| Some((file, file.size().checked_sub(missing.offset)?)))
-            .ok_or_else(|| malformed("the agent asks for bytes that are not of this resource"))
-    }
-}
+/// Pieces of a file on disk that are read before they can be sent: reading goes on while one is sent.
+const READ_AHEAD: usize = 1;
 
 fn malformed(message: &str) -> Error {
     Error::new(Reason::BackendFailed, message)
@@ -159,13 +44,10 @@ struct Position {
 }
 
 impl Meter {
-    fn new(total: u64, progress: Option<Progress>) -> Self {
+    /// A meter that tells `progress`, if anybody, how far the content is.
+    pub(crate) fn new(content: &Content, progress: Option<Progress>) -> Self {
+        let total = content.bytes();
         Self { total, progress, position: Arc::new(Mutex::new(Position { done: 0, moved: Instant::now() })) }
-    }
-
-    /// A meter nobody looks at.
-    pub(crate) fn silent(content: &Content) -> Self {
-        Self::new(content.bytes(), None)
     }
 
     fn lacks(&self, bytes: u64) {
@@ -221,7 +103,9 @@ pub(crate) async fn register(
                 async move { ResourcesClient::new(wire).register(request).await }
             })
             .await?;
-        let missing = reply.missing.iter().map(|file| content.find(file)).collect::<Result<Vec<_>, _>>()?;
+        let missing: Option<Vec<_>> = reply.missing.iter().map(|file| content.find(file)).collect();
+        let missing =
+            missing.ok_or_else(|| malformed("the agent asks for bytes that are not of this resource"))?;
         let lacking = missing.iter().map(|(_, bytes)| bytes).sum();
         meter.lacks(lacking);
         if missing.is_empty() {
@@ -261,10 +145,8 @@ async fn send_all(
 ) -> Result<(), Error> {
     for &(file, lacking) in missing {
         let wire = link.wire().await?;
-        let pieces = Pieces::new(session, file, lacking);
-        let reporter = meter.share();
-        let pieces = pieces.inspect(move |piece| reporter.advance(piece.data.len() as u64));
-        let mut request = Request::new(tokio_stream::iter(pieces));
+        let failure = Failure::default();
+        let mut request = Request::new(Messages::new(session, file, lacking, meter.share(), &failure));
         request.set_timeout(DEADLINE_MAX);
         let mut client = ResourcesClient::new(wire);
         let mut upload = pin!(client.upload(request));
@@ -272,6 +154,10 @@ async fn send_all(
             let moved = meter.position().moved;
             match timeout_at(moved + patience, upload.as_mut()).await {
                 Ok(outcome) => {
+                    // A file that cannot be read ends the messages, which says nothing to the agent.
+                    if let Some(failure) = failure.lock().unwrap_or_else(PoisonError::into_inner).take() {
+                        return Err(failure);
+                    }
                     outcome.map_err(|status| of_status(&status))?;
                     break;
                 }
@@ -287,83 +173,127 @@ async fn send_all(
     Ok(())
 }
 
+/// Why the messages of an upload ended before its file did.
+type Failure = Arc<Mutex<Option<Error>>>;
+
 /// The messages that bring the rest of a file: the first names it, each carries a piece.
-struct Pieces {
-    first: Option<UploadRequest>,
-    rest: Bytes,
+struct Messages {
+    supply: Supply,
+    meter: Meter,
 }
 
-impl Pieces {
-    fn new(session: &str, file: &NamedFile, lacking: u64) -> Self {
-        let offset = file.size() - lacking;
-        // The offset lies within the file's data, which is in memory.
-        let mut rest = file.data.slice(usize::try_from(offset).unwrap_or(file.data.len())..);
-        let first = UploadRequest {
-            session: session.into(),
-            sha256: file.sha256.clone(),
-            size: file.size(),
-            offset,
-            data: rest.split_to(rest.len().min(CHUNK_BYTES_MAX)),
-        };
-        Self { first: Some(first), rest }
+enum Supply {
+    Memory(Naming, Pieces),
+    Disk(ReceiverStream<UploadRequest>),
+}
+
+/// Makes messages of pieces.
+struct Naming(Option<UploadRequest>);
+
+impl Naming {
+    fn message(&mut self, data: Bytes) -> UploadRequest {
+        UploadRequest { data, ..self.0.take().unwrap_or_default() }
     }
 }
 
-impl Iterator for Pieces {
+impl Messages {
+    fn new(session: &str, file: &NamedFile, lacking: u64, meter: Meter, failure: &Failure) -> Self {
+        let offset = file.size - lacking;
+        let (session, sha256, size) = (session.to_owned(), file.sha256.clone(), file.size);
+        let first = UploadRequest { session, sha256, size, offset, data: Bytes::new() };
+        let (naming, pieces) = (Naming(Some(first)), file.pieces(offset));
+        let supply = if file.is_on_disk() && lacking > 0 {
+            Supply::Disk(read_ahead(naming, pieces, Arc::clone(failure)))
+        } else {
+            Supply::Memory(naming, pieces)
+        };
+        Self { supply, meter }
+    }
+}
+
+/// Reads on a thread that may wait.
+fn read_ahead(mut naming: Naming, pieces: Pieces, failure: Failure) -> ReceiverStream<UploadRequest> {
+    let (sender, receiver) = mpsc::channel(READ_AHEAD);
+    tokio::task::spawn_blocking(move || {
+        for piece in pieces {
+            match piece {
+                Ok(data) => {
+                    // Sending fails when the upload has ended.
+                    if sender.blocking_send(naming.message(data)).is_err() {
+                        return;
+                    }
+                }
+                Err(error) => *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error),
+            }
+        }
+    });
+    ReceiverStream::new(receiver)
+}
+
+impl Stream for Messages {
     type Item = UploadRequest;
 
-    fn next(&mut self) -> Option<UploadRequest> {
-        let piece = |data| UploadRequest { data, ..UploadRequest::default() };
-        self.first.take().or_else(|| {
-            let length = self.rest.len().min(CHUNK_BYTES_MAX);
-            (length > 0).then(|| piece(self.rest.split_to(length)))
-        })
+    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<UploadRequest>> {
+        let this = self.get_mut();
+        let message = match &mut this.supply {
+            Supply::Disk(messages) => ready!(Pin::new(messages).poll_next(context)),
+            // Memory can always be read; an empty file is one empty piece.
+            Supply::Memory(naming, pieces) => match pieces.next() {
+                Some(piece) => piece.ok().map(|data| naming.message(data)),
+                None => naming.0.take(),
+            },
+        };
+        if let Some(message) = &message {
+            this.meter.advance(message.data.len() as u64);
+        }
+        Poll::Ready(message)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::files::Source;
+    use tokio_stream::StreamExt;
+    use vaccel_proto::limits::CHUNK_BYTES_MAX;
 
     fn file(bytes: usize) -> NamedFile {
-        NamedFile::new(("f".into(), Bytes::from(vec![7; bytes])))
+        NamedFile::new(("f".into(), Source::Memory(vec![7; bytes].into()))).unwrap()
     }
 
-    #[test]
-    fn pieces_are_bounded_and_the_first_names_the_file() {
+    async fn sent(file: &NamedFile, lacking: u64, failure: &Failure) -> Vec<UploadRequest> {
+        let position = Arc::new(Mutex::new(Position { done: 0, moved: Instant::now() }));
+        let meter = Meter { total: file.size, progress: None, position };
+        Messages::new("s", file, lacking, meter, failure).collect().await
+    }
+
+    #[tokio::test]
+    async fn pieces_are_bounded_and_the_first_names_the_file() {
         let file = file(2 * CHUNK_BYTES_MAX + 3);
-        let pieces: Vec<_> = Pieces::new("s", &file, file.size() - 5).collect();
+        let pieces = sent(&file, file.size - 5, &Failure::default()).await;
         let sizes: Vec<usize> = pieces.iter().map(|piece| piece.data.len()).collect();
         assert_eq!(sizes, [CHUNK_BYTES_MAX, CHUNK_BYTES_MAX - 2]);
-        assert_eq!((pieces[0].offset, pieces[0].size, pieces[0].session.as_str()), (5, file.size(), "s"));
+        assert_eq!((pieces[0].offset, pieces[0].size, pieces[0].session.as_str()), (5, file.size, "s"));
         assert_eq!(pieces[0].sha256, file.sha256);
         assert!(pieces[1].session.is_empty() && pieces[1].sha256.is_empty());
     }
 
-    #[test]
-    fn an_empty_file_is_one_empty_piece() {
-        assert_eq!(Pieces::new("s", &file(0), 0).map(|piece| piece.data.len()).collect::<Vec<_>>(), [0]);
+    #[tokio::test]
+    async fn an_empty_file_is_one_empty_piece() {
+        let pieces = sent(&file(0), 0, &Failure::default()).await;
+        assert_eq!(pieces.iter().map(|piece| piece.data.len()).collect::<Vec<_>>(), [0]);
     }
 
     #[tokio::test]
-    async fn wrong_file_lists_are_refused_before_they_are_sent() {
-        for files in [vec![], vec![(String::new(), Bytes::new())], vec![("x".repeat(257), Bytes::new())]] {
-            let refusal = ResourceFiles::new(ResourceKind::Data, files).hash().await.err().unwrap();
-            assert_eq!(refusal.reason(), Reason::BadArgument);
-        }
-    }
-
-    #[tokio::test]
-    async fn the_same_content_counts_once() {
-        let content = Bytes::from_static(b"abc");
-        let files = vec![("a".into(), content.clone()), ("b".into(), content)];
-        let (content, _) = ResourceFiles::new(ResourceKind::Data, files).hash().await.unwrap();
-        assert_eq!(content.bytes(), 3);
-        let abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
-        assert_eq!(content.files[0].sha256.iter().map(|b| format!("{b:02x}")).collect::<String>(), abc);
-        let stranger = MissingFile { sha256: Bytes::from_static(&[0; 32]), offset: 0 };
-        assert!(content.find(&stranger).is_err());
-        let beyond = MissingFile { sha256: content.files[0].sha256.clone(), offset: 4 };
-        assert!(content.find(&beyond).is_err());
+    async fn a_file_that_cannot_be_read_any_more_ends_the_messages_and_says_why() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("f");
+        std::fs::write(&path, vec![7; CHUNK_BYTES_MAX + 1]).unwrap();
+        let file = NamedFile::new(("f".into(), Source::Path(path.clone()))).unwrap();
+        let failure = Failure::default();
+        assert_eq!(sent(&file, file.size, &failure).await.len(), 2);
+        std::fs::write(&path, vec![7; CHUNK_BYTES_MAX]).unwrap();
+        assert_eq!(sent(&file, file.size, &failure).await.len(), 1);
+        assert!(failure.lock().unwrap().as_ref().unwrap().message().contains("shorter"));
     }
 }

@@ -6,6 +6,9 @@ use std::time::Duration;
 /// larger data goes up as a resource, in chunks. The receiver holds at most this much per call in flight.
 pub const MESSAGE_BYTES_MAX: usize = 32 << 20;
 
+/// Longest `mbench`, in milliseconds: that of vAccel's own mbench plugin. Deadlines are longer, lanes are few.
+pub const MBENCH_MS_MAX: u32 = 300_000;
+
 /// Longest piece of a file in one upload message, in bytes: large enough that its envelope costs nothing, small enough
 /// that a stream pins little memory.
 pub const CHUNK_BYTES_MAX: usize = 1 << 20;
@@ -18,6 +21,9 @@ pub const TENSORS_PER_CALL_MAX: usize = 256;
 
 /// Length of a guest's label (tensor, file, output name), in bytes. They are kept in memory and shown in logs.
 pub const NAME_BYTES_MAX: usize = 256;
+
+/// Options of one model run, in bytes. TensorFlow's `RunOptions` take some tens; no engine here reads them.
+pub const RUN_OPTIONS_BYTES_MAX: usize = 4096;
 
 /// Files of one resource: a model with its weights split in pieces stays far below.
 pub const FILES_PER_RESOURCE_MAX: usize = 64;

@@ -1,28 +1,37 @@
 //! The workshop: engines behind one seam.
 //!
-//! An [`Engine`] loads a scanned model and runs it; everything an engine-independent part can know about a model (its
-//! inputs and outputs, its metadata, whether it may be loaded at all) comes from [`onnx`]. The crates of the engines
-//! are named in [`tract`] and [`onnxruntime`] and nowhere else.
+//! An [`Engine`] loads a scanned model and runs it; everything an engine-independent part can know about a model (what
+//! format it has, its inputs and outputs, its metadata, whether it may be loaded at all) comes from [`file`](mod@file).
+//! The crates of the engines are named in [`tract`] and [`onnxruntime`] and nowhere else. Matrix products, which
+//! need no model, have a seam of their own: [`blas`].
 
+mod blas;
+mod file;
+mod flatbuffer;
+mod formats;
+mod loaded;
 mod onnx;
 mod onnxruntime;
+mod protobuf;
+mod tensorflow;
+mod tflite;
 mod tract;
 
-use std::any::Any;
-use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::OnceLock;
 
 use bytes::Bytes;
-use tokio::sync::{OnceCell, Semaphore};
-use vaccel_proto::limits::MESSAGE_BYTES_MAX;
 use vaccel_proto::v1::{EngineInfo, Tensor};
 use vaccel_proto::{Error, Reason, hints};
 
 use crate::config::EngineConfig;
 use crate::scheduler::Cancel;
 
-pub(crate) use onnx::{OnnxModel, Port};
+pub(crate) use blas::{Blas, dense};
+pub(crate) use file::{ModelFile, Port};
+pub(crate) use loaded::{Family, Holder, LoadedModels, Model};
+
+use file::Format;
 
 /// Engine and device a session asked for; empty where it leaves the choice to the agent.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
@@ -36,84 +45,30 @@ pub(crate) trait Engine: Send + Sync {
     /// Name, version and devices.
     fn info(&self) -> EngineInfo;
 
-    /// Makes a scanned model ready to run.
+    /// Makes a scanned model ready to run, and fills in what its file leaves open about outputs.
     ///
     /// # Errors
     /// `MODEL_REJECTED` with the engine's message.
-    fn load(&self, model: &OnnxModel, cancel: &Cancel) -> Result<Box<dyn Program>, Error>;
+    fn load(&self, model: &mut ModelFile, cancel: &Cancel) -> Result<Box<dyn Program>, Error>;
 }
 
 /// A model ready to run.
 pub(crate) trait Program: Send + Sync {
     /// Runs once. `inputs` are checked against the model's ports and in their order; the result has the outputs with
-    /// the given indices, in the given order.
+    /// the given indices, in the given order, which are together at most `reply_bytes_max` bytes.
     ///
     /// # Errors
     /// `BAD_ARGUMENT` when shapes do not fit together, `BACKEND_FAILED` otherwise.
-    fn run(&self, inputs: Vec<Tensor>, outputs: &[usize], cancel: &Cancel) -> Result<Vec<Tensor>, Error>;
+    fn run(
+        &self,
+        inputs: Vec<Tensor>,
+        outputs: &[usize],
+        reply_bytes_max: u64,
+        cancel: &Cancel,
+    ) -> Result<Vec<Tensor>, Error>;
 
     /// Runs that may go on at the same time.
     fn parallel_runs(&self) -> usize;
-}
-
-/// A loaded model and what is known about it.
-pub(crate) struct Model {
-    pub(crate) file: OnnxModel,
-    pub(crate) program: Box<dyn Program>,
-    /// Turns at a program that does not run in parallel; waiting for one holds no lane.
-    turns: Semaphore,
-    /// What the operation that uses this model worked out about it.
-    note: OnceLock<Arc<dyn Any + Send + Sync>>,
-}
-
-impl std::fmt::Debug for Model {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Model")
-            .field("inputs", &self.file.inputs)
-            .field("outputs", &self.file.outputs)
-            .finish()
-    }
-}
-
-impl Model {
-    fn new(file: OnnxModel, program: Box<dyn Program>) -> Self {
-        let turns = Semaphore::new(program.parallel_runs().min(Semaphore::MAX_PERMITS));
-        Self { file, program, turns, note: OnceLock::new() }
-    }
-
-    /// What an operation needs to know about the model, worked out on its first use.
-    ///
-    /// # Errors
-    /// What `read` returns.
-    pub(crate) fn note<T: Any + Send + Sync>(
-        &self,
-        read: impl FnOnce(&Self) -> Result<T, Error>,
-    ) -> Result<Arc<T>, Error> {
-        if let Some(Ok(note)) = self.note.get().map(|note| Arc::clone(note).downcast()) {
-            return Ok(note);
-        }
-        let note = Arc::new(read(self)?);
-        let _ = self.note.set(Arc::clone(&note) as Arc<dyn Any + Send + Sync>);
-        Ok(note)
-    }
-
-    /// Waits for a turn.
-    pub(crate) async fn turn(&self) -> Result<tokio::sync::SemaphorePermit<'_>, Error> {
-        let closed = |error| Error::new(Reason::ShuttingDown, "the agent is stopping").caused_by(error);
-        self.turns.acquire().await.map_err(closed)
-    }
-}
-
-/// What engines made of one resource; concurrent first uses share one load.
-#[derive(Debug, Default)]
-pub(crate) struct LoadedModels(Mutex<HashMap<Choice, Arc<OnceCell<Arc<Model>>>>>);
-
-impl LoadedModels {
-    /// The place of the model for an engine and device.
-    pub(crate) fn slot(&self, choice: &Choice) -> Arc<OnceCell<Arc<Model>>> {
-        let mut slots = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        Arc::clone(slots.entry(choice.clone()).or_default())
-    }
 }
 
 /// The engines of this agent.
@@ -121,6 +76,8 @@ pub(crate) struct Engines {
     tract: tract::Tract,
     onnxruntime: OnnxRuntime,
     default: Choice,
+    /// Matrix products.
+    pub(crate) blas: Blas,
 }
 
 /// ONNX Runtime is a large library: one that was found and not asked for is loaded on first use.
@@ -180,7 +137,8 @@ impl Engines {
             onnxruntime.get().map_err(|why| Error::new(Reason::Disabled, why))?;
         }
         let default = Choice { engine: config.engine.clone(), device: config.device.clone() };
-        let engines = Self { tract: tract::Tract, onnxruntime, default };
+        let blas = Blas::new(config.threads);
+        let engines = Self { tract: tract::Tract, onnxruntime, default, blas };
         engines.choose(Choice::default(), 0)?;
         Ok(engines)
     }
@@ -245,9 +203,18 @@ impl Engines {
         files: &[(&str, Bytes)],
         cancel: &Cancel,
     ) -> Result<Model, Error> {
-        let file = OnnxModel::scan(files)?;
+        let mut file = ModelFile::scan(files)?;
+        let onnx = file.format == Format::Onnx;
         let engine: &dyn Engine = match choice.engine.as_str() {
             TRACT => &self.tract,
+            ONNXRUNTIME if !onnx => {
+                let title = file.format.title();
+                let message = format!(
+                    "engine {ONNXRUNTIME} was asked for and loads ONNX, this model is a {title}; \
+                     engine {TRACT} loads it (a session that names no engine gets the one that does)"
+                );
+                return Err(Error::new(Reason::ModelRejected, message));
+            }
             ONNXRUNTIME => match self.onnxruntime.get() {
                 Ok(engine) => engine,
                 Err(_) => {
@@ -255,10 +222,14 @@ impl Engines {
                     return Err(Error::new(Reason::Disabled, format!("engine {ONNXRUNTIME}: {why}")));
                 }
             },
+            _ if !onnx => &self.tract,
             // Found and broken, and nobody asked for it: the built-in engine serves.
             _ => self.onnxruntime.get().map_or(&self.tract as &dyn Engine, |engine| engine),
         };
-        let program = engine.load(&file, cancel)?;
+        let program = engine.load(&mut file, cancel)?;
+        file.operators.clear();
+        // The engine has made its own of them.
+        file.bytes = Bytes::new();
         Ok(Model::new(file, program))
     }
 }
@@ -298,12 +269,11 @@ const NOOP_KINDS: u32 = hints::DEBUG;
 pub(crate) const CPU: &str = "cpu";
 
 /// Refuses outputs that no reply could carry, before they are copied out of the engine.
-fn check_reply(sizes: impl Iterator<Item = usize>) -> Result<(), Error> {
-    let bytes = sizes.fold(0, usize::saturating_add);
-    if bytes <= MESSAGE_BYTES_MAX {
+fn check_reply(sizes: impl Iterator<Item = usize>, limit: u64) -> Result<(), Error> {
+    let bytes = sizes.fold(0, usize::saturating_add) as u64;
+    if bytes <= limit {
         return Ok(());
     }
-    let (limit, bytes) = (MESSAGE_BYTES_MAX as u64, bytes as u64);
     Err(Error::limit(Reason::MessageTooLarge, "outputs of the model", limit, bytes, "bytes"))
 }
 

@@ -1,30 +1,22 @@
 //! ONNX files before any engine sees them: what goes in and out, the metadata, and whether the file may be loaded.
 //!
 //! *External data.* An ONNX tensor may keep its bytes in another file, named by a path, and engines open such paths
-//! relative to wherever they run. No engine of the agent ever opens a file for a guest: [`OnnxModel::scan`] takes the
+//! relative to wherever they run. No engine of the agent ever opens a file for a guest: [`scan`] takes the
 //! bytes from the same resource and writes them into the model, and refuses names the resource does not have.
 //!
 //! *Source:* onnx.proto3 of ONNX IR version 11; only the fields read here are declared.
 
-use std::borrow::Cow;
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
-use bytes::{Buf, BufMut, Bytes};
+use bytes::{BufMut, Bytes};
 use prost::Message;
-use prost::encoding::{DecodeContext, WireType, decode_key, decode_varint, encode_key, encode_varint};
+use prost::encoding::{WireType, encode_key, encode_varint};
+use vaccel_proto::Error;
 use vaccel_proto::error::shown;
 use vaccel_proto::v1::DType;
-use vaccel_proto::{Error, Reason};
 
-/// Bytes of one initializer or constant written out in a model: 1 GiB is beyond what one resource may hold.
-const INITIALIZER_BYTES_MAX: u64 = 1 << 30;
-
-/// Nodes, attributes, tensors, dimensions and so on of a model. One takes 2 bytes in a file and some 500 in an engine;
-/// the largest models in use have 100,000 or so.
-const PARTS_MAX: usize = 1 << 20;
-
-/// Messages inside messages, the limit of the library that decodes them.
-const DEPTH_MAX: usize = 100;
+use super::file::{AXES_MAX, INITIALIZER_BYTES_MAX, Port, Scanned, check_window, is_order, refuse};
+use super::protobuf::{DEPTH_MAX, PARTS_MAX, Parts, count_parts, for_each_field, messages};
 
 /// Operators that are not run: joining text to itself makes a terabyte of a byte in 40 nodes, outside of every engine's
 /// own limits. No call takes or gives text.
@@ -33,82 +25,59 @@ const REFUSED_OPERATORS: &[&str] = &["StringConcat"];
 /// How often the bytes of other files may be in a model: once, and again for weights that two tensors share.
 const INLINED_TIMES_MAX: usize = 2;
 
-/// An input or output of a model.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Port {
-    pub(crate) name: String,
-    pub(crate) dtype: DType,
-    /// Dimensions, none where the model leaves one open; none at all where it leaves even their number open.
-    pub(crate) shape: Option<Vec<Option<i64>>>,
-}
-
-/// A scanned model: complete in itself.
-#[derive(Clone, Debug)]
-pub(crate) struct OnnxModel {
-    pub(crate) bytes: Bytes,
-    pub(crate) inputs: Vec<Port>,
-    pub(crate) outputs: Vec<Port>,
-    pub(crate) metadata: HashMap<String, String>,
-    /// Files of the resource beside the model, by name.
-    pub(crate) companions: HashMap<String, Bytes>,
-}
-
-fn refuse(message: impl Into<String>) -> Error {
-    Error::new(Reason::ModelRejected, message)
-}
-
-impl OnnxModel {
-    /// Reads the model of a resource: its only file, or its only file that ends in `.onnx`.
-    ///
-    /// # Errors
-    /// `MODEL_REJECTED`: no model, bytes that are not ONNX, sizes that do not add up, or external data that is not in
-    /// the resource.
-    pub(crate) fn scan(files: &[(&str, Bytes)]) -> Result<Self, Error> {
-        let (name, bytes) = model_file(files)?;
-        let not_onnx = |why: &dyn std::fmt::Display| {
-            refuse(format!(
-                "{}: expected an ONNX model, these {} bytes are not one ({why})",
-                shown(name),
-                bytes.len()
-            ))
-        };
-        count_parts(bytes, Part::Model, &mut 0, DEPTH_MAX)?;
-        let model = ModelProto::decode(bytes.clone()).map_err(|error| not_onnx(&error))?;
-        let graph = model.graph.as_ref().ok_or_else(|| not_onnx(&"it has no graph"))?;
-        if graph.node.is_empty() {
-            return Err(not_onnx(&"its graph has no nodes"));
-        }
-        let mut external = false;
-        check_graph(graph, &mut external, true)?;
-        for function in &model.functions {
-            check_nodes(&function.node, &mut external)?;
-        }
-        Functions::new(&model.functions).check_size(&graph.node)?;
-        let files_by_name: HashMap<&str, &Bytes> = files.iter().map(|(name, bytes)| (*name, bytes)).collect();
-        let bytes = if external { inline_external(bytes, &files_by_name)? } else { bytes.clone() };
-
-        let initialized: HashSet<&str> = graph.initializer.iter().map(|tensor| &*tensor.name).collect();
-        let inputs = graph.input.iter().filter(|input| !initialized.contains(&*input.name));
-        let companions = files.iter().filter(|(other, _)| *other != name);
-        Ok(Self {
-            bytes,
-            inputs: inputs.map(port).collect::<Result<_, _>>()?,
-            outputs: graph.output.iter().map(port).collect::<Result<_, _>>()?,
-            metadata: model.metadata_props.into_iter().map(|entry| (entry.key, entry.value)).collect(),
-            companions: companions.map(|(name, bytes)| ((*name).to_owned(), bytes.clone())).collect(),
-        })
+/// Reads an ONNX model of a resource that has these files.
+///
+/// # Errors
+/// `MODEL_REJECTED`: bytes that are not ONNX, sizes that do not add up, or external data that is not in the resource.
+pub(super) fn scan(bytes: &Bytes, files: &[(&str, Bytes)]) -> Result<Scanned, Error> {
+    let not_onnx = |why: &dyn std::fmt::Display| {
+        refuse(format!("expected an ONNX model, these {} bytes are not one ({why})", bytes.len()))
+    };
+    count_parts(bytes, Part::Model, &mut 0, DEPTH_MAX)?;
+    let model = ModelProto::decode(bytes.clone()).map_err(|error| not_onnx(&error))?;
+    let graph = model.graph.as_ref().ok_or_else(|| not_onnx(&"it has no graph"))?;
+    if graph.node.is_empty() {
+        return Err(not_onnx(&"its graph has no nodes"));
     }
+    let mut external = false;
+    check_graph(graph, &mut external, true)?;
+    for function in &model.functions {
+        check_nodes(&function.node, &mut external)?;
+    }
+    Functions::new(&model.functions).check_size(&graph.node)?;
+    let files_by_name: HashMap<&str, &Bytes> = files.iter().map(|(name, bytes)| (*name, bytes)).collect();
+    let bytes = if external { inline_external(bytes, &files_by_name)? } else { bytes.clone() };
+
+    let initialized: HashSet<&str> = graph.initializer.iter().map(|tensor| &*tensor.name).collect();
+    let inputs = graph.input.iter().filter(|input| !initialized.contains(&*input.name));
+    let mut operators = BTreeSet::new();
+    name_operators(&graph.node, &mut operators);
+    for function in &model.functions {
+        name_operators(&function.node, &mut operators);
+    }
+    for function in &model.functions {
+        operators.remove(&function.name);
+    }
+    Ok(Scanned {
+        bytes,
+        inputs: inputs.map(port).collect::<Result<_, _>>()?,
+        outputs: graph.output.iter().map(port).collect::<Result<_, _>>()?,
+        metadata: model.metadata_props.into_iter().map(|entry| (entry.key, entry.value)).collect(),
+        operators,
+    })
 }
 
-fn model_file<'a>(files: &'a [(&'a str, Bytes)]) -> Result<(&'a str, &'a Bytes), Error> {
-    if let [(name, bytes)] = files {
-        return Ok((name, bytes));
-    }
-    let mut models = files.iter().filter(|(name, _)| name.ends_with(".onnx"));
-    match (models.next(), models.next()) {
-        (Some((name, bytes)), None) => Ok((name, bytes)),
-        (None, _) => Err(refuse("expected a resource with one .onnx file, it has none")),
-        (Some(_), Some(_)) => Err(refuse("expected a resource with one .onnx file, it has several")),
+/// Collects the operators of these nodes and of the graphs inside them.
+fn name_operators(nodes: &[NodeProto], names: &mut BTreeSet<String>) {
+    for node in nodes {
+        if !names.contains(&node.op_type) {
+            names.insert(node.op_type.clone());
+        }
+        for attribute in &node.attribute {
+            for inner in attribute.g.iter().chain(&attribute.graphs) {
+                name_operators(&inner.node, names);
+            }
+        }
     }
 }
 
@@ -166,7 +135,8 @@ fn check_nodes(nodes: &[NodeProto], external: &mut bool) -> Result<(), Error> {
     if let Some(node) = nodes.iter().find(|node| REFUSED_OPERATORS.contains(&node.op_type.as_str())) {
         return Err(refuse(format!("operator {} is not run here", node.op_type)));
     }
-    for attribute in nodes.iter().flat_map(|node| &node.attribute) {
+    for (node, attribute) in nodes.iter().flat_map(|node| node.attribute.iter().map(move |of| (node, of))) {
+        check_numbers(node, attribute)?;
         for tensor in attribute.t.iter().chain(&attribute.tensors) {
             check_tensor(tensor)?;
             if tensor.is_external() {
@@ -181,6 +151,18 @@ fn check_nodes(nodes: &[NodeProto], external: &mut bool) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+/// Lists of numbers by which a few bytes make an engine take any amount of memory.
+fn check_numbers(node: &NodeProto, attribute: &AttributeProto) -> Result<(), Error> {
+    let numbers = &attribute.ints;
+    match (node.op_type.as_str(), attribute.name.as_str()) {
+        (op, "kernel_shape") => check_window(&shown(op), numbers),
+        ("Transpose", "perm") if !is_order(numbers) => Err(refuse(format!(
+            "Transpose: expected an order of at most {AXES_MAX} axes, each once, got {numbers:?}"
+        ))),
+        _ => Ok(()),
+    }
 }
 
 /// The functions of a model: nodes that stand for other nodes. Engines put those in their place, and functions that
@@ -366,41 +348,6 @@ fn rewrite(message: &[u8], field_tag: u32, replace: &mut Replace<'_>) -> Result<
     Ok(out)
 }
 
-/// One field of an encoded message.
-struct Field<'a> {
-    /// Key and value as they stand.
-    whole: &'a [u8],
-    /// The value of a length-delimited field.
-    content: Option<&'a [u8]>,
-}
-
-fn for_each_field<'a>(
-    message: &'a [u8],
-    each: &mut dyn FnMut(u32, Field<'a>) -> Result<(), Error>,
-) -> Result<(), Error> {
-    let broken = |error: prost::DecodeError| refuse(format!("not an ONNX model ({error})"));
-    let mut rest = message;
-    while rest.has_remaining() {
-        let start = rest;
-        let (tag, wire_type) = decode_key(&mut rest).map_err(broken)?;
-        let mut content = None;
-        if wire_type == WireType::LengthDelimited {
-            let length = usize::try_from(decode_varint(&mut rest).map_err(broken)?).unwrap_or(usize::MAX);
-            let Some((value, after)) = rest.split_at_checked(length) else {
-                return Err(refuse("not an ONNX model (a field is longer than its message)"));
-            };
-            content = Some(value);
-            rest = after;
-        } else {
-            prost::encoding::skip_field(wire_type, tag, &mut rest, DecodeContext::default())
-                .map_err(broken)?;
-        }
-        let whole = &start[..start.len() - rest.len()];
-        each(tag, Field { whole, content })?;
-    }
-    Ok(())
-}
-
 /// What the messages of a model are, as far as others are inside them. What is a leaf holds none.
 #[derive(Clone, Copy, PartialEq)]
 enum Part {
@@ -417,10 +364,9 @@ enum Part {
     Leaf,
 }
 
-impl Part {
-    /// What a field is, if it is a part itself.
-    fn inside(self, tag: u32) -> Option<Self> {
-        match (self, tag) {
+impl Parts for Part {
+    fn inside(self, tag: u32) -> Option<(Self, bool)> {
+        let inner = match (self, tag) {
             (Self::Model, 25) => Some(Self::Function),
             (Self::Model, 7) | (Self::Attribute, 6 | 11) => Some(Self::Graph),
             (Self::Graph, 1) | (Self::Function, 7) => Some(Self::Node),
@@ -437,38 +383,9 @@ impl Part {
             | (Self::Tensor, 13)
             | (Self::Shape, 1) => Some(Self::Leaf),
             _ => None,
-        }
+        };
+        inner.map(|inner| (inner, inner == Self::Leaf))
     }
-}
-
-/// Counts the parts of a message before they are decoded.
-fn count_parts(message: &[u8], part: Part, parts: &mut usize, depth_left: usize) -> Result<(), Error> {
-    let depth_left = depth_left.checked_sub(1).ok_or_else(|| refuse("its graphs are nested too deep"))?;
-    for_each_field(message, &mut |tag, field| {
-        let (Some(content), Some(inner)) = (field.content, part.inside(tag)) else { return Ok(()) };
-        *parts += 1;
-        if *parts > PARTS_MAX {
-            return Err(refuse(format!("expected a model of at most {PARTS_MAX} nodes, tensors and so on")));
-        }
-        if inner == Part::Leaf { Ok(()) } else { count_parts(content, inner, parts, depth_left) }
-    })
-}
-
-/// The text of a companion file or a metadata property, the file first.
-impl OnnxModel {
-    pub(crate) fn description(&self, file: &str, property: &str) -> Option<Cow<'_, str>> {
-        match self.companions.get(file) {
-            Some(bytes) => Some(String::from_utf8_lossy(bytes)),
-            None => self.metadata.get(property).map(|text| Cow::Borrowed(text.as_str())),
-        }
-    }
-}
-
-macro_rules! messages {
-    ($($name:ident { $($field:ident: $type:ty = #[$($attribute:tt)*];)* })*) => { $(
-        #[derive(Clone, PartialEq, Message)]
-        pub(crate) struct $name { $(#[$($attribute)*] pub(crate) $field: $type,)* }
-    )* };
 }
 
 messages! {
@@ -499,6 +416,8 @@ messages! {
         attribute: Vec<AttributeProto> = #[prost(message, repeated, tag = "5")];
     }
     AttributeProto {
+        name: String = #[prost(string, tag = "1")];
+        ints: Vec<i64> = #[prost(int64, repeated, tag = "8")];
         t: Option<TensorProto> = #[prost(message, optional, tag = "5")];
         g: Option<GraphProto> = #[prost(message, optional, tag = "6")];
         tensors: Vec<TensorProto> = #[prost(message, repeated, tag = "10")];

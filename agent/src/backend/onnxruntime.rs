@@ -19,7 +19,7 @@ use vaccel_proto::tensor::Element;
 use vaccel_proto::v1::{DType, EngineInfo, Tensor};
 use vaccel_proto::{Error, Reason};
 
-use super::{CPU, Engine, ONNXRUNTIME, OnnxModel, Program, check_reply, rejected};
+use super::{CPU, Engine, ModelFile, ONNXRUNTIME, Program, check_reply, rejected};
 use crate::scheduler::Cancel;
 
 /// Folders where packages put shared libraries.
@@ -162,7 +162,7 @@ impl Engine for OnnxRuntime {
         }
     }
 
-    fn load(&self, model: &OnnxModel, cancel: &Cancel) -> Result<Box<dyn Program>, Error> {
+    fn load(&self, model: &mut ModelFile, cancel: &Cancel) -> Result<Box<dyn Program>, Error> {
         let session = self.session(&model.bytes, cancel).map_err(|error| rejected("ONNX Runtime", error))?;
         let names = |ports: &[super::Port]| ports.iter().map(|port| port.name.clone()).collect();
         let program = OnnxRuntimeProgram {
@@ -199,7 +199,13 @@ struct OnnxRuntimeProgram {
 }
 
 impl Program for OnnxRuntimeProgram {
-    fn run(&self, inputs: Vec<Tensor>, outputs: &[usize], cancel: &Cancel) -> Result<Vec<Tensor>, Error> {
+    fn run(
+        &self,
+        inputs: Vec<Tensor>,
+        outputs: &[usize],
+        reply_bytes_max: u64,
+        cancel: &Cancel,
+    ) -> Result<Vec<Tensor>, Error> {
         let values = inputs
             .iter()
             .zip(&self.inputs)
@@ -221,7 +227,7 @@ impl Program for OnnxRuntimeProgram {
             results.get(&self.outputs[index]).ok_or_else(left_out)
         });
         let wanted: Vec<&DynValue> = wanted.collect::<Result<_, _>>()?;
-        check_reply(wanted.iter().map(|value| size(value)))?;
+        check_reply(wanted.iter().map(|value| size(value)), reply_bytes_max)?;
         wanted.into_iter().map(from_ort).collect()
     }
 

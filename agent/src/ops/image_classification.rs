@@ -8,7 +8,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use vaccel_proto::limits::IMAGES_PER_CALL_MAX;
+use vaccel_proto::limits::{IMAGES_PER_CALL_MAX, MESSAGE_BYTES_MAX};
 use vaccel_proto::v1::{
     Classification, ImageClassificationReply, ImageClassificationRequest, Label, ResourceKind, Tensor,
 };
@@ -103,7 +103,7 @@ impl Classifier {
             let (files, after) = rest.split_at(size_max.min(1 << whole));
             rest = after;
             let tensor = self.input.tensor(files, classifications.len(), cancel)?;
-            let outputs = self.model.program.run(vec![tensor], &[0], cancel)?;
+            let outputs = self.model.program.run(vec![tensor], &[0], MESSAGE_BYTES_MAX as u64, cancel)?;
             for scores in rows(&outputs[0], files.len())? {
                 classifications.push(best(scores, &self.input, top_k)?);
             }

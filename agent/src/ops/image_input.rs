@@ -13,7 +13,7 @@ use vaccel_proto::limits::{CALL_PIXELS_MAX, IMAGE_PIXELS_MAX};
 use vaccel_proto::v1::{DType, Tensor};
 use vaccel_proto::{Error, Reason};
 
-use crate::backend::OnnxModel;
+use crate::backend::ModelFile;
 use crate::scheduler::Cancel;
 
 /// Metadata property with the description.
@@ -117,7 +117,7 @@ pub(super) enum Scores {
 
 impl ImageInput {
     /// Reads a model's description and checks it against the model's input.
-    pub(super) fn of(model: &OnnxModel) -> Result<Self, Error> {
+    pub(super) fn of(model: &ModelFile) -> Result<Self, Error> {
         let refuse = |why: String| Error::new(Reason::ModelRejected, why);
         let text = model.description(FILE, PROPERTY).ok_or_else(|| {
             refuse(format!(

@@ -1,14 +1,30 @@
-//! Operations: one file each, one row each.
+//! Operations: one file each (or one for a family of them), one row each.
 //!
 //! To add one: a message pair and an arm in each `oneof` of `ops.proto`, a file here, a row in [`ops!`]. Without the
 //! row the match in `run` does not cover the new arm and the crate does not compile.
 
+mod arguments;
+mod families;
+mod fpga_arraycopy;
+mod fpga_mmult;
+mod fpga_parallel;
+mod fpga_vectoradd;
+mod genop;
 mod image_classification;
 mod image_input;
+mod later;
+mod mbench;
+mod minmax;
 mod model_run;
 mod noop;
+mod opencv;
+mod pixels;
+mod ports;
+mod sgemm;
+mod torch_sgemm;
 
 pub(crate) use image_classification::Classifier;
+pub(crate) use sgemm::compute as sgemm;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -16,12 +32,14 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::time::Instant;
-use vaccel_proto::v1::{OperationInfo, ResourceKind, run_reply::Outcome, run_request::Op};
+use vaccel_proto::v1::{
+    File, NamedTensor, OperationInfo, ResourceKind, Tensor, run_reply::Outcome, run_request::Op,
+};
 use vaccel_proto::{Error, Reason, v1};
 
 use crate::backend::{Engines, LoadedModels, Model, NOOP};
 use crate::quota::Account;
-use crate::resource::Resource;
+use crate::resource::{Object, Resource};
 use crate::scheduler::{Cancel, Scheduler, Timed};
 use crate::session::Session;
 
@@ -40,6 +58,12 @@ pub(crate) trait Operation: Sized {
 
     /// Checks everything that needs nothing but the request.
     fn validate(&self) -> Result<(), Error>;
+
+    /// Bytes of the tensors that the reply will have, as far as a valid request tells: too many are refused before they
+    /// are computed.
+    fn reply_bytes(&self) -> u64 {
+        0
+    }
 
     /// What the `noop` engine answers, which computes nothing: the outputs of vAccel's noop plugin.
     fn dummy(self, context: &Context<'_>) -> Result<Self::Reply, Error>;
@@ -60,21 +84,34 @@ macro_rules! ops {
             },)*]
         }
 
-        /// Name of a request's operation.
+        /// Name of a request's operation; of a generic one, of what it means.
         pub(crate) fn name(op: &Op) -> &'static str {
+            if let Op::Genop(request) = op
+                && let Some(meant) = genop::meant(request)
+            {
+                return meant;
+            }
             match op { $(Op::$variant(_) => <v1::$request as Operation>::NAME,)* }
+        }
+
+        /// What the `noop` engine answers to a request.
+        fn dummy(op: Op, context: &Context<'_>) -> Result<Outcome, Error> {
+            match op { $(Op::$variant(request) => {
+                request.validate()?;
+                context.check_reply(request.reply_bytes())?;
+                request.dummy(context).map(Outcome::$variant)
+            })* }
         }
 
         /// Checks and runs a request.
         pub(crate) async fn run(op: Op, context: &Context<'_>) -> Result<Timed<Outcome>, Error> {
+            if context.session.choice.engine == NOOP {
+                return dummy(op, context).map(Timed::instant);
+            }
             match op { $(Op::$variant(request) => {
                 request.validate()?;
-                let reply = if context.session.choice.engine == NOOP {
-                    Timed::instant(request.dummy(context)?)
-                } else {
-                    request.execute(context).await?
-                };
-                Ok(reply.map(Outcome::$variant))
+                context.check_reply(request.reply_bytes())?;
+                Ok(request.execute(context).await?.map(Outcome::$variant))
             })* }
         }
     };
@@ -84,6 +121,31 @@ ops! {
     Noop: NoopRequest,
     ImageClassification: ImageClassificationRequest,
     ModelRun: ModelRunRequest,
+    Sgemm: SgemmRequest,
+    TorchSgemm: TorchSgemmRequest,
+    Minmax: MinmaxRequest,
+    FpgaArraycopy: FpgaArraycopyRequest,
+    FpgaMmult: FpgaMmultRequest,
+    FpgaParallel: FpgaParallelRequest,
+    FpgaVectoradd: FpgaVectoraddRequest,
+    Opencv: OpencvRequest,
+    Mbench: MbenchRequest,
+    TfModelLoad: TfModelLoadRequest,
+    TfModelUnload: TfModelUnloadRequest,
+    TfModelRun: TfModelRunRequest,
+    TfliteModelLoad: TfliteModelLoadRequest,
+    TfliteModelUnload: TfliteModelUnloadRequest,
+    TfliteModelRun: TfliteModelRunRequest,
+    TorchModelLoad: TorchModelLoadRequest,
+    TorchModelRun: TorchModelRunRequest,
+    TorchModelUnload: TorchModelUnloadRequest,
+    Genop: GenopRequest,
+    ImageDetection: ImageDetectionRequest,
+    ImageSegmentation: ImageSegmentationRequest,
+    ImagePose: ImagePoseRequest,
+    ImageDepth: ImageDepthRequest,
+    Exec: ExecRequest,
+    ExecWithResource: ExecWithResourceRequest,
 }
 
 /// What operations work with.
@@ -101,13 +163,30 @@ impl Workshop {
     }
 }
 
+/// A file of a model before it is loaded.
+enum Content {
+    Embedded(&'static [u8]),
+    Stored(Arc<Object>),
+}
+
+impl Content {
+    fn read(&self, cancel: &Cancel) -> Result<Bytes, Error> {
+        match self {
+            Self::Embedded(content) => Ok(Bytes::from_static(content)),
+            Self::Stored(object) => object.load(cancel),
+        }
+    }
+}
+
 /// One call, as its operation sees it.
 #[derive(Debug)]
 pub(crate) struct Context<'a> {
     pub(crate) workshop: &'a Arc<Workshop>,
-    pub(crate) session: &'a Session,
+    pub(crate) session: &'a Arc<Session>,
     pub(crate) account: &'a Arc<Account>,
     pub(crate) deadline: Instant,
+    /// Bytes of the longest reply that can be sent.
+    pub(crate) reply_bytes_max: u64,
 }
 
 impl Context<'_> {
@@ -125,6 +204,32 @@ impl Context<'_> {
         Ok(done)
     }
 
+    /// Runs a model; the outputs with these indices, in this order, with their names.
+    async fn run_model(
+        &self,
+        model: &Arc<Model>,
+        inputs: Vec<Tensor>,
+        outputs: Vec<usize>,
+    ) -> Result<Timed<Vec<NamedTensor>>, Error> {
+        let (program, indices, limit) = (Arc::clone(model), outputs.clone(), self.reply_bytes_max);
+        let ran = self.compute_on(model, move |cancel| program.program.run(inputs, &indices, limit, cancel));
+        let names = outputs.iter().map(|&index| model.file.outputs[index].name.clone());
+        Ok(ran.await?.map(|tensors| {
+            let named = names.zip(tensors).map(|(name, tensor)| NamedTensor { name, tensor: Some(tensor) });
+            named.collect()
+        }))
+    }
+
+    /// # Errors
+    /// `MESSAGE_TOO_LARGE` for tensors that no reply to this call can carry.
+    fn check_reply(&self, bytes: u64) -> Result<(), Error> {
+        let limit = self.reply_bytes_max;
+        if bytes <= limit {
+            return Ok(());
+        }
+        Err(Error::limit(Reason::MessageTooLarge, "the reply", limit, bytes, "bytes"))
+    }
+
     /// A resource of the session that is of a kind.
     pub(crate) fn resource(&self, path: &str, id: &str, kind: ResourceKind) -> Result<Arc<Resource>, Error> {
         let resource = self.session.holdings.resource(id)?;
@@ -140,13 +245,14 @@ impl Context<'_> {
     pub(crate) async fn model(&self, resource: &str) -> Result<(Arc<Model>, Duration), Error> {
         let choice = &self.session.choice;
         let (slot, files) = if resource.is_empty() {
-            let files = vec![(EMBEDDED_NAME.to_owned(), Bytes::from_static(EMBEDDED_MODEL))];
+            let files = vec![(EMBEDDED_NAME.to_owned(), Content::Embedded(EMBEDDED_MODEL))];
             (self.workshop.embedded.slot(choice), files)
         } else {
             let resource = self.resource("model", resource, ResourceKind::Model)?;
-            let files =
-                resource.files.iter().map(|(file, blob)| (file.name.clone(), blob.data.clone())).collect();
-            (resource.loaded.slot(choice), files)
+            let stored = |(file, object): &(File, Arc<Object>)| {
+                (file.name.clone(), Content::Stored(Arc::clone(object)))
+            };
+            (resource.loaded.slot(choice), resource.files.iter().map(stored).collect())
         };
         if let Some(model) = slot.get() {
             return Ok((Arc::clone(model), Duration::ZERO));
@@ -156,10 +262,12 @@ impl Context<'_> {
         Ok((Arc::clone(model), begun.elapsed()))
     }
 
-    async fn load(&self, files: Vec<(String, Bytes)>) -> Result<Arc<Model>, Error> {
+    async fn load(&self, files: Vec<(String, Content)>) -> Result<Arc<Model>, Error> {
         let deadline = self.deadline.min(Instant::now() + self.workshop.load_deadline);
         let (workshop, choice) = (Arc::clone(self.workshop), self.session.choice.clone());
         let loaded = self.workshop.scheduler.run(self.account, deadline, move |cancel| {
+            let read = |(name, content): &'_ (String, Content)| Ok((name.clone(), content.read(cancel)?));
+            let files = files.iter().map(read).collect::<Result<Vec<_>, Error>>()?;
             let files: Vec<(&str, Bytes)> =
                 files.iter().map(|(name, data)| (name.as_str(), data.clone())).collect();
             workshop.engines.load(&choice, &files, cancel)

@@ -1,10 +1,15 @@
 //! The door of package `vaccel.v1`: messages to calls, outcomes to messages.
 
+use std::pin::Pin;
 use std::sync::{Arc, PoisonError};
+use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
 use prost::Message;
+use tokio::time::Instant;
+use tonic::codegen::tokio_stream::{self, Stream};
 use tonic::{Request, Response, Status, Streaming};
+use vaccel_proto::limits::CHUNK_BYTES_MAX;
 use vaccel_proto::tensor::Aligned;
 use vaccel_proto::v1::agent_server::Agent;
 use vaccel_proto::v1::operations_server::Operations;
@@ -13,14 +18,17 @@ use vaccel_proto::v1::sessions_server::Sessions;
 use vaccel_proto::v1::{
     CloseSessionReply, CloseSessionRequest, InfoReply, InfoRequest, ListResourcesReply, ListResourcesRequest,
     ListSessionsReply, ListSessionsRequest, OpenSessionReply, OpenSessionRequest, ProfileReply,
-    ProfileRequest, RegisterResourceReply, RegisterResourceRequest, RenewSessionReply, RenewSessionRequest,
-    RunReply, RunRequest, UnregisterResourceReply, UnregisterResourceRequest, UploadReply, UploadRequest,
+    ProfileRequest, ReadResourceReply, ReadResourceRequest, RegisterResourceReply, RegisterResourceRequest,
+    RenewSessionReply, RenewSessionRequest, RunPiece, RunReply, RunRequest, UnregisterResourceReply,
+    UnregisterResourceRequest, UploadReply, UploadRequest,
 };
 use vaccel_proto::{Error, Reason};
 
 use super::body::HeldBytes;
 use crate::dispatch::{Caller, Dispatch, Pieces};
-use crate::resource::{Hash, UploadBegin};
+use crate::quota::Hold;
+use crate::resource::{Hash, ReadBegin, Reading, UploadBegin};
+use crate::scheduler::past_deadline;
 
 /// The four services.
 #[derive(Debug)]
@@ -120,8 +128,8 @@ impl Resources for Door {
         &self,
         request: Request<UnregisterResourceRequest>,
     ) -> Result<Response<UnregisterResourceReply>, Status> {
-        let UnregisterResourceRequest { session, resource } = request.get_ref();
-        self.dispatch.unregister(&caller(&request)?, session, resource).await?;
+        let UnregisterResourceRequest { session, resource, all } = request.get_ref();
+        self.dispatch.unregister(&caller(&request)?, session, resource, *all).await?;
         Ok(Response::new(UnregisterResourceReply {}))
     }
 
@@ -131,6 +139,101 @@ impl Resources for Door {
     ) -> Result<Response<ListResourcesReply>, Status> {
         let resources = self.dispatch.list_resources(&caller(&request)?, &request.get_ref().session).await?;
         Ok(Response::new(ListResourcesReply { resources }))
+    }
+
+    type ReadStream = Piecemeal;
+
+    async fn read(&self, request: Request<ReadResourceRequest>) -> Result<Response<Piecemeal>, Status> {
+        let caller = caller(&request)?;
+        let (_metadata, extensions, request) = request.into_parts();
+        let ReadResourceRequest { session, resource, file, offset, length } = request;
+        if let Some(counted) = extensions.get::<HeldBytes>() {
+            let mut counted = counted.lock().unwrap_or_else(PoisonError::into_inner);
+            counted.grow(READ_BYTES_HELD)?;
+        }
+        let begin = ReadBegin { file, offset, length };
+        let (reading, deadline) = self.dispatch.read(&caller, &session, &resource, begin).await?;
+        Ok(Response::new(Piecemeal::new(reading, deadline)))
+    }
+}
+
+/// What a read keeps in memory however long its file is: the piece that is sent, and its encoded copy.
+const READ_BYTES_HELD: u64 = 2 * CHUNK_BYTES_MAX as u64;
+
+type Piece = Result<Option<Bytes>, Error>;
+type NextPiece = Pin<Box<dyn Future<Output = (Reading, Piece)> + Send>>;
+
+/// A file's pieces as the messages of a reply. Each is read when the one before has left.
+pub(super) struct Piecemeal {
+    /// None after the last one.
+    next: Option<NextPiece>,
+    begun: Instant,
+    deadline: Instant,
+}
+
+impl Piecemeal {
+    fn new(reading: Reading, deadline: Instant) -> Self {
+        let mut pieces = Self { next: None, begun: Instant::now(), deadline };
+        pieces.go_on(reading);
+        pieces
+    }
+
+    fn go_on(&mut self, mut reading: Reading) {
+        let (begun, deadline) = (self.begun, self.deadline);
+        self.next = Some(Box::pin(async move {
+            let piece = tokio::time::timeout_at(deadline, reading.next()).await;
+            let piece = piece.unwrap_or_else(|_| Err(past_deadline("running", begun)));
+            (reading, piece)
+        }));
+    }
+}
+
+impl Stream for Piecemeal {
+    type Item = Result<ReadResourceReply, Status>;
+
+    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = self.get_mut();
+        let Some(next) = &mut this.next else { return Poll::Ready(None) };
+        let (reading, piece) = ready!(next.as_mut().poll(context));
+        this.next = None;
+        match piece {
+            Ok(Some(data)) => {
+                this.go_on(reading);
+                Poll::Ready(Some(Ok(ReadResourceReply { data })))
+            }
+            Ok(None) => Poll::Ready(None),
+            Err(error) => Poll::Ready(Some(Err(error.into()))),
+        }
+    }
+}
+
+impl Pieces for Streaming<RunPiece> {
+    async fn next(&mut self) -> Result<Option<Bytes>, Error> {
+        let piece = self.message().await.map_err(|status| Error::from_status(&status))?;
+        Ok(piece.map(|piece| piece.data))
+    }
+}
+
+/// A reply in pieces, and what is counted until the last one is sent.
+#[derive(Debug)]
+pub(super) struct ReplyPieces {
+    total: u64,
+    rest: Bytes,
+    _counted: Hold,
+}
+
+impl tokio_stream::Stream for ReplyPieces {
+    type Item = Result<RunPiece, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if self.rest.is_empty() {
+            return Poll::Ready(None);
+        }
+        let length = self.rest.len().min(CHUNK_BYTES_MAX);
+        let data = self.rest.split_to(length);
+        // The first piece alone says how many bytes there are.
+        let total = std::mem::take(&mut self.total);
+        Poll::Ready(Some(Ok(RunPiece { total, data })))
     }
 }
 
@@ -145,13 +248,31 @@ impl Pieces for Streaming<UploadRequest> {
 impl Operations for Door {
     async fn run(&self, request: Request<RunRequest>) -> Result<Response<RunReply>, Status> {
         let caller = caller(&request)?;
-        let (_metadata, extensions, RunRequest { session, op }) = request.into_parts();
-        let mut reply = self.dispatch.run(&caller, &session, op).await?;
+        let (_metadata, extensions, request) = request.into_parts();
+        let mut reply = self.dispatch.run(&caller, request).await?;
         reply.align();
         if let Some(counted) = extensions.get::<HeldBytes>() {
             let mut counted = counted.lock().unwrap_or_else(PoisonError::into_inner);
             counted.grow(reply.encoded_len() as u64)?;
         }
         Ok(Response::new(reply))
+    }
+
+    type RunLargeStream = ReplyPieces;
+
+    async fn run_large(
+        &self,
+        request: Request<Streaming<RunPiece>>,
+    ) -> Result<Response<ReplyPieces>, Status> {
+        let caller = caller(&request)?;
+        let mut pieces = request.into_inner();
+        let first = pieces.message().await?;
+        let RunPiece { total, data } = first
+            .ok_or_else(|| Error::field("total", "a first piece that says how many bytes come", "none"))?;
+        let (mut reply, mut counted) = self.dispatch.run_large(&caller, total, data, &mut pieces).await?;
+        reply.align();
+        let total = reply.encoded_len() as u64;
+        counted.grow(total)?;
+        Ok(Response::new(ReplyPieces { total, rest: reply.encode_to_vec().into(), _counted: counted }))
     }
 }

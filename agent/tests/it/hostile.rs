@@ -1,6 +1,7 @@
 //! Guests that break the rules. Each attack is made by one tenant on a real agent; it must end in the right error, cost
 //! the agent no more memory than it may, and leave another tenant served.
 
+mod formats;
 mod models;
 mod requests;
 mod resources;

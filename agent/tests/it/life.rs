@@ -74,6 +74,7 @@ async fn sessions_that_come_and_go_leave_no_memory_behind() {
     };
     let before = most(0..8).await;
     let grown = most(8..24).await.saturating_sub(before);
+    eprintln!("{} MiB after 8 visits, at most {} MiB more in the next 16", before >> 20, grown >> 20);
     // One model with its weights and tensors twice; 16 of them are 768 MiB, were they kept.
     assert!(grown <= 192 << 20, "{} MiB", grown >> 20);
     assert_eq!(client.info().await.unwrap().usage.unwrap().resource_bytes, 0);

@@ -121,6 +121,7 @@ async fn a_guest_goes_on_after_its_agent_was_restarted() {
 fn a_second_agent_on_the_same_socket_does_not_start() {
     let agent = Agent::unix(&[]);
     let mut command = Command::new(env!("CARGO_BIN_EXE_vaccel-agent"));
+    command.env("VACCEL_AGENT_STORE", agent.folder().join("another store"));
     let output = command.args(["--address", agent.address()]).output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(output_text(&output).contains("living process"), "{}", output_text(&output));

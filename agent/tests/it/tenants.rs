@@ -16,8 +16,11 @@ use vaccel_client::proto::v1::run_request::Op;
 use vaccel_client::proto::v1::sessions_client::SessionsClient;
 use vaccel_client::proto::v1::{
     CloseSessionRequest, File, ImageClassificationRequest, ListResourcesRequest, ModelRunRequest,
-    NoopRequest, RegisterResourceReply, RegisterResourceRequest, RenewSessionRequest, ResourceInfo,
-    RunRequest, UnregisterResourceRequest, UploadRequest, Usage,
+    NoopRequest, ProfileRequest, ReadResourceRequest, RegisterResourceReply, RegisterResourceRequest,
+    RenewSessionRequest, ResourceInfo, RunRequest, TfModelLoadRequest, TfModelRunRequest,
+    TfModelUnloadRequest, TfliteModelLoadRequest, TfliteModelRunRequest, TfliteModelUnloadRequest,
+    TorchModelLoadRequest, TorchModelRunRequest, TorchModelUnloadRequest, UnregisterResourceRequest,
+    UploadRequest, Usage,
 };
 use vaccel_client::{
     Client, Error, Link, Reason, Resource, ResourceFiles, ResourceKind, Session, SessionOptions, Tensor,
@@ -33,13 +36,30 @@ const ABSENT_RESOURCE: &str = "2222222222222222222222222222222222222222222222222
 const MEBIBYTE: usize = 1 << 20;
 
 /// Text fields of requests that name nothing the agent holds.
-const NO_NAMES: [&str; 6] = [
+const NO_NAMES: [&str; 22] = [
     "File.name",
     "Label.name",
     "ModelRunRequest.outputs",
+    "ModelDescription.format",
+    "ModelPort.name",
     "NamedTensor.name",
     "OpenSessionRequest.device",
     "OpenSessionRequest.engine",
+    "ReadResourceRequest.file",
+    "TfInput.name",
+    "TfNode.name",
+    "TfStatus.message",
+    "OpencvRequest.function",
+    "OperationProfile.name",
+    // Of operations that are not served yet.
+    "ExecRequest.library",
+    "ExecRequest.symbol",
+    "ExecWithResourceRequest.resource",
+    "ExecWithResourceRequest.symbol",
+    "ImageDetectionRequest.model",
+    "ImageSegmentationRequest.model",
+    "ImagePoseRequest.model",
+    "ImageDepthRequest.model",
 ];
 
 /// What the .proto files say.
@@ -97,7 +117,8 @@ async fn ask(
     let mut sessions = SessionsClient::new(link.clone());
     let mut resources = ResourcesClient::new(link.clone());
     let (s, r) = (|| session.to_owned(), || resource.to_owned());
-    let unregister = |session: String| UnregisterResourceRequest { session, resource: r() };
+    let unregister = |session: String| UnregisterResourceRequest { session, resource: r(), all: false };
+    let reading = |session| ReadResourceRequest { session, resource: r(), ..ReadResourceRequest::default() };
     let image = read(&digits("png")[0].0);
     let classify = |model| {
         let images = vec![image.clone()];
@@ -105,8 +126,9 @@ async fn ask(
     };
     let infer =
         || Op::ModelRun(ModelRunRequest { model: r(), outputs: vec![], inputs: vec![named("", x())] });
-    vec![
+    let mut asked = vec![
         ("RenewSessionRequest.session", sessions.renew(RenewSessionRequest { session: s() }).await.map(drop)),
+        ("ProfileRequest.session", sessions.profile(ProfileRequest { session: s() }).await.map(drop)),
         ("RegisterResourceRequest.session", register(link, session, b"a file").await.map(drop)),
         ("UploadRequest.session", upload(link, session, b"a file", 0..6).await.map(drop)),
         ("UnregisterResourceRequest.session", resources.unregister(unregister(s())).await.map(drop)),
@@ -115,12 +137,48 @@ async fn ask(
             "ListResourcesRequest.session",
             resources.list(ListResourcesRequest { session: s() }).await.map(drop),
         ),
+        ("ReadResourceRequest.session", resources.read(reading(s())).await.map(drop)),
+        ("ReadResourceRequest.resource", resources.read(reading(own.into())).await.map(drop)),
         ("RunRequest.session", run(link, session, Op::Noop(NoopRequest {})).await),
         ("RunRequest.session", run(link, session, classify(String::new())).await),
         ("RunRequest.session", run(link, session, infer()).await),
         ("ImageClassificationRequest.model", run(link, own, classify(r())).await),
         ("ModelRunRequest.model", run(link, own, infer()).await),
-        ("CloseSessionRequest.session", sessions.close(CloseSessionRequest { session: s() }).await.map(drop)),
+    ];
+    for (field, op) in families(resource) {
+        asked.push(("RunRequest.session", run(link, session, op.clone()).await));
+        asked.push((field, run(link, own, op).await));
+    }
+    let close = sessions.close(CloseSessionRequest { session: s() }).await.map(drop);
+    asked.push(("CloseSessionRequest.session", close));
+    asked
+}
+
+/// The calls of every family on a model.
+fn families(model: &str) -> Vec<(&'static str, Op)> {
+    let model = || model.to_owned();
+    vec![
+        ("TfModelLoadRequest.model", Op::TfModelLoad(TfModelLoadRequest { model: model() })),
+        ("TfModelUnloadRequest.model", Op::TfModelUnload(TfModelUnloadRequest { model: model() })),
+        (
+            "TfModelRunRequest.model",
+            Op::TfModelRun(TfModelRunRequest { model: model(), ..Default::default() }),
+        ),
+        ("TfliteModelLoadRequest.model", Op::TfliteModelLoad(TfliteModelLoadRequest { model: model() })),
+        (
+            "TfliteModelUnloadRequest.model",
+            Op::TfliteModelUnload(TfliteModelUnloadRequest { model: model() }),
+        ),
+        (
+            "TfliteModelRunRequest.model",
+            Op::TfliteModelRun(TfliteModelRunRequest { model: model(), ..Default::default() }),
+        ),
+        ("TorchModelLoadRequest.model", Op::TorchModelLoad(TorchModelLoadRequest { model: model() })),
+        ("TorchModelUnloadRequest.model", Op::TorchModelUnload(TorchModelUnloadRequest { model: model() })),
+        (
+            "TorchModelRunRequest.model",
+            Op::TorchModelRun(TorchModelRunRequest { model: model(), ..Default::default() }),
+        ),
     ]
 }
 
@@ -286,7 +344,8 @@ async fn every_field_that_names_something_is_asked_about() {
     // Those that name nothing cannot reach what is another's.
     for (path, request) in contract.methods {
         let names = naming.iter().any(|field| field.split_once('.').unwrap().0 == request);
-        let nameless = ["InfoRequest", "OpenSessionRequest", "ListSessionsRequest"];
+        // The pieces of a request name nothing by themselves; `large` asks what is in them.
+        let nameless = ["InfoRequest", "OpenSessionRequest", "ListSessionsRequest", "RunPiece"];
         assert!(names != nameless.contains(&request.as_str()), "{path}: does {request} name something?");
     }
 }
@@ -358,13 +417,18 @@ async fn usage_is_counted_by_tenant() {
     let (_agent, a, b) = two_tenants(&[]).await;
     let (first, _second, third) = (open(&a).await, open(&a).await, open(&b).await);
     upload(a.link(), &first.id(), b"ten bytes!", 0..3).await.unwrap();
-    let used = |sessions, resource_bytes| Usage { sessions, calls_in_flight: 1, resource_bytes };
-    assert_eq!(usage(&a).await, used(2, 10), "a file counts by its declared size");
-    assert_eq!(usage(&b).await, used(1, 0));
+    let used = |sessions, resource_bytes, cached_bytes| Usage {
+        sessions,
+        calls_in_flight: 1,
+        resource_bytes,
+        cached_bytes,
+    };
+    assert_eq!(usage(&a).await, used(2, 10, 0), "a file counts by its declared size");
+    assert_eq!(usage(&b).await, used(1, 0, 0));
     upload(b.link(), &third.id(), b"ten bytes!", 0..10).await.unwrap();
     first.close().await.unwrap();
-    assert_eq!(usage(&a).await, used(1, 0));
-    assert_eq!(usage(&b).await, used(1, 10));
+    assert_eq!(usage(&a).await, used(1, 0, 3), "what came stays for whoever goes on with it");
+    assert_eq!(usage(&b).await, used(1, 10, 0));
 }
 
 #[tokio::test]

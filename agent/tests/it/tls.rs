@@ -186,7 +186,7 @@ fn tokenless(agent: &Agent) -> [Client; 2] {
 }
 
 /// What a tenant uses that only asks.
-const IDLE: Usage = Usage { sessions: 0, calls_in_flight: 1, resource_bytes: 0 };
+const IDLE: Usage = Usage { sessions: 0, calls_in_flight: 1, resource_bytes: 0, cached_bytes: 0 };
 
 async fn usage(client: &Client) -> Usage {
     client.info().await.unwrap().usage.unwrap()
@@ -264,6 +264,7 @@ async fn tls_and_plain_do_not_mix_and_the_agent_goes_on() {
 fn agent(folder: &Path, arguments: &[&str]) -> Output {
     let fill = |text: &&str| text.replace("{}", folder.to_str().unwrap());
     let mut command = Command::new(env!("CARGO_BIN_EXE_vaccel-agent"));
+    command.env("VACCEL_AGENT_STORE", folder.join("store"));
     command.args(arguments.iter().map(fill)).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut process = command.spawn().unwrap();
     let mut line = String::new();

@@ -97,6 +97,58 @@ typedef struct {
     int64_t shape[VACCEL_GUEST_RANK_MAX];
 } vaccel_guest_output;
 
+/* Types of the arguments of generic operations, vAccel's. */
+enum {
+    VACCEL_GUEST_ARG_RAW = 0,
+    VACCEL_GUEST_ARG_INT8 = 1,
+    VACCEL_GUEST_ARG_INT8_ARRAY = 2,
+    VACCEL_GUEST_ARG_INT16 = 3,
+    VACCEL_GUEST_ARG_INT16_ARRAY = 4,
+    VACCEL_GUEST_ARG_INT32 = 5,
+    VACCEL_GUEST_ARG_INT32_ARRAY = 6,
+    VACCEL_GUEST_ARG_INT64 = 7,
+    VACCEL_GUEST_ARG_INT64_ARRAY = 8,
+    VACCEL_GUEST_ARG_UINT8 = 9,
+    VACCEL_GUEST_ARG_UINT8_ARRAY = 10,
+    VACCEL_GUEST_ARG_UINT16 = 11,
+    VACCEL_GUEST_ARG_UINT16_ARRAY = 12,
+    VACCEL_GUEST_ARG_UINT32 = 13,
+    VACCEL_GUEST_ARG_UINT32_ARRAY = 14,
+    VACCEL_GUEST_ARG_UINT64 = 15,
+    VACCEL_GUEST_ARG_UINT64_ARRAY = 16,
+    VACCEL_GUEST_ARG_FLOAT32 = 17,
+    VACCEL_GUEST_ARG_FLOAT32_ARRAY = 18,
+    VACCEL_GUEST_ARG_FLOAT64 = 19,
+    VACCEL_GUEST_ARG_FLOAT64_ARRAY = 20,
+    VACCEL_GUEST_ARG_BOOL = 21,
+    VACCEL_GUEST_ARG_BOOL_ARRAY = 22,
+    VACCEL_GUEST_ARG_CHAR = 23,
+    VACCEL_GUEST_ARG_CHAR_ARRAY = 24,
+    VACCEL_GUEST_ARG_UCHAR = 25,
+    VACCEL_GUEST_ARG_UCHAR_ARRAY = 26,
+    VACCEL_GUEST_ARG_STRING = 27,
+    VACCEL_GUEST_ARG_BUFFER = 28,
+    VACCEL_GUEST_ARG_CUSTOM = 29
+};
+
+/* An argument that goes in: little-endian; a string with its NUL. */
+typedef struct {
+    uint32_t type;
+    const void *data;
+    size_t length;
+} vaccel_guest_arg;
+
+/* An argument that comes out. before is what it is before the operation, where that counts; it may be NULL, and must not
+ * be data. length is filled in. */
+typedef struct {
+    uint32_t type;
+    const void *before;
+    size_t before_length;
+    void *data;    /* where it goes */
+    size_t size;   /* of it, in bytes */
+    size_t length; /* bytes that came */
+} vaccel_guest_arg_out;
+
 /* Where the agent spent its time. */
 typedef struct {
     uint64_t queue_us; /* waiting for a place to compute, in microseconds */
@@ -108,7 +160,7 @@ typedef struct {
 typedef struct {
     char version[33];
     char tenant[129];     /* who it takes this guest for */
-    char operations[513]; /* their names, with spaces between */
+    char operations[1025]; /* their names, with spaces between */
     char engines[129];    /* those it has, with spaces between */
     uint64_t message_bytes_max;
     uint64_t session_lease_ms;
@@ -198,6 +250,11 @@ int vaccel_guest_classify(vaccel_guest *guest, const vaccel_guest_resource *mode
 int vaccel_guest_run(vaccel_guest *guest, const vaccel_guest_resource *model, const vaccel_guest_input *inputs,
                      size_t input_count, const char *const *names, size_t name_count, vaccel_guest_output *outputs,
                      size_t output_count, vaccel_guest_timings *timings);
+
+/* Runs any operation by vAccel's number, with the arguments that vAccel's generic operation has: the first one read is a
+ * UINT8, the operation's number. At most 16 arguments, read and written together. */
+int vaccel_guest_genop(vaccel_guest *guest, const vaccel_guest_arg *read, size_t read_count, vaccel_guest_arg_out *write,
+                       size_t write_count, vaccel_guest_timings *timings);
 
 /* Makes the session hold a resource; only what the agent lacks is sent. resource may be NULL. */
 int vaccel_guest_register(vaccel_guest *guest, int kind, const vaccel_guest_file *files, size_t file_count,

@@ -6,14 +6,17 @@ use crate::error::{Error, Reason, Result};
 use crate::link::{Link, Request};
 use crate::protobuf::Reader;
 use crate::protobuf::Writer;
-use crate::reply::{Classified, Computed, Informed, Nothing, Opened, Ran, Received, Registered};
-use crate::request::{self, Ask, Piece, SCRATCH_BYTES, UPLOAD_BYTES};
+use crate::reply::{Classified, Computed, Generic, Informed, Nothing, Opened, Ran, Received, Registered};
+use crate::request::{self, Ask, Piece, Room, SCRATCH_BYTES, UPLOAD_BYTES};
 use crate::text::Text;
 use crate::transport::Transport;
 use crate::types::{
-    File, ITEMS_MAX, Info, Input, Label, NAME_BYTES_MAX, Output, RANK_MAX, ResourceId, ResourceKind,
-    SessionId, Timings,
+    Arg, ArgOut, ArgType, File, ITEMS_MAX, Info, Input, Label, NAME_BYTES_MAX, Output, RANK_MAX, ResourceId,
+    ResourceKind, SessionId, Sgemm, Timings,
 };
+
+/// The number of BLAS's product of matrices among vAccel's operations.
+const SGEMM: u8 = 17;
 
 /// How long a call may take when nothing else is said, in milliseconds.
 const DEADLINE_MS: u32 = 60_000;
@@ -210,14 +213,59 @@ impl<T: Transport> Guest<T> {
         }
         let mut computed = Computed::new(outputs);
         let outcome = self.ask(&Ask::ModelRun { model, inputs, outputs: names }, &mut computed);
-        if let (Err(_), Some((output, bytes))) = (outcome, computed.too_small) {
-            self.link.text.clear();
-            let text = self.link.text.push("outputs[").push_number(output as u64);
-            text.push("]: expected a place for ").push_number(bytes as u64).push(" bytes");
-            return Err(Error { may_have_run: true, ..Error::new(Reason::BadArgument) });
+        let (too_small, timings) = (computed.too_small, computed.timings);
+        self.found_places("outputs", outcome, too_small)?;
+        Ok(timings)
+    }
+
+    /// Runs any operation by vAccel's number, with the arguments that vAccel's generic operation has: the first one
+    /// read is a `UINT8`, the operation's number. Arguments read and written are at most [`ITEMS_MAX`] together.
+    ///
+    /// # Errors
+    /// `BAD_ARGUMENT` for arguments that are not the operation's and for a place that is too small,
+    /// `UNKNOWN_OPERATION`, and those of [`Guest::info`].
+    pub fn genop(&mut self, read: &[Arg<'_>], write: &mut [ArgOut<'_>]) -> Result<Timings> {
+        let mut rooms = [Room { kind: ArgType::RAW, before: &[], size: 0 }; ITEMS_MAX];
+        let Some(rooms) = rooms.get_mut(..write.len()).filter(|_| read.len() + write.len() <= ITEMS_MAX)
+        else {
+            return self.refuse("expected at most 16 arguments");
+        };
+        for (room, arg) in rooms.iter_mut().zip(write.iter()) {
+            *room = Room { kind: arg.kind, before: arg.before, size: arg.data.len() };
         }
-        outcome?;
-        Ok(computed.timings)
+        let mut generic = Generic::new(write);
+        let outcome = self.ask(&Ask::Genop { read, write: rooms }, &mut generic);
+        let (too_small, timings) = (generic.too_small, generic.timings);
+        self.found_places("write", outcome, too_small)?;
+        Ok(timings)
+    }
+
+    /// Multiplies matrices; `c` gets the result, with `ldc` elements from one row to the next as before.
+    ///
+    /// # Errors
+    /// `BAD_ARGUMENT` for sizes that do not fit the data, and those of [`Guest::info`].
+    pub fn sgemm(&mut self, product: &Sgemm<'_>, c: &mut [u8]) -> Result<Timings> {
+        let Sgemm { sizes: [m, n, k], alpha, a, lda, b, ldb, beta, c: before, ldc } = *product;
+        let number = i64::to_le_bytes;
+        let numbers = [m, n, k, lda, ldb, ldc].map(number);
+        let [m, n, k, lda, ldb, ldc] = &numbers;
+        let (alpha, beta) = (alpha.to_le_bytes(), beta.to_le_bytes());
+        let arg = |kind, data| Arg { kind, data };
+        let read = [
+            arg(ArgType::UINT8, &[SGEMM]),
+            arg(ArgType::INT64, m),
+            arg(ArgType::INT64, n),
+            arg(ArgType::INT64, k),
+            arg(ArgType::FLOAT32, &alpha),
+            arg(ArgType::FLOAT32_ARRAY, a),
+            arg(ArgType::INT64, lda),
+            arg(ArgType::FLOAT32_ARRAY, b),
+            arg(ArgType::INT64, ldb),
+            arg(ArgType::FLOAT32, &beta),
+            arg(ArgType::INT64, ldc),
+        ];
+        let write = ArgOut { kind: ArgType::FLOAT32_ARRAY, before, data: c, length: 0 };
+        self.genop(&read, &mut [write])
     }
 
     /// Makes the session hold a resource; only what the agent lacks is sent. A file that broke off goes on where it
@@ -286,6 +334,20 @@ impl<T: Transport> Guest<T> {
 }
 
 impl<T: Transport> Guest<T> {
+    /// The outcome of a call whose results go to places of the caller's.
+    fn found_places(
+        &mut self,
+        what: &str,
+        outcome: Result<()>,
+        too_small: Option<(usize, usize)>,
+    ) -> Result<()> {
+        let (Err(_), Some((index, bytes))) = (outcome, too_small) else { return outcome };
+        self.link.text.clear();
+        let text = self.link.text.push(what).push("[").push_number(index as u64);
+        text.push("]: expected a place for ").push_number(bytes as u64).push(" bytes");
+        Err(Error { may_have_run: true, ..Error::new(Reason::BadArgument) })
+    }
+
     fn refuse<R>(&mut self, text: &str) -> Result<R> {
         self.link.text.clear();
         self.link.text.push(text);

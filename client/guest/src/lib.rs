@@ -65,5 +65,6 @@ pub use posix::Posix;
 pub use text::Text;
 pub use transport::{Fault, Ready, Transport};
 pub use types::{
-    DType, File, ITEMS_MAX, Info, Input, Label, Output, RANK_MAX, ResourceId, ResourceKind, Timings,
+    Arg, ArgOut, ArgType, DType, File, ITEMS_MAX, Info, Input, Label, Output, RANK_MAX, ResourceId,
+    ResourceKind, Sgemm, Timings,
 };

@@ -4,7 +4,7 @@ use crate::protobuf::{Malformed, Reader, Reading, Take};
 use crate::request::op;
 use crate::text::Text;
 use crate::types::{
-    DType, Info, Label, Output, RESOURCE_BYTES, ResourceId, SESSION_BYTES, SessionId, Timings,
+    ArgOut, DType, Info, Label, Output, RESOURCE_BYTES, ResourceId, SESSION_BYTES, SessionId, Timings,
 };
 
 /// A reply that says nothing.
@@ -225,6 +225,66 @@ impl Reader for Computed<'_, '_> {
         match path {
             [tensor @ .., 2] if *tensor == TENSOR && (self.broken || self.bits > 0) => Err(Malformed),
             _ => Ok(()),
+        }
+    }
+}
+
+/// `RunReply{timings, genop{1: write{4: data}}}`.
+#[derive(Debug)]
+pub(crate) struct Generic<'a, 'd> {
+    pub(crate) write: &'a mut [ArgOut<'d>],
+    pub(crate) count: usize,
+    pub(crate) timings: Timings,
+    /// The argument that found no place, and the bytes it needs.
+    pub(crate) too_small: Option<(usize, usize)>,
+}
+
+impl<'a, 'd> Generic<'a, 'd> {
+    pub(crate) fn new(write: &'a mut [ArgOut<'d>]) -> Self {
+        write.iter_mut().for_each(|arg| arg.length = 0);
+        Self { write, count: 0, timings: Timings::default(), too_small: None }
+    }
+
+    fn arg(&mut self) -> Option<&mut ArgOut<'d>> {
+        self.count.checked_sub(1).and_then(|last| self.write.get_mut(last))
+    }
+}
+
+impl Reader for Generic<'_, '_> {
+    fn begin(&mut self, path: &[u32], length: usize) -> Reading<Take> {
+        match path {
+            [1] | [op::GENOP] => Ok(Take::Enter),
+            [op::GENOP, 1] => {
+                self.count += 1;
+                Ok(Take::Enter)
+            }
+            [op::GENOP, 1, 4] => {
+                let index = self.count.saturating_sub(1);
+                match self.arg().filter(|arg| length <= arg.data.len()) {
+                    Some(arg) => arg.length = 0,
+                    None => {
+                        self.too_small = Some((index, length));
+                        return Err(Malformed);
+                    }
+                }
+                Ok(Take::Bytes)
+            }
+            _ => Ok(Take::Skip),
+        }
+    }
+
+    fn number(&mut self, path: &[u32], value: u64) -> Reading<()> {
+        timing(&mut self.timings, path, value);
+        Ok(())
+    }
+
+    fn place(&mut self) -> &mut [u8] {
+        self.arg().and_then(|arg| arg.data.get_mut(arg.length..)).unwrap_or_default()
+    }
+
+    fn placed(&mut self, count: usize) {
+        if let Some(arg) = self.arg() {
+            arg.length += count;
         }
     }
 }

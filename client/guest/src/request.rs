@@ -7,7 +7,8 @@ use crate::connection::MESSAGE_BYTES_MAX;
 use crate::error::{Error, Reason, Result};
 use crate::protobuf::{Writer, field_len, varint_len};
 use crate::types::{
-    DType, File, ITEMS_MAX, Input, RESOURCE_BYTES, ResourceId, ResourceKind, SESSION_BYTES, SessionId,
+    Arg, ArgType, DType, File, ITEMS_MAX, Input, RESOURCE_BYTES, ResourceId, ResourceKind, SESSION_BYTES,
+    SessionId,
 };
 
 /// Parts of a request: what is written before each item, and the item.
@@ -92,6 +93,15 @@ pub(crate) enum Ask<'a> {
     Noop,
     Classify { model: &'a [u8], top_k: u32, images: &'a [&'a [u8]] },
     ModelRun { model: &'a ResourceId, inputs: &'a [Input<'a>], outputs: &'a [&'a str] },
+    Genop { read: &'a [Arg<'a>], write: &'a [Room<'a>] },
+}
+
+/// An argument that comes out, as the request describes it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Room<'a> {
+    pub(crate) kind: ArgType,
+    pub(crate) before: &'a [u8],
+    pub(crate) size: usize,
 }
 
 impl<'a> Ask<'a> {
@@ -103,7 +113,9 @@ impl<'a> Ask<'a> {
             Self::Register { .. } => "/vaccel.v1.Resources/Register",
             Self::Upload(_) => "/vaccel.v1.Resources/Upload",
             Self::Unregister(_) => "/vaccel.v1.Resources/Unregister",
-            Self::Noop | Self::Classify { .. } | Self::ModelRun { .. } => "/vaccel.v1.Operations/Run",
+            Self::Noop | Self::Classify { .. } | Self::ModelRun { .. } | Self::Genop { .. } => {
+                "/vaccel.v1.Operations/Run"
+            }
         }
     }
 
@@ -126,6 +138,7 @@ impl<'a> Ask<'a> {
             Self::Noop => noop(scratch, session),
             Self::Classify { model, top_k, images } => classify(scratch, session, model, top_k, images),
             Self::ModelRun { model, inputs, outputs } => model_run(scratch, session, model, inputs, outputs),
+            Self::Genop { read, write } => genop(scratch, session, read, write),
         }
     }
 }
@@ -135,6 +148,7 @@ pub(crate) mod op {
     pub(crate) const NOOP: u32 = 16;
     pub(crate) const IMAGE_CLASSIFICATION: u32 = 17;
     pub(crate) const MODEL_RUN: u32 = 18;
+    pub(crate) const GENOP: u32 = 37;
 }
 
 /// Tags of operations take two bytes, all others one.
@@ -226,6 +240,42 @@ fn model_run<'a>(
     let written = writer.finish().ok_or(TOO_LONG)?;
     let cuts = cuts.get(..inputs.len()).unwrap_or_default();
     Ok(Parts::interleaved(written, cuts, inputs.iter().map(|input| input.data)))
+}
+
+/// `RunRequest{session, genop{2: read{1: type, 4: data}, 3: write{1: type, 3: size, 4: data}}}`; a written argument has
+/// a size where it has no data.
+fn genop<'a>(
+    scratch: &'a mut [u8],
+    session: &SessionId,
+    read: &'a [Arg<'a>],
+    write: &'a [Room<'a>],
+) -> Result<Parts<'a>> {
+    let number_len = |number: usize| if number == 0 { 0 } else { 1 + varint_len(number as u64) };
+    let data_len = |length: usize| if length == 0 { 0 } else { field_len(length) };
+    let args = read.iter().map(|arg| (2, arg.kind, 0, arg.data));
+    let rooms = write
+        .iter()
+        .map(|room| (3, room.kind, if room.before.is_empty() { room.size } else { 0 }, room.before));
+    let all = args.chain(rooms);
+    let arg_len = |kind: ArgType, size: usize, data: &[u8]| {
+        number_len(kind.0 as usize) + number_len(size) + data_len(data.len())
+    };
+    let length = all.clone().map(|(_, kind, size, data)| field_len(arg_len(kind, size, data))).sum();
+    let mut writer = Writer::new(scratch);
+    begin_run(&mut writer, session, op::GENOP, length)?;
+    let mut cuts = [0; ITEMS_MAX];
+    for ((field, kind, size, data), cut) in all.clone().zip(&mut cuts) {
+        writer.begin(field, arg_len(kind, size, data));
+        writer.number(1, u64::from(kind.0));
+        writer.number(3, size as u64);
+        if !data.is_empty() {
+            writer.begin(4, data.len());
+        }
+        *cut = writer.len();
+    }
+    let written = writer.finish().ok_or(TOO_LONG)?;
+    let cuts = cuts.get(..read.len() + write.len()).unwrap_or_default();
+    Ok(Parts::interleaved(written, cuts, all.map(|(_, _, _, data)| data)))
 }
 
 fn shape_len(input: &Input<'_>) -> usize {

@@ -107,6 +107,96 @@ impl<'a> Output<'a> {
     }
 }
 
+/// What an argument of a generic operation is: vAccel's number of its type.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ArgType(pub u32);
+
+#[allow(missing_docs, reason = "the names say it")]
+impl ArgType {
+    pub const RAW: Self = Self(0);
+    pub const INT8: Self = Self(1);
+    pub const INT8_ARRAY: Self = Self(2);
+    pub const INT16: Self = Self(3);
+    pub const INT16_ARRAY: Self = Self(4);
+    pub const INT32: Self = Self(5);
+    pub const INT32_ARRAY: Self = Self(6);
+    pub const INT64: Self = Self(7);
+    pub const INT64_ARRAY: Self = Self(8);
+    pub const UINT8: Self = Self(9);
+    pub const UINT8_ARRAY: Self = Self(10);
+    pub const UINT16: Self = Self(11);
+    pub const UINT16_ARRAY: Self = Self(12);
+    pub const UINT32: Self = Self(13);
+    pub const UINT32_ARRAY: Self = Self(14);
+    pub const UINT64: Self = Self(15);
+    pub const UINT64_ARRAY: Self = Self(16);
+    pub const FLOAT32: Self = Self(17);
+    pub const FLOAT32_ARRAY: Self = Self(18);
+    pub const FLOAT64: Self = Self(19);
+    pub const FLOAT64_ARRAY: Self = Self(20);
+    pub const BOOL: Self = Self(21);
+    pub const BOOL_ARRAY: Self = Self(22);
+    pub const CHAR: Self = Self(23);
+    pub const CHAR_ARRAY: Self = Self(24);
+    pub const UCHAR: Self = Self(25);
+    pub const UCHAR_ARRAY: Self = Self(26);
+    pub const STRING: Self = Self(27);
+    pub const BUFFER: Self = Self(28);
+    pub const CUSTOM: Self = Self(29);
+}
+
+/// An argument that goes in.
+#[derive(Clone, Copy, Debug)]
+pub struct Arg<'a> {
+    /// What it is.
+    pub kind: ArgType,
+    /// Its bytes, little-endian.
+    pub data: &'a [u8],
+}
+
+/// An argument that comes out, and where it goes.
+#[derive(Debug)]
+pub struct ArgOut<'a> {
+    /// What it is.
+    pub kind: ArgType,
+    /// What it is before the operation, where that counts; else empty.
+    pub before: &'a [u8],
+    /// Where it goes; of its size.
+    pub data: &'a mut [u8],
+    /// Bytes that came.
+    pub length: usize,
+}
+
+impl<'a> ArgOut<'a> {
+    /// An argument that is only written.
+    pub fn new(kind: ArgType, data: &'a mut [u8]) -> Self {
+        Self { kind, before: &[], data, length: 0 }
+    }
+}
+
+/// A product of matrices, row-major: `c = alpha * a * b + beta * c`.
+#[derive(Clone, Copy, Debug)]
+pub struct Sgemm<'a> {
+    /// Rows of `a` and `c`, columns of `b` and `c`, columns of `a` and rows of `b`.
+    pub sizes: [i64; 3],
+    /// Factor of the product.
+    pub alpha: f32,
+    /// `f32[m, k]`, little-endian.
+    pub a: &'a [u8],
+    /// Elements from one row of `a` to the next; 0 for the length of a row, as for the others.
+    pub lda: i64,
+    /// `f32[k, n]`, little-endian.
+    pub b: &'a [u8],
+    /// Elements from one row of `b` to the next.
+    pub ldb: i64,
+    /// Factor of what `c` was.
+    pub beta: f32,
+    /// What `c` was; empty when `beta` is 0.
+    pub c: &'a [u8],
+    /// Elements from one row of `c` to the next, before and after.
+    pub ldc: i64,
+}
+
 /// A class an image may show.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Label {
@@ -139,7 +229,7 @@ pub struct Info {
     /// Who it takes this guest for.
     pub tenant: Text<128>,
     /// Names of its operations, with spaces between.
-    pub operations: Text<512>,
+    pub operations: Text<1024>,
     /// Names of the engines it has, with spaces between.
     pub engines: Text<128>,
     /// Longest message, in bytes.

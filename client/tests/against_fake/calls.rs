@@ -8,7 +8,8 @@ use vaccel_client::proto::limits::{IMAGES_PER_CALL_MAX, MESSAGE_BYTES_MAX};
 use vaccel_client::proto::v1::operations_client::OperationsClient;
 use vaccel_client::proto::v1::{ResourceKind, RunRequest};
 use vaccel_client::{
-    CallOptions, ClassifyOptions, Client, DType, Error, Reason, ResourceFiles, SessionOptions, Tensor, named,
+    CallOptions, ClassifyOptions, Client, DType, Error, Reason, ResourceFiles, SessionOptions, Sgemm, Tensor,
+    named,
 };
 
 use crate::fake::{Fake, Step};
@@ -41,6 +42,18 @@ async fn every_method_reaches_the_agent() {
     session.close().await.unwrap();
     assert!(client.list_sessions().await.unwrap().is_empty());
     assert_eq!(fake.state.connections.load(SeqCst), 1, "all calls share one connection");
+}
+
+#[tokio::test]
+async fn an_answer_that_is_no_product_and_an_operation_that_is_not_there_are_errors() {
+    let fake = Fake::listening();
+    let session = fake.client().await.open_session(SessionOptions::default()).await.unwrap();
+    let matrix = || Tensor::new(&[1, 1], &[2.0_f32]).unwrap();
+    let echo = session.sgemm(Sgemm::new(matrix(), matrix()).unwrap()).await.unwrap_err();
+    assert_eq!(echo.reason(), Reason::BackendFailed, "{echo:?}");
+    assert!(echo.message().contains("sgemm"), "{echo}");
+    let absent = session.fpga_mmult(matrix(), matrix()).await.unwrap_err();
+    assert_eq!(absent.reason(), Reason::UnknownOperation, "{absent:?}");
 }
 
 #[tokio::test]
@@ -109,10 +122,6 @@ async fn what_cannot_be_sent_is_refused_before_it_is() {
     let fake = Fake::listening();
     let session = fake.client().await.open_session(SessionOptions::default()).await.unwrap();
     let model = session.register(ResourceFiles::model("m", &b"m"[..])).await.unwrap();
-    let bytes = MESSAGE_BYTES_MAX;
-    let tensor = Tensor::from_bytes(DType::U8, &[i64::try_from(bytes).unwrap()], vec![0; bytes].into());
-    let too_large = session.run(&model, vec![named("x", tensor)], &[]).await.unwrap_err();
-    assert_eq!(too_large.reason(), Reason::MessageTooLarge);
     let wrong = Tensor::from_bytes(DType::F32, &[2], Bytes::from_static(b"1234"));
     let wrong = session.run(&model, vec![named("x", wrong)], &[]).await.unwrap_err();
     assert_eq!(wrong.reason(), Reason::BadArgument);
@@ -120,6 +129,34 @@ async fn what_cannot_be_sent_is_refused_before_it_is() {
     let many = session.classify(many, ClassifyOptions::default()).await.unwrap_err();
     assert_eq!(many.reason(), Reason::BadArgument);
     assert_eq!(fake.state.runs(), 0);
+}
+
+#[tokio::test]
+async fn what_is_longer_than_a_message_goes_in_pieces_and_comes_back_so() {
+    let fake = Fake::listening();
+    let session = fake.client().await.open_session(SessionOptions::default()).await.unwrap();
+    let model = session.register(ResourceFiles::model("m", &b"m"[..])).await.unwrap();
+    // What a run of another size has around its tensor.
+    for (bytes, is_large) in
+        [(MESSAGE_BYTES_MAX - 200, 0), (MESSAGE_BYTES_MAX, 1), (3 * MESSAGE_BYTES_MAX + 1, 1)]
+    {
+        let before = fake.state.large.load(SeqCst);
+        let data: Bytes = (0..bytes).map(|at| u8::try_from(at % 251).unwrap()).collect();
+        let tensor = Tensor::from_bytes(DType::U8, &[i64::try_from(bytes).unwrap()], data);
+        let run = session.run(&model, vec![named("x", tensor.clone())], &[]).await.unwrap();
+        let output = run.outputs[0].tensor.as_ref().unwrap();
+        assert!(output.data == tensor.data, "{bytes} bytes");
+        assert_eq!(fake.state.large.load(SeqCst) - before, is_large, "{bytes} bytes");
+    }
+    // A reply that is too long for a message is asked for in pieces, unless a call must not run twice.
+    let too_large = || Step::Refuse(Error::limit(Reason::MessageTooLarge, "outputs", 1, 2, "bytes"));
+    fake.state.then(too_large());
+    session.noop().await.unwrap();
+    assert_eq!(fake.state.large.load(SeqCst), 3);
+    fake.state.then(too_large());
+    let once = session.with(CallOptions { repeatable: false, ..CallOptions::default() });
+    assert_eq!(once.noop().await.unwrap_err().reason(), Reason::MessageTooLarge);
+    assert_eq!(fake.state.large.load(SeqCst), 3);
 }
 
 #[tokio::test]

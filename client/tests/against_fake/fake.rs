@@ -11,11 +11,14 @@ use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use prost::Message;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::UnixListener;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
+use tonic::codegen::tokio_stream;
 use tonic::{Request, Response, Status, Streaming};
+use vaccel_client::proto::limits::CHUNK_BYTES_MAX;
 use vaccel_client::proto::v1::agent_server::{Agent, AgentServer};
 use vaccel_client::proto::v1::operations_server::{Operations, OperationsServer};
 use vaccel_client::proto::v1::resources_server::{Resources, ResourcesServer};
@@ -45,6 +48,8 @@ pub(crate) struct State {
     pub(crate) connections: AtomicUsize,
     pub(crate) opened: AtomicUsize,
     pub(crate) runs: AtomicUsize,
+    /// Those of them that came in pieces.
+    pub(crate) large: AtomicUsize,
     /// Offset and bytes of each upload.
     pub(crate) uploads: Mutex<Vec<(u64, usize)>>,
     /// Headers of the last request.
@@ -316,6 +321,12 @@ impl Resources for Door {
         Ok(Response::new(UploadReply { offset }))
     }
 
+    type ReadStream = tonic::codegen::tokio_stream::Empty<Result<ReadResourceReply, Status>>;
+
+    async fn read(&self, _: Request<ReadResourceRequest>) -> Result<Response<Self::ReadStream>, Status> {
+        Err(Status::unimplemented("no test reads here"))
+    }
+
     async fn unregister(
         &self,
         request: Request<UnregisterResourceRequest>,
@@ -368,8 +379,36 @@ impl Operations for Door {
                 }
                 run_reply::Outcome::ModelRun(ModelRunReply { outputs: run.inputs })
             }
+            // The factors are no product, which is for the client to notice.
+            run_request::Op::Sgemm(run) => run_reply::Outcome::Sgemm(SgemmReply { matrices: run.matrices }),
+            _ => return Err(Error::new(Reason::UnknownOperation, "the fake has few operations").into()),
         };
         let timings = Some(Timings { queue_us: 1, run_us: 2, batch_size: 3 });
         Ok(Response::new(RunReply { timings, outcome: Some(outcome) }))
+    }
+
+    type RunLargeStream = tokio_stream::Iter<std::vec::IntoIter<Result<RunPiece, Status>>>;
+
+    async fn run_large(
+        &self,
+        request: Request<Streaming<RunPiece>>,
+    ) -> Result<Response<Self::RunLargeStream>, Status> {
+        let mut pieces = request.into_inner();
+        let (mut total, mut whole) = (0, Vec::new());
+        while let Some(piece) = pieces.message().await? {
+            assert!(piece.data.len() <= CHUNK_BYTES_MAX);
+            total += piece.total;
+            whole.extend_from_slice(&piece.data);
+        }
+        assert_eq!(total, whole.len() as u64);
+        self.0.large.fetch_add(1, SeqCst);
+        let request = RunRequest::decode(&whole[..]).unwrap();
+        let reply = self.run(Request::new(request)).await?.into_inner().encode_to_vec();
+        let piece = |data: &[u8]| RunPiece { total: 0, data: Bytes::copy_from_slice(data) };
+        let mut pieces: Vec<_> = reply.chunks(CHUNK_BYTES_MAX).map(|data| Ok(piece(data))).collect();
+        if let Some(Ok(first)) = pieces.first_mut() {
+            first.total = reply.len() as u64;
+        }
+        Ok(Response::new(tokio_stream::iter(pieces)))
     }
 }

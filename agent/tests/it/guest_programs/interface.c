@@ -137,7 +137,7 @@ static void the_agent_tells_what_it_is(vaccel_guest *guest)
     RETURNS(guest, 0, vaccel_guest_about(guest, &place.info));
     HOLDS(strcmp(place.info.version, "0.1.0") == 0);
     HOLDS(strlen(place.info.tenant) > 0);
-    HOLDS(strcmp(place.info.operations, "noop image_classification model_run") == 0);
+    HOLDS(strncmp(place.info.operations, "noop image_classification model_run ", 36) == 0);
     HOLDS(strstr(place.info.engines, "tract"));
     HOLDS(place.info.message_bytes_max == 32 << 20 && place.info.session_lease_ms == 30000);
     HOLDS(untouched(place.behind, sizeof place.behind));
@@ -291,6 +291,33 @@ static void a_model_runs(vaccel_guest *guest, const vaccel_guest_resource *model
     input.dtype = VACCEL_GUEST_F64;
     RETURNS(guest, EINVAL, vaccel_guest_run(guest, model, &input, 1, NULL, 0, outputs, 1, NULL));
     HOLDS(is_reason(guest, "BAD_ARGUMENT"));
+}
+
+static void operations_go_by_number(vaccel_guest *guest)
+{
+    static const float a[4] = { 1, 2, 3, 4 }, b[4] = { 5, 6, 7, 8 };
+    static const uint8_t vectoradd = 21, none = 24;
+    float c[4] = { 0, 0, 0, 0 };
+    vaccel_guest_timings timings;
+    vaccel_guest_arg read[3] = {
+        { VACCEL_GUEST_ARG_UINT8, &vectoradd, 1 },
+        { VACCEL_GUEST_ARG_FLOAT32_ARRAY, a, sizeof a },
+        { VACCEL_GUEST_ARG_FLOAT32_ARRAY, b, sizeof b },
+    };
+    vaccel_guest_arg_out write = { VACCEL_GUEST_ARG_FLOAT32_ARRAY, NULL, 0, c, sizeof c, 0 };
+    RETURNS(guest, 0, vaccel_guest_genop(guest, read, 3, &write, 1, &timings));
+    HOLDS(write.length == sizeof c && c[0] == 6 && c[3] == 12 && timings.batch_size == 1);
+    write.size = 15;
+    RETURNS(guest, EINVAL, vaccel_guest_genop(guest, read, 3, &write, 1, NULL));
+    write.size = sizeof c;
+    RETURNS(guest, EINVAL, vaccel_guest_genop(guest, read, 2, &write, 1, NULL));
+    HOLDS(strstr(vaccel_guest_message(guest), "read[2]"));
+    RETURNS(guest, EINVAL, vaccel_guest_genop(guest, read, 17, &write, 1, NULL));
+    RETURNS(guest, EINVAL, vaccel_guest_genop(guest, NULL, 1, &write, 1, NULL));
+    read[0].data = &none;
+    RETURNS(guest, ENOTSUP, vaccel_guest_genop(guest, read, 1, NULL, 0, NULL));
+    HOLDS(is_reason(guest, "UNKNOWN_OPERATION"));
+    RETURNS(NULL, EINVAL, vaccel_guest_genop(NULL, read, 1, NULL, 0, NULL));
 }
 
 static void engines_are_chosen(vaccel_guest *guest)
@@ -485,6 +512,7 @@ static void a_program_moves_bytes_itself(const char *address)
         HOLDS(guest && own.connects == 0);
         registering(guest, &model);
         a_model_runs(guest, &model);
+    operations_go_by_number(guest);
         RETURNS(guest, 0, vaccel_guest_close(guest));
         /* An output that finds no place ends the connection, and nothing else does. */
         HOLDS(own.connects == 2 && own.closes == 2 && own.fd == -1);

@@ -28,7 +28,7 @@ async fn each_call(link: &Link, session: &str) -> Vec<(&'static str, Result<(), 
     let mut operations = OperationsClient::new(link.clone());
     let noop = RunRequest { session: id(), op: Some(Op::Noop(NoopRequest {})) };
     let register = RegisterResourceRequest { session: id(), kind: 1, files: vec![] };
-    let unregister = UnregisterResourceRequest { session: id(), resource: "0".repeat(64) };
+    let unregister = UnregisterResourceRequest { session: id(), resource: "0".repeat(64), all: false };
     let upload = UploadRequest { session: id(), sha256: vec![0; 32].into(), size: 1, ..Default::default() };
     vec![
         ("renew", answer(sessions.renew(RenewSessionRequest { session: id() }).await).map(drop)),

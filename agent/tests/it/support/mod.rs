@@ -1,6 +1,8 @@
 //! What the tests share: real agents in processes of their own, guests, and models made on the spot.
 
 pub mod onnx;
+pub mod tensorflow;
+pub mod tflite;
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -31,13 +33,40 @@ impl Agent {
         Self::start(&["unix://{}/s"], flags)
     }
 
-    /// Starts an agent in a folder that is there, for example one an earlier agent left.
+    /// Starts an agent in a folder that is there, for example one an earlier agent left. Its store is in it, unless a
+    /// flag names another one.
     pub fn start_in(folder: tempfile::TempDir, addresses: &[&str], flags: &[&str]) -> Self {
-        let fill = |text: &&str| text.replace("{}", folder.path().to_str().unwrap());
+        Self::start_program(Path::new(env!("CARGO_BIN_EXE_vaccel-agent")), folder, addresses, flags)
+    }
+
+    /// Starts an agent whose log goes elsewhere.
+    pub fn start_logged(addresses: &[&str], flags: &[&str], log: Stdio) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_vaccel-agent"));
+        command.stderr(log);
+        Self::start_command(command, tempfile::tempdir().unwrap(), addresses, flags)
+    }
+
+    /// Starts a program that becomes an agent.
+    pub fn start_program(
+        program: &Path,
+        folder: tempfile::TempDir,
+        addresses: &[&str],
+        flags: &[&str],
+    ) -> Self {
+        Self::start_command(Command::new(program), folder, addresses, flags)
+    }
+
+    fn start_command(
+        mut command: Command,
+        folder: tempfile::TempDir,
+        addresses: &[&str],
+        flags: &[&str],
+    ) -> Self {
+        let fill = |text: &&str| text.replace("{}", folder.path().to_str().unwrap());
         for address in addresses {
             command.args(["--address", &fill(address)]);
         }
+        command.env("VACCEL_AGENT_STORE", folder.path().join("store"));
         command.args(flags.iter().map(fill)).stdout(Stdio::piped());
         let mut process = command.spawn().unwrap();
         let mut lines = BufReader::new(process.stdout.take().unwrap()).lines();

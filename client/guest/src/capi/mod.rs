@@ -14,15 +14,17 @@ use core::ffi::{c_char, c_int, c_void};
 use core::ptr;
 
 use self::types::{
-    Bytes, CFile, CInfo, CInput, CLabel, COutput, CResource, CTimings, array, array_mut, resource, terminate,
-    text,
+    Bytes, CArg, CArgOut, CFile, CInfo, CInput, CLabel, COutput, CResource, CTimings, array, array_mut,
+    resource, terminate, text,
 };
 use self::way::{Io, Way};
 use crate::error::{Error, Reason, Result};
 use crate::posix::Posix;
 use crate::status::TEXT_BYTES;
 use crate::text::Text;
-use crate::types::{DType, File, ITEMS_MAX, Input, Label, Output, RESOURCE_BYTES, ResourceKind, Timings};
+use crate::types::{
+    Arg, ArgOut, ArgType, DType, File, ITEMS_MAX, Input, Label, Output, RESOURCE_BYTES, ResourceKind, Timings,
+};
 use crate::{FILES_MAX, Guest};
 
 /// A guest of a C program.
@@ -339,6 +341,48 @@ unsafe extern "C" fn vaccel_guest_run(
     for (place, output) in places.iter_mut().zip(outputs.iter()) {
         (place.length, place.dtype) = (output.length, output.dtype as c_int);
         (place.rank, place.shape) = (output.rank, output.shape);
+    }
+    // SAFETY: the module's contract.
+    unsafe { guest.returns_timed(outcome, timings) }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn vaccel_guest_genop(
+    guest: *mut Handle,
+    read: *const CArg,
+    read_count: usize,
+    write: *mut CArgOut,
+    write_count: usize,
+    timings: *mut CTimings,
+) -> c_int {
+    let guest = guest!(guest);
+    // SAFETY: the module's contract.
+    let (Some(given), Some(places)) = (unsafe { (array(read, read_count), array_mut(write, write_count)) })
+    else {
+        return guest.refuses(NO_ARRAY);
+    };
+    let mut read = [Arg { kind: ArgType::RAW, data: &[] }; ITEMS_MAX];
+    let mut write: [ArgOut<'_>; ITEMS_MAX] = core::array::from_fn(|_| ArgOut::new(ArgType::RAW, &mut []));
+    let (Some(read), Some(write)) = (read.get_mut(..given.len()), write.get_mut(..places.len())) else {
+        return guest.refuses("expected at most 16 arguments");
+    };
+    for (arg, given) in read.iter_mut().zip(given) {
+        // SAFETY: the module's contract.
+        let Some(data) = (unsafe { array(given.data, given.length) }) else { return guest.refuses(NO_ARRAY) };
+        *arg = Arg { kind: ArgType(given.kind), data };
+    }
+    for (arg, place) in write.iter_mut().zip(places.iter()) {
+        // SAFETY: the module's contract.
+        let (Some(before), Some(data)) =
+            (unsafe { (array(place.before, place.before_length), array_mut(place.data, place.size)) })
+        else {
+            return guest.refuses(NO_ARRAY);
+        };
+        *arg = ArgOut { kind: ArgType(place.kind), before, data, length: 0 };
+    }
+    let outcome = guest.guest.genop(read, write);
+    for (place, arg) in places.iter_mut().zip(write.iter()) {
+        place.length = arg.length;
     }
     // SAFETY: the module's contract.
     unsafe { guest.returns_timed(outcome, timings) }

@@ -62,6 +62,25 @@ pub(crate) struct COutput {
 
 #[repr(C)]
 #[derive(Debug)]
+pub(crate) struct CArg {
+    pub(super) kind: u32,
+    pub(super) data: *const u8,
+    pub(super) length: usize,
+}
+
+#[repr(C)]
+#[derive(Debug)]
+pub(crate) struct CArgOut {
+    pub(super) kind: u32,
+    pub(super) before: *const u8,
+    pub(super) before_length: usize,
+    pub(super) data: *mut u8,
+    pub(super) size: usize,
+    pub(super) length: usize,
+}
+
+#[repr(C)]
+#[derive(Debug)]
 pub(crate) struct CTimings {
     pub(super) queue_us: u64,
     pub(super) run_us: u64,
@@ -73,7 +92,7 @@ pub(crate) struct CTimings {
 pub(crate) struct CInfo {
     pub(super) version: [u8; 33],
     pub(super) tenant: [u8; 129],
-    pub(super) operations: [u8; 513],
+    pub(super) operations: [u8; 1025],
     pub(super) engines: [u8; 129],
     pub(super) message_bytes_max: u64,
     pub(super) session_lease_ms: u64,

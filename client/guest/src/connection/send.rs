@@ -157,8 +157,13 @@ impl Connection {
         let mut unframed = if call.over { 0 } else { call.unframed };
         let mut window = self.window.min(call.window);
         let frames = unframed.div_ceil(self.peer_frame.max(1));
-        // No short batch comes last: TCP would keep it back until the peer has acknowledged the one before.
-        let most = if frames > AHEAD_MAX { frames / 2 } else { frames };
+        let most = match self.settings_unanswered > 0 || self.pings_count > 0 {
+            // An answer comes first: a peer's settings hold from the answer to them on.
+            true => 0,
+            // No short batch comes last: TCP would keep it back until the peer has acknowledged the one before.
+            false if frames > AHEAD_MAX => frames / 2,
+            false => frames,
+        };
         let mut headers = self.ahead.iter_mut().take(most);
         let (mut part, mut offset, mut framed) = (call.part, call.offset, self.framed);
         loop {

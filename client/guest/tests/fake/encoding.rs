@@ -2,7 +2,7 @@
 
 use prost::Message;
 use prost::bytes::Bytes;
-use vaccel_guest::{DType, File, Guest, Input, Label, Output, ResourceKind};
+use vaccel_guest::{Arg, ArgOut, ArgType, DType, File, Guest, Input, Label, Output, ResourceKind};
 use vaccel_proto::v1::{self, RunReply, RunRequest, run_reply::Outcome, run_request::Op};
 use vaccel_proto::{limits, tensor};
 
@@ -20,6 +20,21 @@ fn recording() -> (Guest<Fake>, std::rc::Rc<std::cell::RefCell<Vec<crate::peer::
             own.borrow_mut().push(call.clone());
         }
         false
+    });
+    (guest, calls)
+}
+
+/// The same, with this answer to operations.
+fn answering(body: Vec<u8>) -> (Guest<Fake>, std::rc::Rc<std::cell::RefCell<Vec<crate::peer::Call>>>) {
+    let calls = std::rc::Rc::<std::cell::RefCell<Vec<_>>>::default();
+    let (own, body) = (calls.clone(), prefixed(&body));
+    let guest = opened(move |peer, event| {
+        let Event::Asked(call) = event else { return false };
+        own.borrow_mut().push(call.clone());
+        if call.is("Run") {
+            peer.reply_bytes(call.stream, &body);
+        }
+        call.is("Run")
     });
     (guest, calls)
 }
@@ -56,7 +71,7 @@ fn small_requests_say_what_they_should() {
     assert_eq!(of("/vaccel.v1.Sessions/Renew").message::<v1::RenewSessionRequest>(), renew);
     let close = v1::CloseSessionRequest { session: session.clone() };
     assert_eq!(of("/vaccel.v1.Sessions/Close").message::<v1::CloseSessionRequest>(), close);
-    let unregister = v1::UnregisterResourceRequest { session, resource: MODEL.into() };
+    let unregister = v1::UnregisterResourceRequest { session, resource: MODEL.into(), all: false };
     assert_eq!(of("/vaccel.v1.Resources/Unregister").message::<v1::UnregisterResourceRequest>(), unregister);
     assert!(of("/vaccel.v1.Agent/Info").message::<v1::InfoRequest>() == v1::InfoRequest {});
     assert_eq!(calls.last().unwrap().body, [0; 5], "the agent's choice is an empty message");
@@ -260,7 +275,7 @@ fn what_the_agent_is_is_read_whole() {
             session_lease_ms: 60_000,
             ..Default::default()
         }),
-        usage: Some(v1::Usage { sessions: 1, calls_in_flight: 2, resource_bytes: 3 }),
+        usage: Some(v1::Usage { sessions: 1, calls_in_flight: 2, resource_bytes: 3, cached_bytes: 4 }),
     };
     for manner in [1, usize::MAX] {
         let reply = reply.clone();
@@ -342,6 +357,68 @@ fn shapes_that_cannot_be_are_refused() {
     }
 }
 
+/// Requests for generic operations with arguments of many sizes, as the contract's own encoding reads them.
+#[test]
+fn generic_operations_say_what_they_should_and_get_what_comes() {
+    for size in SIZES {
+        let reply = v1::GenopReply {
+            write: vec![
+                v1::Arg { kind: 26, data: vec![5; size].into(), ..Default::default() },
+                v1::Arg { kind: 19, data: vec![6; 8].into(), ..Default::default() },
+            ],
+        };
+        let timings = v1::Timings { queue_us: 1, run_us: 2, batch_size: 3 };
+        let outcome = Some(Outcome::Genop(reply));
+        let body = v1::RunReply { timings: Some(timings), outcome }.encode_to_vec();
+        let (mut guest, calls) = answering(body);
+        let data = vec![7; size];
+        let read = [
+            Arg { kind: ArgType::UINT8, data: &[17] },
+            Arg { kind: ArgType::BUFFER, data: &data },
+            Arg { kind: ArgType::STRING, data: b"text\0" },
+        ];
+        let (mut first, mut second) = (vec![0; size], [0; 9]);
+        let mut write = [
+            ArgOut { before: &data, ..ArgOut::new(ArgType::UCHAR_ARRAY, &mut first) },
+            ArgOut::new(ArgType::FLOAT64, &mut second),
+        ];
+        let took = guest.genop(&read, &mut write).unwrap();
+        assert_eq!((took.queue_us, took.run_us, took.batch_size), (1, 2, 3));
+        assert_eq!([write[0].length, write[1].length], [size, 8]);
+        assert!(first.iter().all(|byte| *byte == 5) && second == [6, 6, 6, 6, 6, 6, 6, 6, 0]);
+        let arg =
+            |kind, size, data: &[u8]| v1::Arg { kind, size, data: data.to_vec().into(), custom_kind: 0 };
+        let expected = v1::GenopRequest {
+            legacy: false,
+            read: vec![arg(9, 0, &[17]), arg(28, 0, &data), arg(27, 0, b"text\0")],
+            write: vec![arg(26, 0, &data), arg(19, 9, &[])],
+        };
+        let calls = calls.borrow();
+        let run = calls.iter().find(|call| call.is("Run")).unwrap().message::<RunRequest>();
+        assert_eq!(run.op, Some(Op::Genop(expected)));
+    }
+}
+
+#[test]
+fn arguments_that_find_no_place_are_told() {
+    let arg = |length: usize| v1::Arg { kind: 26, data: vec![5; length].into(), ..Default::default() };
+    for (write, text) in [
+        (vec![arg(4), arg(5)], "write[1]: expected a place for 5 bytes"),
+        (vec![arg(4), arg(4), arg(1)], "write[2]: expected a place for 1 bytes"),
+    ] {
+        let outcome = Some(Outcome::Genop(v1::GenopReply { write }));
+        let (mut guest, _) = answering(v1::RunReply { timings: None, outcome }.encode_to_vec());
+        let (mut first, mut second) = ([0; 4], [0; 4]);
+        let mut write = [&mut first, &mut second].map(|data| ArgOut::new(ArgType::UCHAR_ARRAY, data));
+        let outcome = guest.genop(&[Arg { kind: ArgType::UINT8, data: &[1] }], &mut write);
+        let error = crate::fails(&guest, outcome, vaccel_guest::Reason::BadArgument, text);
+        assert!(error.may_have_run);
+    }
+    let (mut guest, _) = answering(Vec::new());
+    let outcome = guest.genop(&[Arg { kind: ArgType::UINT8, data: &[1] }; 17], &mut []);
+    crate::fails(&guest, outcome, vaccel_guest::Reason::BadArgument, "16 arguments");
+}
+
 #[test]
 fn numbers_and_limits_are_those_of_the_contract() {
     for number in 0..20 {
@@ -360,6 +437,17 @@ fn numbers_and_limits_are_those_of_the_contract() {
         (ResourceKind::Library, v1::ResourceKind::Library),
     ] {
         assert_eq!(own as i32, theirs as i32);
+    }
+    for (own, theirs) in [
+        (ArgType::RAW, v1::ArgType::Raw),
+        (ArgType::INT64, v1::ArgType::Int64),
+        (ArgType::UINT8, v1::ArgType::Uint8),
+        (ArgType::FLOAT32_ARRAY, v1::ArgType::Float32Array),
+        (ArgType::UCHAR_ARRAY, v1::ArgType::UcharArray),
+        (ArgType::STRING, v1::ArgType::String),
+        (ArgType::CUSTOM, v1::ArgType::Custom),
+    ] {
+        assert_eq!(own.0, theirs as u32);
     }
     assert_eq!(vaccel_guest::RANK_MAX, limits::TENSOR_RANK_MAX);
     const { assert!(vaccel_guest::ITEMS_MAX <= limits::TENSORS_PER_CALL_MAX) };

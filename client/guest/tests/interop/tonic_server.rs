@@ -85,6 +85,12 @@ impl v1::resources_server::Resources for Agent {
         Ok(Response::new(v1::UploadReply { offset: first.size }))
     }
 
+    type ReadStream = tokio_stream::Empty<Result<v1::ReadResourceReply, Status>>;
+
+    async fn read(&self, _: Request<v1::ReadResourceRequest>) -> Reply<Self::ReadStream> {
+        Err(Status::unimplemented("no guest asks"))
+    }
+
     async fn unregister(
         &self,
         _: Request<v1::UnregisterResourceRequest>,
@@ -125,9 +131,16 @@ impl v1::operations_server::Operations for Agent {
             Op::Noop(_) => Outcome::Noop(v1::NoopReply {}),
             Op::ImageClassification(request) => self.classify(request).await?,
             Op::ModelRun(request) => Outcome::ModelRun(v1::ModelRunReply { outputs: request.inputs }),
+            other => panic!("nothing here asks for {other:?}"),
         };
         let timings = Some(v1::Timings { queue_us: 1, run_us: 2, batch_size: 3 });
         Ok(Response::new(v1::RunReply { timings, outcome: Some(outcome) }))
+    }
+
+    type RunLargeStream = tonic::codegen::tokio_stream::Empty<Result<v1::RunPiece, Status>>;
+
+    async fn run_large(&self, _: Request<Streaming<v1::RunPiece>>) -> Reply<Self::RunLargeStream> {
+        Err(Status::unimplemented("no guest asks"))
     }
 }
 

@@ -27,6 +27,7 @@ pub(crate) async fn info(client: &Client, output: &mut Output) -> Result<(), Fai
             "sessions": usage.sessions,
             "calls_in_flight": usage.calls_in_flight,
             "resource_bytes": usage.resource_bytes,
+            "cached_bytes": usage.cached_bytes,
         },
     }));
     let mut rows = vec![
@@ -49,6 +50,7 @@ pub(crate) async fn info(client: &Client, output: &mut Output) -> Result<(), Fai
         row("sessions", &of(usage.sessions, limits.sessions_max)),
         row("calls", &of(usage.calls_in_flight, limits.calls_in_flight_max)),
         row("resources", &format!("{} of {}", bytes(usage.resource_bytes), bytes(limits.resource_bytes_max))),
+        row("cached", &bytes(usage.cached_bytes)),
         row("message", &format!("at most {}", bytes(limits.message_bytes_max))),
         row("lease", &format!("{} s", limits.session_lease_ms / 1000)),
     ]);
