@@ -4,7 +4,7 @@ use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use vaccel_guest::{
-    DType, File, Guest, Input, Label, Output, Posix, Reason, ResourceId, ResourceKind, Transport,
+    DType, File, Guest, Input, Label, Output, Posix, Reason, ResourceId, ResourceKind, Sgemm, Transport,
 };
 
 use crate::support::{Agent, digits, onnx, read};
@@ -37,6 +37,40 @@ fn images_get_the_same_labels_over_every_socket() {
         }
         assert!(right >= 97, "{right} of 100 on {address}");
         guest.close().unwrap();
+    }
+}
+
+#[test]
+fn matrices_are_multiplied_into_rows_of_any_distance() {
+    let agent = Agent::start(&["unix://{}/s", "tcp://127.0.0.1:0"], &[]);
+    let bytes = |numbers: &[f32]| numbers.iter().flat_map(|number| number.to_le_bytes()).collect::<Vec<_>>();
+    let numbers = |bytes: &[u8]| -> Vec<f32> {
+        bytes.chunks_exact(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap())).collect()
+    };
+    let (a, b) = (bytes(&[1.0, 2.0, 0.0, 3.0, 4.0]), bytes(&[5.0, 6.0, 7.0, 8.0]));
+    let before = bytes(&[1.0, 1.0, -1.0, 1.0, 1.0]);
+    for address in &agent.addresses {
+        let mut guest = guest(address);
+        let product = Sgemm {
+            sizes: [2, 2, 2],
+            alpha: 2.0,
+            a: &a,
+            lda: 3,
+            b: &b,
+            ldb: 0,
+            beta: 3.0,
+            c: &before,
+            ldc: 3,
+        };
+        let mut c = vec![0; before.len()];
+        guest.sgemm(&product, &mut c).unwrap();
+        assert_eq!(numbers(&c), [41.0, 47.0, -1.0, 89.0, 103.0]);
+        let mut dense = vec![0; 16];
+        guest.sgemm(&Sgemm { beta: 0.0, c: &[], ldc: 0, ..product }, &mut dense).unwrap();
+        assert_eq!(numbers(&dense), [38.0, 44.0, 86.0, 100.0]);
+        let error = guest.sgemm(&Sgemm { lda: 1, ..product }, &mut c).unwrap_err();
+        assert_eq!(error.reason, Reason::BadArgument);
+        assert!(guest.message().contains("lda"), "{}", guest.message());
     }
 }
 
