@@ -23,7 +23,7 @@ use vaccel_agent::config::EngineConfig;
 use vaccel_client::proto::v1::SgemmRequest;
 use vaccel_client::{Client, Session, SessionOptions, Sgemm, Tensor, named};
 
-/// m, n, k. Two matrices of 2048² do not fit in one call of 32 MiB: for them there is no way through the agent.
+/// m, n, k. Two matrices of 2048² are more than one message of 32 MiB: they go in pieces.
 const SIZES: [[usize; 3]; 6] = [[64; 3], [1000, 37, 513], [256; 3], [1024; 3], [2000; 3], [2048; 3]];
 
 /// Seconds of each way in a round, so that short products are repeated.
