@@ -3,6 +3,8 @@
 //! [`Settings`] is what a person writes, every field optional, the same names in all three places. [`Config`] is what
 //! the agent runs on, checked and complete.
 
+mod repository;
+mod rule;
 mod store;
 
 use std::fmt;
@@ -15,6 +17,8 @@ use vaccel_proto::Endpoint;
 use vaccel_proto::endpoint::CID_ANY;
 use vaccel_proto::limits::{LOCAL_ADDRESS_DEFAULT, VSOCK_PORT_DEFAULT};
 
+pub use repository::RepositoryConfig;
+pub use rule::Rule;
 pub use store::{StoreConfig, StoreSync};
 
 /// What a person sets. Flags, environment variables and file keys carry the same names.
@@ -78,6 +82,26 @@ pub struct Settings {
     /// MiB that all tenants may store together [default: 16384]
     #[arg(long, global = true, env = "VACCEL_AGENT_STORE_MIB", value_name = "MIB")]
     pub store_mib: Option<u64>,
+
+    /// Folder of models, `NAME/VERSION/model.onnx` with an optional `NAME/config.pbtxt`, or of one model's files, as
+    /// KServe mounts them; repeat for several
+    #[arg(
+        long,
+        global = true,
+        env = "VACCEL_AGENT_MODEL_REPOSITORY",
+        value_delimiter = ',',
+        value_name = "DIR"
+    )]
+    #[serde(default)]
+    pub model_repository: Vec<PathBuf>,
+
+    /// Name of a model whose files are in --model-repository itself [default: model]
+    #[arg(long, global = true, env = "VACCEL_AGENT_MODEL_NAME", value_name = "NAME")]
+    pub model_name: Option<String>,
+
+    /// MiB of model files that are loaded at the same time [default: half of the machine's memory]
+    #[arg(long, global = true, env = "VACCEL_AGENT_MODELS_MIB", value_name = "MIB")]
+    pub models_mib: Option<u64>,
 
     /// ONNX Runtime library [default: $ORT_DYLIB_PATH, then the usual library folders]
     #[arg(long, global = true, env = "VACCEL_AGENT_ONNXRUNTIME", value_name = "PATH")]
@@ -153,20 +177,6 @@ pub struct Settings {
     pub policy: Vec<Rule>,
 }
 
-/// What the tenants of a pattern may use.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-pub struct Rule {
-    /// The tenants: a name as in the agent's log, in which `*` stands for any characters.
-    pub tenant: String,
-    /// The engine that their sessions get, and no other.
-    pub engine: Option<String>,
-    /// The device that their sessions get, and no other.
-    pub device: Option<String>,
-    /// The operations they may run; all when not said.
-    pub operations: Option<Vec<String>>,
-}
-
 /// How log lines are written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
@@ -219,6 +229,9 @@ impl Settings {
         if self.address.is_empty() {
             self.address = below.address;
         }
+        if self.model_repository.is_empty() {
+            self.model_repository = below.model_repository;
+        }
         if self.policy.is_empty() {
             self.policy = below.policy;
         }
@@ -236,6 +249,8 @@ impl Settings {
             store,
             store_sync,
             store_mib,
+            model_name,
+            models_mib,
             onnxruntime,
             onnxruntime_mib,
             engine,
@@ -275,6 +290,8 @@ pub struct Config {
     pub token_file: Option<PathBuf>,
     /// Where uploaded files are.
     pub store: StoreConfig,
+    /// Models by name.
+    pub repository: RepositoryConfig,
     /// Engines and devices.
     pub engines: EngineConfig,
     /// Threads that compute at the same time.
@@ -373,6 +390,11 @@ impl Config {
             tls: tls_files(settings.tls_cert, settings.tls_key, settings.tls_client_ca)?,
             token_file: settings.token_file,
             store: StoreConfig::new(settings.store, settings.store_sync, settings.store_mib)?,
+            repository: RepositoryConfig::new(
+                settings.model_repository,
+                settings.model_name,
+                settings.models_mib,
+            )?,
             engines: EngineConfig {
                 onnxruntime: settings.onnxruntime,
                 onnxruntime_bytes: match settings.onnxruntime_mib {

@@ -72,6 +72,22 @@ pub(crate) enum Peer {
     Tls { ip: IpAddr, certificate: Option<CertificateName> },
 }
 
+impl Peer {
+    /// Whether it is a process of this machine, and no guest's.
+    pub(crate) fn is_near(&self) -> bool {
+        match self {
+            Self::Unix { .. } => true,
+            Self::Tcp { ip } | Self::Tls { ip, .. } => ip.is_loopback(),
+            Self::Vsock { .. } | Self::Hybrid => false,
+        }
+    }
+
+    /// The user of a process on this machine.
+    pub(crate) fn uid(&self) -> Option<u32> {
+        if let Self::Unix { uid } = self { Some(*uid) } else { None }
+    }
+}
+
 /// The name a verified client certificate gives its holder.
 #[derive(Clone, Debug)]
 pub(crate) struct CertificateName(String);

@@ -9,10 +9,12 @@ pub mod demo;
 mod direct;
 mod dispatch;
 mod identity;
+mod infer;
 mod ops;
 mod policy;
 mod profile;
 mod quota;
+mod repository;
 mod resource;
 mod scheduler;
 mod service;
@@ -28,15 +30,15 @@ use tokio::task::JoinSet;
 use vaccel_proto::Endpoint;
 use vaccel_proto::v1::OperationInfo;
 
+use crate::backend::Workshop;
 pub use crate::config::{Config, ConfigError, Settings};
-pub use crate::direct::Direct;
+pub use crate::direct::{Device, Direct, Network};
 use crate::dispatch::Dispatch;
 use crate::identity::{Identity, Tokens};
-use crate::ops::Workshop;
 use crate::policy::Policies;
 use crate::resource::Store;
 use crate::scheduler::Scheduler;
-use crate::service::{Gate, Health};
+use crate::service::Gate;
 use crate::transport::{Acceptor, Entrance, Listener};
 
 /// After the calls are done, how long connections may take to say goodbye.
@@ -94,7 +96,6 @@ fn policies(config: &Config) -> Result<Policies, ConfigError> {
 pub struct Agent {
     endpoints: Vec<Endpoint>,
     dispatch: Arc<Dispatch>,
-    health: Health,
     closing: watch::Sender<bool>,
     listeners: JoinSet<()>,
     housekeeping: JoinSet<()>,
@@ -119,9 +120,9 @@ impl Agent {
         }
 
         let workshop = Workshop::new(engines, Scheduler::new(config.lanes), config.load_deadline);
-        let dispatch = Arc::new(Dispatch::new(&config, workshop, policies, store));
-        let health = Health::new();
-        let gate = Gate::new(Arc::clone(&dispatch), Identity::new(tokens), health.clone());
+        let dispatch = Arc::new(Dispatch::new(&config, workshop, policies, store)?);
+        let gate = Gate::new(Arc::clone(&dispatch), Identity::new(tokens));
+        let gate = gate.map_err(|error| ConfigError::new(error.to_string()))?;
         let (closing, is_closing) = watch::channel(false);
         let entrance = Arc::new(Entrance::new(
             gate,
@@ -139,7 +140,7 @@ impl Agent {
         let mut housekeeping = JoinSet::new();
         let housed = Arc::clone(&dispatch);
         housekeeping.spawn(async move { housed.housekeep().await });
-        Ok(Self { endpoints, dispatch, health, closing, listeners, housekeeping, grace: config.grace })
+        Ok(Self { endpoints, dispatch, closing, listeners, housekeeping, grace: config.grace })
     }
 
     /// What it listens on, with the ports the kernel chose, in the order of the configuration.
@@ -147,10 +148,9 @@ impl Agent {
         &self.endpoints
     }
 
-    /// Stops: turns health off, refuses new calls, lets running ones finish within the grace, closes connections and
+    /// Stops: health says so, refuses new calls, lets running ones finish within the grace, closes connections and
     /// removes its sockets. Returns whether every call finished.
     pub async fn drain(mut self) -> bool {
-        self.health.off().await;
         self.dispatch.begin_drain();
         let finished = tokio::time::timeout(self.grace, self.dispatch.drained()).await.is_ok();
         self.closing.send_replace(true);

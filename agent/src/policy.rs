@@ -5,6 +5,9 @@
 //! tenant = "vsock:*"               # as in the agent's log; * stands for any characters, at the end or anywhere
 //! engine = "tract"                 # its sessions get this engine and no other
 //! operations = ["noop", "sgemm"]   # all others are off
+//! models = ["resnet*"]             # what it sees of the host's models
+//! operator = true                  # its metrics are those of all tenants
+//! weight = 4                       # four times the lane time of another tenant, while both want it
 //! ```
 //!
 //! The first rule whose pattern fits a tenant counts; a tenant that none fits may use everything.
@@ -15,6 +18,9 @@ use vaccel_proto::{Error, Reason};
 use crate::backend::Choice;
 use crate::config::{ConfigError, Rule};
 use crate::identity::Tenant;
+
+/// The greatest share of the lanes: the least one beside it is still served.
+const WEIGHT_MAX: u32 = 1000;
 
 /// All rules, the first one that fits counts.
 #[derive(Debug, Default)]
@@ -29,6 +35,10 @@ impl Policies {
         for (index, rule) in rules.iter().enumerate() {
             if rule.tenant.is_empty() {
                 let message = format!("policy[{index}].tenant: expected a tenant such as vsock:3, or *");
+                return Err(ConfigError::new(message));
+            }
+            if rule.weight.is_some_and(|weight| !(1..=WEIGHT_MAX).contains(&weight)) {
+                let message = format!("policy[{index}].weight: expected 1 to {WEIGHT_MAX}");
                 return Err(ConfigError::new(message));
             }
             let unknown = rule.operations.iter().flatten().find(|name| !known.contains(name));
@@ -50,6 +60,22 @@ impl Policies {
     pub(crate) fn allows(&self, tenant: &Tenant, operation: &str) -> bool {
         let allowed = self.of(tenant).and_then(|rule| rule.operations.as_ref());
         allowed.is_none_or(|names| names.iter().any(|name| name == operation))
+    }
+
+    /// The tenant's share of the lanes, as a multiple of that of a tenant without a rule.
+    pub(crate) fn weight(&self, tenant: &Tenant) -> u32 {
+        self.of(tenant).and_then(|rule| rule.weight).unwrap_or(1)
+    }
+
+    /// Whether the tenant may use a model of the host's.
+    pub(crate) fn allows_model(&self, tenant: &Tenant, name: &str) -> bool {
+        let allowed = self.of(tenant).and_then(|rule| rule.models.as_ref());
+        allowed.is_none_or(|patterns| patterns.iter().any(|pattern| fits(pattern, name)))
+    }
+
+    /// Whether the tenant may see what all tenants' runs took.
+    pub(crate) fn is_operator(&self, tenant: &Tenant) -> bool {
+        self.of(tenant).is_some_and(|rule| rule.operator)
     }
 
     /// What the tenant's session gets of what it asked for.

@@ -5,6 +5,7 @@
 //! ends.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
@@ -39,6 +40,8 @@ pub(crate) const OBJECTS_MAX: u64 = 1000;
 #[derive(Debug)]
 pub(crate) struct Account {
     limits: TenantLimits,
+    /// Its share of the lanes beside others', as a multiple.
+    weight: u32,
     connections: AtomicU64,
     sessions: AtomicU64,
     calls: AtomicU64,
@@ -49,9 +52,10 @@ pub(crate) struct Account {
 }
 
 impl Account {
-    fn new(limits: TenantLimits) -> Self {
+    fn new(limits: TenantLimits, weight: u32) -> Self {
         Self {
             limits,
+            weight: weight.max(1),
             connections: AtomicU64::new(0),
             sessions: AtomicU64::new(0),
             calls: AtomicU64::new(0),
@@ -87,6 +91,11 @@ impl Account {
                 "bytes",
             ),
         }
+    }
+
+    /// The tenant's share of the lanes, as a multiple of another's; at least 1.
+    pub(crate) fn weight(&self) -> u32 {
+        self.weight
     }
 
     /// What is in use now.
@@ -165,15 +174,22 @@ impl Drop for Hold {
 }
 
 /// Accounts of all tenants that hold something.
-#[derive(Debug)]
 pub(crate) struct Accounts {
     limits: TenantLimits,
+    weight: Box<dyn Fn(&Tenant) -> u32 + Send + Sync>,
     open: Mutex<HashMap<Tenant, Weak<Account>>>,
 }
 
+impl fmt::Debug for Accounts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Accounts").field("limits", &self.limits).finish_non_exhaustive()
+    }
+}
+
 impl Accounts {
-    pub(crate) fn new(limits: TenantLimits) -> Self {
-        Self { limits, open: Mutex::default() }
+    /// Accounts with these limits, and with the share of the lanes that `weight` says.
+    pub(crate) fn new(limits: TenantLimits, weight: impl Fn(&Tenant) -> u32 + Send + Sync + 'static) -> Self {
+        Self { limits, weight: Box::new(weight), open: Mutex::default() }
     }
 
     /// The tenant's account; it lasts as long as anything holds it.
@@ -183,7 +199,7 @@ impl Accounts {
             return account;
         }
         open.retain(|_, account| account.strong_count() > 0);
-        let account = Arc::new(Account::new(self.limits.clone()));
+        let account = Arc::new(Account::new(self.limits.clone(), (self.weight)(tenant)));
         open.insert(tenant.clone(), Arc::downgrade(&account));
         account
     }
@@ -201,7 +217,7 @@ mod tests {
             resource_bytes: 10,
             in_flight_bytes: u64::MAX,
         };
-        Accounts::new(limits)
+        Accounts::new(limits, |_| 1)
     }
 
     #[test]

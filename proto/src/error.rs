@@ -80,6 +80,8 @@ reasons! {
     Denied = "DENIED", PermissionDenied, 13, No;
     /// Absent, or somebody else's: the two cannot be told apart.
     NotFound = "NOT_FOUND", NotFound, 2, No;
+    /// Something of that name is there.
+    AlreadyExists = "ALREADY_EXISTS", AlreadyExists, 17, No;
     /// The engine or the scan before it refused the model.
     ModelRejected = "MODEL_REJECTED", FailedPrecondition, 8, No;
     /// The tenant's limit in the detail is used up.
@@ -96,6 +98,8 @@ reasons! {
     Cancelled = "CANCELLED", Cancelled, 125, Caller;
     /// The backend failed; the request id leads to the agent's log.
     BackendFailed = "BACKEND_FAILED", Internal, 5, No;
+    /// What the call refers to outside of it cannot be used: memory that cannot be opened, a folder that is not there.
+    Unusable = "UNUSABLE", Internal, 5, No;
 }
 
 impl Reason {

@@ -11,6 +11,22 @@ pub mod tensor;
 pub use endpoint::Endpoint;
 pub use error::{Error, Reason};
 
+/// Descriptions of all messages and services, encoded: a `google.protobuf.FileDescriptorSet`.
+pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+
+/// Messages and services of package `inference`, generated from `proto/inference/*.proto`: the Open Inference Protocol.
+#[allow(
+    missing_docs,
+    unreachable_pub,
+    clippy::pedantic,
+    clippy::large_enum_variant,
+    clippy::allow_attributes_without_reason,
+    reason = "generated code; the .proto files carry the documentation"
+)]
+pub mod inference {
+    tonic::include_proto!("inference");
+}
+
 /// Messages and services of package `vaccel.v1`, generated from `proto/vaccel/v1/*.proto`.
 #[allow(
     missing_docs,

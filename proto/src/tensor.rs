@@ -24,10 +24,10 @@ pub const GRPC_HEADER_BYTES: usize = 5;
 const PAD_ENVELOPE_BYTES: usize = 2;
 
 impl DType {
-    /// Bytes of one element; 0 for the unspecified type.
+    /// Bytes of one element; 0 for the unspecified type, and for strings, which have their length with them.
     pub fn size(self) -> usize {
         match self {
-            Self::Unspecified => 0,
+            Self::Unspecified | Self::Bytes => 0,
             Self::Bool | Self::U8 | Self::I8 => 1,
             Self::U16 | Self::I16 | Self::F16 | Self::Bf16 => 2,
             Self::U32 | Self::I32 | Self::F32 => 4,
@@ -52,6 +52,7 @@ impl DType {
             Self::Bf16 => "bf16",
             Self::F32 => "f32",
             Self::F64 => "f64",
+            Self::Bytes => "bytes",
         }
     }
 }
@@ -125,6 +126,9 @@ impl Tensor {
             return Err(Error::field(format!("{path}.dtype"), "a known type", self.dtype));
         }
         let count = element_count(path, &self.shape)?;
+        if dtype == DType::Bytes {
+            return self.check_strings(path, count);
+        }
         let expected = count.checked_mul(dtype.size());
         if expected != Some(self.data.len()) {
             let expected =
@@ -137,6 +141,20 @@ impl Tensor {
             ));
         }
         Ok(count)
+    }
+
+    fn check_strings(&self, path: &str, count: usize) -> Result<usize, Error> {
+        let whole = strings(&self.data).try_fold(0_usize, |found, string| string.map(|_| found + 1));
+        if whole == Some(count) {
+            return Ok(count);
+        }
+        let got = whole.map_or("bytes that end inside of one".into(), |found| format!("{found}"));
+        let shape = &self.shape;
+        Err(Error::field(
+            format!("{path}.data"),
+            format!("{count} strings with their lengths for bytes{shape:?}"),
+            got,
+        ))
     }
 
     /// The elements: in place where the data is aligned, else one copy.
@@ -161,6 +179,38 @@ impl Tensor {
     pub fn signature(&self) -> String {
         format!("{}{:?}", self.dtype().name(), self.shape)
     }
+}
+
+/// Bytes of the length before each string.
+const STRING_LENGTH_BYTES: usize = 4;
+
+/// The strings of a tensor of that type, without their lengths; none, and the end, for one that is cut off.
+pub fn strings(data: &Bytes) -> impl Iterator<Item = Option<Bytes>> + '_ {
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        if at == data.len() {
+            return None;
+        }
+        let string = data.get(at..at + STRING_LENGTH_BYTES).and_then(|length| {
+            let begin = at + STRING_LENGTH_BYTES;
+            let length = u32::from_le_bytes(length.try_into().ok()?);
+            let end = begin.checked_add(usize::try_from(length).ok()?)?;
+            (end <= data.len()).then(|| (end, data.slice(begin..end)))
+        });
+        at = string.as_ref().map_or(data.len(), |(end, _)| *end);
+        Some(string.map(|(_, string)| string))
+    })
+}
+
+/// Strings as the data of a tensor, each with its length before it. One beyond 4 GiB ends there.
+pub fn with_lengths<'a>(strings: impl IntoIterator<Item = &'a [u8]>) -> Bytes {
+    let mut data = Vec::new();
+    for string in strings {
+        let length = u32::try_from(string.len()).unwrap_or(u32::MAX);
+        data.extend_from_slice(&length.to_le_bytes());
+        data.extend_from_slice(&string[..length as usize]);
+    }
+    data.into()
 }
 
 /// Checks a list of tensors: how many, their names, and each one's sizes.

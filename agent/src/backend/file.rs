@@ -32,6 +32,8 @@ pub(crate) enum Format {
     Tflite,
     /// A TensorFlow graph with its weights inside.
     Tensorflow,
+    /// No file.
+    None,
 }
 
 impl Format {
@@ -41,6 +43,7 @@ impl Format {
             Self::Onnx => "onnx",
             Self::Tflite => "tflite",
             Self::Tensorflow => "tensorflow",
+            Self::None => "identity",
         }
     }
 
@@ -50,6 +53,7 @@ impl Format {
             Self::Onnx => "ONNX",
             Self::Tflite => "TensorFlow Lite",
             Self::Tensorflow => "frozen TensorFlow graph",
+            Self::None => "model without a file",
         }
     }
 
@@ -59,8 +63,17 @@ impl Format {
             Self::Onnx => ".onnx",
             Self::Tflite => ".tflite",
             Self::Tensorflow => ".pb",
+            Self::None => "",
         }
     }
+}
+
+/// Who brought a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Origin {
+    Guest,
+    /// The host's people, who answer for what it computes.
+    Host,
 }
 
 /// An input or output of a model.
@@ -88,6 +101,8 @@ impl Port {
 /// What the scan of one format gives.
 pub(super) struct Scanned {
     pub(super) bytes: Bytes,
+    /// Whether it says that the first dimension of all inputs and outputs is a batch.
+    pub(super) has_rows: bool,
     pub(super) inputs: Vec<Port>,
     pub(super) outputs: Vec<Port>,
     pub(super) metadata: HashMap<String, String>,
@@ -100,6 +115,8 @@ pub(super) struct Scanned {
 pub(crate) struct ModelFile {
     pub(crate) format: Format,
     pub(crate) bytes: Bytes,
+    /// Whether it says that the first dimension of all inputs and outputs is a batch.
+    pub(crate) has_rows: bool,
     pub(crate) inputs: Vec<Port>,
     pub(crate) outputs: Vec<Port>,
     pub(crate) metadata: HashMap<String, String>,
@@ -137,24 +154,38 @@ impl ModelFile {
     /// # Errors
     /// `MODEL_REJECTED`: no model, several, one that no engine here loads (the text says what does), or one whose scan
     /// finds sizes that do not add up.
-    pub(crate) fn scan(files: &[(&str, Bytes)]) -> Result<Self, Error> {
+    pub(crate) fn scan(files: &[(&str, Bytes)], origin: Origin) -> Result<Self, Error> {
         let (name, bytes, format) = choose(files)?;
         let scanned = match format {
             Format::Onnx => onnx::scan(bytes, files)?,
             Format::Tflite => tflite::scan(bytes)?,
             Format::Tensorflow => tensorflow::scan(bytes)?,
+            Format::None => return Err(refuse("expected a file")),
         };
+        // What strings take while a model computes with them is outside of what an engine can be held to.
+        let mut ports = scanned.inputs.iter().chain(&scanned.outputs);
+        if let Some(port) = ports.find(|port| port.dtype == DType::Bytes && origin == Origin::Guest) {
+            let name = shown(&port.name);
+            let message = format!("{name} has strings, which only models in the host's repository may have");
+            return Err(refuse(message));
+        }
         // Weights beside the model are in it by now, and only descriptions are asked for later.
         let companions = files.iter().filter(|(other, _)| *other != name && other.ends_with(".json"));
         Ok(Self {
             format,
             bytes: scanned.bytes,
+            has_rows: scanned.has_rows,
             inputs: scanned.inputs,
             outputs: scanned.outputs,
             metadata: scanned.metadata,
             operators: scanned.operators,
             companions: companions.map(|(name, bytes)| ((*name).to_owned(), bytes.clone())).collect(),
         })
+    }
+
+    /// The name of its format.
+    pub(crate) fn format_name(&self) -> &'static str {
+        self.format.name()
     }
 
     /// The text of a companion file or a metadata property, the file first.

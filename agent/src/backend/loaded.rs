@@ -4,17 +4,22 @@ use std::any::Any;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
-use tokio::sync::{OnceCell, Semaphore};
-use vaccel_proto::{Error, Reason};
+use tokio::sync::OnceCell;
+use vaccel_proto::Error;
 
-use super::{Choice, ModelFile, Program};
+use super::{Choice, ModelFile, Program, RunRules};
+use crate::scheduler::{Batcher, Batching, Runner};
+
+/// Rows that calls of a model may run together of which nothing is known but that it has rows. How many do is measured;
+/// beyond this a batch gains little anywhere, and one call would wait for many.
+const ROWS_MAX: usize = 64;
 
 /// A loaded model and what is known about it.
 pub(crate) struct Model {
     pub(crate) file: ModelFile,
-    pub(crate) program: Box<dyn Program>,
-    /// Turns at a program that does not run in parallel; waiting for one holds no lane.
-    turns: Semaphore,
+    pub(crate) program: Arc<dyn Program>,
+    /// How its calls run together.
+    pub(crate) batcher: Batcher,
     /// What the operation that uses this model worked out about it.
     note: OnceLock<Arc<dyn Any + Send + Sync>>,
 }
@@ -29,9 +34,16 @@ impl std::fmt::Debug for Model {
 }
 
 impl Model {
-    pub(super) fn new(file: ModelFile, program: Box<dyn Program>) -> Self {
-        let turns = Semaphore::new(program.parallel_runs().min(Semaphore::MAX_PERMITS));
-        Self { file, program, turns, note: OnceLock::new() }
+    pub(super) fn new(file: ModelFile, program: Arc<dyn Program>, rules: &RunRules) -> Self {
+        let batching = Batching {
+            parallel: rules.parallel.unwrap_or(usize::MAX).min(program.parallel_runs()),
+            rows_max: rules.rows_max.unwrap_or(if file.has_rows { ROWS_MAX } else { 0 }),
+            sizes_are_dear: program.prepares_shapes(),
+            mixes_tenants: rules.mixes_tenants,
+            delay: rules.delay,
+        };
+        let batcher = Batcher::new(Arc::clone(&program) as Arc<dyn Runner>, batching);
+        Self { file, program, batcher, note: OnceLock::new() }
     }
 
     /// What an operation needs to know about the model, worked out on its first use.
@@ -48,12 +60,6 @@ impl Model {
         let note = Arc::new(read(self)?);
         let _ = self.note.set(Arc::clone(&note) as Arc<dyn Any + Send + Sync>);
         Ok(note)
-    }
-
-    /// Waits for a turn.
-    pub(crate) async fn turn(&self) -> Result<tokio::sync::SemaphorePermit<'_>, Error> {
-        let closed = |error| Error::new(Reason::ShuttingDown, "the agent is stopping").caused_by(error);
-        self.turns.acquire().await.map_err(closed)
     }
 }
 

@@ -9,6 +9,7 @@ mod blas;
 mod file;
 mod flatbuffer;
 mod formats;
+mod identity;
 mod loaded;
 mod onnx;
 mod onnxruntime;
@@ -16,20 +17,23 @@ mod protobuf;
 mod tensorflow;
 mod tflite;
 mod tract;
+mod workshop;
 
 use std::path::PathBuf;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
-use vaccel_proto::v1::{EngineInfo, Tensor};
+use vaccel_proto::v1::EngineInfo;
 use vaccel_proto::{Error, Reason, hints};
 
 use crate::config::EngineConfig;
-use crate::scheduler::Cancel;
+use crate::scheduler::{Cancel, Runner};
 
 pub(crate) use blas::{Blas, dense};
-pub(crate) use file::{ModelFile, Port};
+pub(crate) use file::{ModelFile, Origin, Port};
+pub(crate) use identity::{Cost, identity};
 pub(crate) use loaded::{Family, Holder, LoadedModels, Model};
+pub(crate) use workshop::{Load, Reader, RunRules, Workshop};
 
 use file::Format;
 
@@ -49,26 +53,16 @@ pub(crate) trait Engine: Send + Sync {
     ///
     /// # Errors
     /// `MODEL_REJECTED` with the engine's message.
-    fn load(&self, model: &mut ModelFile, cancel: &Cancel) -> Result<Box<dyn Program>, Error>;
+    fn load(&self, model: &mut ModelFile, cancel: &Cancel) -> Result<Arc<dyn Program>, Error>;
 }
 
 /// A model ready to run.
-pub(crate) trait Program: Send + Sync {
-    /// Runs once. `inputs` are checked against the model's ports and in their order; the result has the outputs with
-    /// the given indices, in the given order, which are together at most `reply_bytes_max` bytes.
-    ///
-    /// # Errors
-    /// `BAD_ARGUMENT` when shapes do not fit together, `BACKEND_FAILED` otherwise.
-    fn run(
-        &self,
-        inputs: Vec<Tensor>,
-        outputs: &[usize],
-        reply_bytes_max: u64,
-        cancel: &Cancel,
-    ) -> Result<Vec<Tensor>, Error>;
-
+pub(crate) trait Program: Runner {
     /// Runs that may go on at the same time.
     fn parallel_runs(&self) -> usize;
+
+    /// Whether the engine prepares itself for each combination of input shapes.
+    fn prepares_shapes(&self) -> bool;
 }
 
 /// The engines of this agent.
@@ -193,17 +187,17 @@ impl Engines {
         Ok(choice)
     }
 
-    /// Scans and loads a model. Takes as long as the model takes: for a lane.
+    /// Loads a scanned model. Takes as long as the model takes: for a lane.
     ///
     /// # Errors
-    /// `MODEL_REJECTED` from the scan or the engine, `DISABLED` when the engine cannot be loaded.
+    /// `MODEL_REJECTED` from the engine, `DISABLED` when the engine cannot be loaded.
     pub(crate) fn load(
         &self,
         choice: &Choice,
-        files: &[(&str, Bytes)],
+        mut file: ModelFile,
+        rules: &RunRules,
         cancel: &Cancel,
     ) -> Result<Model, Error> {
-        let mut file = ModelFile::scan(files)?;
         let onnx = file.format == Format::Onnx;
         let engine: &dyn Engine = match choice.engine.as_str() {
             TRACT => &self.tract,
@@ -230,7 +224,7 @@ impl Engines {
         file.operators.clear();
         // The engine has made its own of them.
         file.bytes = Bytes::new();
-        Ok(Model::new(file, program))
+        Ok(Model::new(file, program, rules))
     }
 }
 

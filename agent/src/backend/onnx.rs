@@ -49,7 +49,7 @@ pub(super) fn scan(bytes: &Bytes, files: &[(&str, Bytes)]) -> Result<Scanned, Er
     let bytes = if external { inline_external(bytes, &files_by_name)? } else { bytes.clone() };
 
     let initialized: HashSet<&str> = graph.initializer.iter().map(|tensor| &*tensor.name).collect();
-    let inputs = graph.input.iter().filter(|input| !initialized.contains(&*input.name));
+    let inputs: Vec<_> = graph.input.iter().filter(|input| !initialized.contains(&*input.name)).collect();
     let mut operators = BTreeSet::new();
     name_operators(&graph.node, &mut operators);
     for function in &model.functions {
@@ -60,7 +60,8 @@ pub(super) fn scan(bytes: &Bytes, files: &[(&str, Bytes)]) -> Result<Scanned, Er
     }
     Ok(Scanned {
         bytes,
-        inputs: inputs.map(port).collect::<Result<_, _>>()?,
+        has_rows: is_batch(inputs.iter().copied().chain(&graph.output)),
+        inputs: inputs.into_iter().map(port).collect::<Result<_, _>>()?,
         outputs: graph.output.iter().map(port).collect::<Result<_, _>>()?,
         metadata: model.metadata_props.into_iter().map(|entry| (entry.key, entry.value)).collect(),
         operators,
@@ -79,6 +80,21 @@ fn name_operators(nodes: &[NodeProto], names: &mut BTreeSet<String>) {
             }
         }
     }
+}
+
+/// Whether all of these begin with one open dimension, the same for all, that exporters call a batch. That it is open
+/// alone says nothing: it may be a length, along which what a model computes depends.
+fn is_batch<'a>(mut ports: impl Iterator<Item = &'a ValueInfoProto>) -> bool {
+    fn first(info: &ValueInfoProto) -> Option<&str> {
+        let first = info.r#type.as_ref()?.tensor_type.as_ref()?.shape.as_ref()?.dim.first()?;
+        Some(&first.dim_param)
+            .filter(|name| first.dim_value.is_none() && !name.is_empty())
+            .map(String::as_str)
+    }
+    let Some(name) = ports.next().and_then(first) else { return false };
+    let lower = name.to_ascii_lowercase();
+    (lower.contains("batch") || ["n", "b", "bs"].contains(&&*lower))
+        && ports.all(|port| first(port) == Some(name))
 }
 
 fn port(info: &ValueInfoProto) -> Result<Port, Error> {
@@ -104,6 +120,7 @@ fn dtype(onnx: i32) -> Option<DType> {
         5 => DType::I16,
         6 => DType::I32,
         7 => DType::I64,
+        8 => DType::Bytes,
         9 => DType::Bool,
         10 => DType::F16,
         11 => DType::F64,
@@ -234,7 +251,7 @@ fn misplaced(tensor: &TensorProto) -> Error {
 fn check_tensor(tensor: &TensorProto) -> Result<(), Error> {
     let name = shown(&tensor.name);
     let count = tensor.dims.iter().try_fold(1_u64, |count, dim| u64::try_from(*dim).ok()?.checked_mul(count));
-    let size = dtype(tensor.data_type).map_or(1, |dtype| dtype.size() as u64);
+    let size = dtype(tensor.data_type).map_or(1, |dtype| dtype.size().max(1) as u64);
     let bytes =
         count.and_then(|count| count.checked_mul(size)).filter(|bytes| *bytes <= INITIALIZER_BYTES_MAX);
     let Some(bytes) = bytes else {
@@ -449,6 +466,7 @@ messages! {
     }
     Dimension {
         dim_value: Option<i64> = #[prost(int64, optional, tag = "1")];
+        dim_param: String = #[prost(string, tag = "2")];
     }
 }
 

@@ -15,12 +15,12 @@ use ort::logging::LogLevel;
 use ort::session::builder::GraphOptimizationLevel;
 use ort::session::{RunOptions, Session, SessionInputValue};
 use ort::value::{DynValue, PrimitiveTensorElementType, TensorElementType, TensorRef, ValueType};
-use vaccel_proto::tensor::Element;
+use vaccel_proto::tensor::{Element, strings, with_lengths};
 use vaccel_proto::v1::{DType, EngineInfo, Tensor};
 use vaccel_proto::{Error, Reason};
 
 use super::{CPU, Engine, ModelFile, ONNXRUNTIME, Program, check_reply, rejected};
-use crate::scheduler::Cancel;
+use crate::scheduler::{Cancel, Runner};
 
 /// Folders where packages put shared libraries.
 const USUAL_FOLDERS: &[&str] = &[
@@ -162,7 +162,7 @@ impl Engine for OnnxRuntime {
         }
     }
 
-    fn load(&self, model: &mut ModelFile, cancel: &Cancel) -> Result<Box<dyn Program>, Error> {
+    fn load(&self, model: &mut ModelFile, cancel: &Cancel) -> Result<Arc<dyn Program>, Error> {
         let session = self.session(&model.bytes, cancel).map_err(|error| rejected("ONNX Runtime", error))?;
         let names = |ports: &[super::Port]| ports.iter().map(|port| port.name.clone()).collect();
         let program = OnnxRuntimeProgram {
@@ -171,7 +171,7 @@ impl Engine for OnnxRuntime {
             inputs: names(&model.inputs),
             outputs: names(&model.outputs),
         };
-        Ok(Box::new(program))
+        Ok(Arc::new(program))
     }
 }
 
@@ -198,7 +198,7 @@ struct OnnxRuntimeProgram {
     outputs: Vec<String>,
 }
 
-impl Program for OnnxRuntimeProgram {
+impl Runner for OnnxRuntimeProgram {
     fn run(
         &self,
         inputs: Vec<Tensor>,
@@ -230,9 +230,15 @@ impl Program for OnnxRuntimeProgram {
         check_reply(wanted.iter().map(|value| size(value)), reply_bytes_max)?;
         wanted.into_iter().map(from_ort).collect()
     }
+}
 
+impl Program for OnnxRuntimeProgram {
     fn parallel_runs(&self) -> usize {
         1
+    }
+
+    fn prepares_shapes(&self) -> bool {
+        false
     }
 }
 
@@ -305,6 +311,17 @@ fn to_ort(tensor: &Tensor) -> Result<SessionInputValue<'_>, Error> {
             let value = ort::value::Tensor::from_array((tensor.shape.clone(), truths)).map_err(failed)?;
             Ok(value.into())
         }
+        DType::Bytes => {
+            let texts: Option<Vec<String>> =
+                strings(&tensor.data).map(|string| String::from_utf8(string?.into()).ok()).collect();
+            // The library ends strings with a zero.
+            let texts = texts.filter(|texts| !texts.iter().any(|text| text.contains('\0')));
+            let texts = texts.ok_or_else(|| {
+                Error::field("inputs.data", "strings in UTF-8 without zeros", "other bytes")
+            })?;
+            let value = ort::value::Tensor::from_string_array((tensor.shape.clone(), texts.as_slice()));
+            Ok(value.map_err(failed)?.into())
+        }
         DType::Unspecified => Err(Error::field("inputs.dtype", "a known type", "none")),
     }
 }
@@ -333,6 +350,11 @@ fn from_ort(value: &DynValue) -> Result<Tensor, Error> {
             let (shape, truths) = value.try_extract_tensor::<bool>().map_err(failed)?;
             let data: Bytes = truths.iter().map(|truth| u8::from(*truth)).collect();
             Ok(Tensor::from_bytes(DType::Bool, shape, data))
+        }
+        Some(TensorElementType::String) => {
+            let (shape, texts) = value.try_extract_strings().map_err(failed)?;
+            let data = with_lengths(texts.iter().map(String::as_bytes));
+            Ok(Tensor::from_bytes(DType::Bytes, shape, data))
         }
         other => {
             let message = format!("this model gives {other:?}, which has no type on the wire");

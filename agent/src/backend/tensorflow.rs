@@ -78,6 +78,8 @@ pub(super) fn scan(bytes: &Bytes) -> Result<Scanned, Error> {
         }
     }
     Ok(Scanned {
+        // No name tells a batch from another open dimension.
+        has_rows: false,
         bytes: bytes.clone(),
         inputs: inputs.map(placeholder).collect::<Result<_, _>>()?,
         outputs,

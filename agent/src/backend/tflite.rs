@@ -359,6 +359,8 @@ pub(super) fn scan(bytes: &Bytes) -> Result<Scanned, Error> {
         indices.iter().map(|index| lite.tensors[*index].port()).collect()
     };
     Ok(Scanned {
+        // No name tells a batch from another open dimension.
+        has_rows: false,
         bytes: bytes.clone(),
         inputs: ports(&lite.inputs)?,
         outputs: ports(&lite.outputs)?,

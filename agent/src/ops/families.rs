@@ -292,7 +292,7 @@ async fn load(context: &Context<'_>, family: Family, id: &str) -> Result<Timed<M
     }
     resource.loaded.hold(&context.session.choice, family, &holder(context));
     let mut loaded = Timed::instant(description);
-    loaded.run = loading;
+    loaded.spans.run = loading;
     Ok(loaded)
 }
 
@@ -315,7 +315,7 @@ async fn run(
     let (model, loading) = context.model(id).await?;
     let (inputs, outputs) = arrange(&model)?;
     let mut ran = context.run_model(&model, inputs, outputs).await?;
-    ran.run += loading;
+    ran.spans.run += loading;
     Ok(ran)
 }
 

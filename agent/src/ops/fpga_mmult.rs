@@ -42,6 +42,6 @@ impl Operation for FpgaMmultRequest {
             let c = workshop.engines.blas.multiply(&self.product()?, cancel)?;
             Ok(FpgaMmultReply { tensors: vec![floats("c", &self.arrays()?[0].shape, c)] })
         };
-        context.workshop.scheduler.run(context.account, context.deadline, work).await
+        context.workshop.scheduler.run(&context.asker(), work).await
     }
 }

@@ -32,7 +32,7 @@ impl Operation for FpgaParallelRequest {
 
     async fn execute(self, context: &Context<'_>) -> Result<Timed<FpgaParallelReply>, Error> {
         let work = move |_: &Cancel| both(&self, |a, b| a * b);
-        context.workshop.scheduler.run(context.account, context.deadline, work).await
+        context.workshop.scheduler.run(&context.asker(), work).await
     }
 }
 

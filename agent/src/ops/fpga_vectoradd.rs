@@ -31,7 +31,7 @@ impl Operation for FpgaVectoraddRequest {
 
     async fn execute(self, context: &Context<'_>) -> Result<Timed<FpgaVectoraddReply>, Error> {
         let work = move |_: &Cancel| add(&self);
-        context.workshop.scheduler.run(context.account, context.deadline, work).await
+        context.workshop.scheduler.run(&context.asker(), work).await
     }
 }
 

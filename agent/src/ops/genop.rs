@@ -263,9 +263,9 @@ impl Operation for GenopRequest {
     async fn execute(self, context: &Context<'_>) -> Result<Timed<GenopReply>, Error> {
         let meaning = mean(&self, context)?;
         let done = meant_one(meaning.op, context).await?;
-        let (queue, run) = (done.queue, done.run);
+        let spans = done.spans;
         let value = give_back(meaning.back, done.value, self.write, context)?;
-        Ok(Timed { value, queue, run })
+        Ok(Timed { value, spans })
     }
 }
 

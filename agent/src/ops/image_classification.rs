@@ -16,7 +16,7 @@ use vaccel_proto::{Error, Reason};
 
 use super::image_input::{ImageInput, Scores, check_pixels};
 use super::{Context, EMBEDDED_MODEL, EMBEDDED_NAME, Operation};
-use crate::backend::{Choice, Engines, Model};
+use crate::backend::{Choice, Engines, Model, ModelFile, Origin, RunRules};
 use crate::scheduler::{Cancel, Timed};
 
 /// Images that run together. All batches are powers of two, so that an engine that plans by shape needs few plans.
@@ -57,7 +57,7 @@ impl Operation for ImageClassificationRequest {
         let images = self.images;
         let mut ran =
             context.compute_on(&model, move |cancel| classifier.classify(&images, top_k, cancel)).await?;
-        ran.run += loading;
+        ran.spans.run += loading;
         Ok(ran.map(|classifications| ImageClassificationReply { classifications }))
     }
 }
@@ -78,7 +78,9 @@ impl Classifier {
     /// The embedded one, outside of any call.
     pub(crate) fn embedded(engines: &Engines, choice: &Choice) -> Result<Self, Error> {
         let files = [(EMBEDDED_NAME, Bytes::from_static(EMBEDDED_MODEL))];
-        Self::new(Arc::new(engines.load(choice, &files, &Cancel::default())?))
+        let file = ModelFile::scan(&files, Origin::Host)?;
+        let model = engines.load(choice, file, &RunRules::default(), &Cancel::default())?;
+        Self::new(Arc::new(model))
     }
 
     /// The best classes of each image.

@@ -27,7 +27,7 @@ impl Operation for MbenchRequest {
     async fn execute(self, context: &Context<'_>) -> Result<Timed<MbenchReply>, Error> {
         let time = Duration::from_millis(self.milliseconds.into());
         let work = move |cancel: &Cancel| burn(time, cancel).map(|()| MbenchReply {});
-        context.workshop.scheduler.run(context.account, context.deadline, work).await
+        context.workshop.scheduler.run(&context.asker(), work).await
     }
 }
 

@@ -45,7 +45,7 @@ impl Operation for MinmaxRequest {
             let limited = limited(&numbers, f64::from(self.low_threshold), f64::from(self.high_threshold));
             Ok(MinmaxReply { min, max, tensors: vec![out(data, limited.into())] })
         };
-        context.workshop.scheduler.run(context.account, context.deadline, work).await
+        context.workshop.scheduler.run(&context.asker(), work).await
     }
 }
 

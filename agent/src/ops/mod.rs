@@ -33,14 +33,14 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::time::Instant;
 use vaccel_proto::v1::{
-    File, NamedTensor, OperationInfo, ResourceKind, Tensor, run_reply::Outcome, run_request::Op,
+    NamedTensor, OperationInfo, ResourceKind, Tensor, run_reply::Outcome, run_request::Op,
 };
 use vaccel_proto::{Error, Reason, v1};
 
-use crate::backend::{Engines, LoadedModels, Model, NOOP};
+use crate::backend::{Load, Model, NOOP, Origin, Reader, RunRules, Workshop};
 use crate::quota::Account;
-use crate::resource::{Object, Resource};
-use crate::scheduler::{Cancel, Scheduler, Timed};
+use crate::resource::Resource;
+use crate::scheduler::{Asker, Call, Cancel, Timed};
 use crate::session::Session;
 
 /// The digit classifier of the agent itself: 40 KB, made by `agent/models/train_digits.py`.
@@ -148,36 +148,6 @@ ops! {
     ExecWithResource: ExecWithResourceRequest,
 }
 
-/// What operations work with.
-#[derive(Debug)]
-pub(crate) struct Workshop {
-    pub(crate) engines: Engines,
-    pub(crate) scheduler: Scheduler,
-    pub(crate) load_deadline: Duration,
-    embedded: LoadedModels,
-}
-
-impl Workshop {
-    pub(crate) fn new(engines: Engines, scheduler: Scheduler, load_deadline: Duration) -> Self {
-        Self { engines, scheduler, load_deadline, embedded: LoadedModels::default() }
-    }
-}
-
-/// A file of a model before it is loaded.
-enum Content {
-    Embedded(&'static [u8]),
-    Stored(Arc<Object>),
-}
-
-impl Content {
-    fn read(&self, cancel: &Cancel) -> Result<Bytes, Error> {
-        match self {
-            Self::Embedded(content) => Ok(Bytes::from_static(content)),
-            Self::Stored(object) => object.load(cancel),
-        }
-    }
-}
-
 /// One call, as its operation sees it.
 #[derive(Debug)]
 pub(crate) struct Context<'a> {
@@ -190,33 +160,33 @@ pub(crate) struct Context<'a> {
 }
 
 impl Context<'_> {
+    /// Who asks the scheduler.
+    pub(crate) fn asker(&self) -> Asker {
+        Asker::new(self.account, self.deadline)
+    }
+
     /// Runs work on a loaded model, when it is the call's turn there.
     pub(crate) async fn compute_on<T: Send + 'static>(
         &self,
-        model: &Arc<Model>,
+        model: &Model,
         work: impl FnOnce(&Cancel) -> Result<T, Error> + Send + 'static,
     ) -> Result<Timed<T>, Error> {
-        let arrived = Instant::now();
-        let _turn = model.turn().await?;
-        let waited = arrived.elapsed();
-        let mut done = self.workshop.scheduler.run(self.account, self.deadline, work).await?;
-        done.queue += waited;
-        Ok(done)
+        self.workshop.scheduler.run_with(&self.asker(), &model.batcher, work).await
     }
 
     /// Runs a model; the outputs with these indices, in this order, with their names.
     async fn run_model(
         &self,
-        model: &Arc<Model>,
+        model: &Model,
         inputs: Vec<Tensor>,
         outputs: Vec<usize>,
     ) -> Result<Timed<Vec<NamedTensor>>, Error> {
-        let (program, indices, limit) = (Arc::clone(model), outputs.clone(), self.reply_bytes_max);
-        let ran = self.compute_on(model, move |cancel| program.program.run(inputs, &indices, limit, cancel));
-        let names = outputs.iter().map(|&index| model.file.outputs[index].name.clone());
-        Ok(ran.await?.map(|tensors| {
-            let named = names.zip(tensors).map(|(name, tensor)| NamedTensor { name, tensor: Some(tensor) });
-            named.collect()
+        let names = outputs.iter().map(|&index| model.file.outputs[index].name.clone()).collect::<Vec<_>>();
+        let call = Call { inputs, outputs, reply_bytes_max: self.reply_bytes_max };
+        let ran = self.workshop.scheduler.run_model(&self.asker(), &model.batcher, call).await?;
+        Ok(ran.map(|tensors| {
+            let named = names.into_iter().zip(tensors);
+            named.map(|(name, tensor)| NamedTensor { name, tensor: Some(tensor) }).collect()
         }))
     }
 
@@ -244,39 +214,23 @@ impl Context<'_> {
     /// how long that took is in the result.
     pub(crate) async fn model(&self, resource: &str) -> Result<(Arc<Model>, Duration), Error> {
         let choice = &self.session.choice;
-        let (slot, files) = if resource.is_empty() {
-            let files = vec![(EMBEDDED_NAME.to_owned(), Content::Embedded(EMBEDDED_MODEL))];
-            (self.workshop.embedded.slot(choice), files)
+        let (slot, origin, files) = if resource.is_empty() {
+            let read: Reader = Box::new(|_| Ok(Bytes::from_static(EMBEDDED_MODEL)));
+            (self.workshop.embedded.slot(choice), Origin::Host, vec![(EMBEDDED_NAME.to_owned(), read)])
         } else {
             let resource = self.resource("model", resource, ResourceKind::Model)?;
-            let stored = |(file, object): &(File, Arc<Object>)| {
-                (file.name.clone(), Content::Stored(Arc::clone(object)))
-            };
-            (resource.loaded.slot(choice), resource.files.iter().map(stored).collect())
+            (resource.loaded.slot(choice), Origin::Guest, resource.readers())
         };
         if let Some(model) = slot.get() {
             return Ok((Arc::clone(model), Duration::ZERO));
         }
         let begun = Instant::now();
-        let model = slot.get_or_try_init(|| self.load(files)).await?;
+        let load = || {
+            let load = Load { choice: choice.clone(), origin, rules: RunRules::default(), files };
+            async { self.workshop.load(&self.asker(), load).await }
+        };
+        let model = slot.get_or_try_init(load).await?;
         Ok((Arc::clone(model), begun.elapsed()))
-    }
-
-    async fn load(&self, files: Vec<(String, Content)>) -> Result<Arc<Model>, Error> {
-        let deadline = self.deadline.min(Instant::now() + self.workshop.load_deadline);
-        let (workshop, choice) = (Arc::clone(self.workshop), self.session.choice.clone());
-        let loaded = self.workshop.scheduler.run(self.account, deadline, move |cancel| {
-            let read = |(name, content): &'_ (String, Content)| Ok((name.clone(), content.read(cancel)?));
-            let files = files.iter().map(read).collect::<Result<Vec<_>, Error>>()?;
-            let files: Vec<(&str, Bytes)> =
-                files.iter().map(|(name, data)| (name.as_str(), data.clone())).collect();
-            workshop.engines.load(&choice, &files, cancel)
-        });
-        let model = loaded.await.map_err(|error| match error.reason() {
-            Reason::Deadline => Error::new(Reason::Deadline, format!("loading the model: {error}")),
-            _ => error,
-        })?;
-        Ok(Arc::new(model.value))
     }
 }
 

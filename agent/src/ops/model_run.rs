@@ -48,7 +48,7 @@ impl Operation for ModelRunRequest {
         let inputs = arrange_named(&model.file.inputs, self.inputs)?;
         let wanted = choose_named(&model.file.outputs, &self.outputs)?;
         let mut ran = context.run_model(&model, inputs, wanted).await?;
-        ran.run += loading;
+        ran.spans.run += loading;
         Ok(ran.map(|outputs| ModelRunReply { outputs }))
     }
 }

@@ -97,7 +97,7 @@ impl Operation for OpencvRequest {
             let bytes = task.function.apply(&task.image, cancel)?;
             Ok(task.reply(bytes))
         };
-        context.workshop.scheduler.run(context.account, context.deadline, work).await
+        context.workshop.scheduler.run(&context.asker(), work).await
     }
 }
 

@@ -39,7 +39,7 @@ impl Operation for SgemmRequest {
     async fn execute(self, context: &Context<'_>) -> Result<Timed<SgemmReply>, Error> {
         let workshop = Arc::clone(context.workshop);
         let work = move |cancel: &Cancel| compute(&self, &workshop.engines.blas, cancel);
-        context.workshop.scheduler.run(context.account, context.deadline, work).await
+        context.workshop.scheduler.run(&context.asker(), work).await
     }
 }
 

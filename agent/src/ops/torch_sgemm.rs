@@ -37,6 +37,6 @@ impl Operation for TorchSgemmRequest {
             let out = multiplied("out", &self.product()?, &workshop.engines.blas, cancel)?;
             Ok(TorchSgemmReply { tensors: vec![out] })
         };
-        context.workshop.scheduler.run(context.account, context.deadline, work).await
+        context.workshop.scheduler.run(&context.asker(), work).await
     }
 }

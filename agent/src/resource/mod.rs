@@ -26,7 +26,7 @@ use vaccel_proto::error::shown;
 use vaccel_proto::limits::{FILES_PER_RESOURCE_MAX, NAME_BYTES_MAX};
 use vaccel_proto::v1::{File, MissingFile, ResourceKind};
 
-use crate::backend::LoadedModels;
+use crate::backend::{LoadedModels, Reader};
 use crate::config::{ConfigError, StoreConfig};
 use crate::identity::{Tenant, hex};
 use crate::quota::{Account, Hold, OBJECTS_MAX, Unit};
@@ -78,6 +78,18 @@ pub(crate) struct Resource {
     /// What engines made of it.
     pub(crate) loaded: LoadedModels,
     _counted: Hold,
+}
+
+impl Resource {
+    /// Its files, read and checked when a model is made of them.
+    pub(crate) fn readers(&self) -> Vec<(String, Reader)> {
+        let reader = |(file, object): &(File, Arc<Object>)| {
+            let object = Arc::clone(object);
+            let read: Reader = Box::new(move |cancel| object.load(cancel));
+            (file.name.clone(), read)
+        };
+        self.files.iter().map(reader).collect()
+    }
 }
 
 /// The answer to a wish to hold a resource.

@@ -32,9 +32,11 @@ pub(super) struct CountedBody {
 }
 
 impl CountedBody {
-    pub(super) fn new(inner: Incoming, counted: Hold) -> (Self, HeldBytes) {
+    /// A body of gRPC's messages, or of one message without any framing.
+    pub(super) fn new(inner: Incoming, is_grpc: bool, counted: Hold) -> (Self, HeldBytes) {
         let held = Arc::new(Mutex::new(counted));
-        (Self { inner, framing: Framing::default(), held: Arc::clone(&held) }, held)
+        let framing = if is_grpc { Framing::default() } else { Framing::none() };
+        (Self { inner, framing, held: Arc::clone(&held) }, held)
     }
 }
 
@@ -83,12 +85,12 @@ pub(super) struct Kept {
 /// A reply's body, which keeps what the call holds.
 pub(super) struct KeptBody {
     inner: tonic::body::Body,
-    _kept: Option<Kept>,
+    kept: Option<Kept>,
 }
 
 impl KeptBody {
     pub(super) fn new(inner: tonic::body::Body, kept: Option<Kept>) -> Self {
-        Self { inner, _kept: kept }
+        Self { inner, kept }
     }
 }
 
@@ -100,7 +102,14 @@ impl Body for KeptBody {
         self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        Pin::new(&mut self.get_mut().inner).poll_frame(context)
+        let this = self.get_mut();
+        let frame = ready!(Pin::new(&mut this.inner).poll_frame(context));
+        let is_last = frame.as_ref().is_none_or(|frame| frame.as_ref().is_ok_and(Frame::is_trailers));
+        if is_last {
+            // Before the caller can know that the call is over: its next one must find the place free.
+            this.kept = None;
+        }
+        Poll::Ready(frame)
     }
 
     fn is_end_stream(&self) -> bool {
@@ -119,10 +128,23 @@ struct Framing {
     header_length: usize,
     /// Bytes of the message still to come.
     remaining: usize,
+    /// Bytes that may come where there is no framing.
+    unframed: Option<usize>,
 }
 
 impl Framing {
+    fn none() -> Self {
+        Self { unframed: Some(MESSAGE_BYTES_MAX), ..Self::default() }
+    }
+
     fn count(&mut self, mut data: Bytes, held: &mut Hold) -> Result<(), Error> {
+        if let Some(left) = self.unframed {
+            let (limit, rest) = (MESSAGE_BYTES_MAX as u64, left.checked_sub(data.len()));
+            let came = limit + data.len() as u64 - left as u64;
+            let too_long = || Error::limit(Reason::MessageTooLarge, "body", limit, came, "bytes");
+            self.unframed = Some(rest.ok_or_else(too_long)?);
+            return held.grow(data.len() as u64);
+        }
         while data.has_remaining() {
             if self.remaining > 0 {
                 let part = data.len().min(self.remaining);
@@ -166,7 +188,7 @@ mod tests {
     fn hold() -> (Arc<crate::quota::Account>, Hold) {
         let limits =
             TenantLimits { connections: 1, sessions: 1, calls: 1, resource_bytes: 1, in_flight_bytes: 100 };
-        let account = Accounts::new(limits).of(&Tenant::new("a"));
+        let account = Accounts::new(limits, |_| 1).of(&Tenant::new("a"));
         let hold = account.hold(Unit::InFlightBytes, 0).expect("fits");
         (account, hold)
     }

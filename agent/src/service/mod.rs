@@ -5,6 +5,10 @@
 
 mod body;
 mod deadline;
+mod health;
+mod inference;
+mod rest;
+mod stream;
 mod vaccel;
 
 use std::convert::Infallible;
@@ -15,12 +19,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use http::header::AUTHORIZATION;
-use http::{Request, Response};
+use http::header::{AUTHORIZATION, CONTENT_TYPE};
+use http::{HeaderMap, HeaderValue, Request, Response};
 use hyper::body::Incoming;
 use tonic::body::Body;
 use tonic::service::Routes;
+use tonic_health::pb::health_server::HealthServer;
 use tower_service::Service;
+use vaccel_proto::inference::grpc_inference_service_server::GrpcInferenceServiceServer;
 use vaccel_proto::limits::{DEADLINE_MAX, MESSAGE_BYTES_MAX};
 use vaccel_proto::v1::agent_server::AgentServer;
 use vaccel_proto::v1::operations_server::OperationsServer;
@@ -29,13 +35,19 @@ use vaccel_proto::v1::sessions_server::SessionsServer;
 use vaccel_proto::{Error, Reason};
 
 use self::body::{CountedBody, Kept, KeptBody};
-use crate::dispatch::Dispatch;
+use crate::dispatch::{Caller, Dispatch};
 use crate::identity::{Identity, Peer, Tenant};
 use crate::quota::Unit;
 use crate::session::ConnectionId;
 
 /// From a call's headers to those of its reply: the longest deadline and some time to answer that it passed.
 const CALL_DURATION_MAX: Duration = Duration::from_secs(DEADLINE_MAX.as_secs() + 30);
+
+/// What the gate found out.
+fn caller<T>(request: &tonic::Request<T>) -> Result<Caller, Error> {
+    let caller = request.extensions().get::<Caller>().cloned();
+    caller.ok_or_else(|| Error::new(Reason::Unauthenticated, "the call did not come through the gate"))
+}
 
 /// One connection as the doors see it.
 #[derive(Debug)]
@@ -55,22 +67,42 @@ pub(crate) struct Gate {
 }
 
 impl Gate {
-    pub(crate) fn new(dispatch: Arc<Dispatch>, identity: Identity, health: Health) -> Self {
+    /// # Errors
+    /// Descriptions that are none: those of the agent itself.
+    pub(crate) fn new(
+        dispatch: Arc<Dispatch>,
+        identity: Identity,
+    ) -> Result<Self, tonic_reflection::server::Error> {
         let door = vaccel::Door::new(Arc::clone(&dispatch));
+        let inference = inference::Door::new(Arc::clone(&dispatch));
         macro_rules! limited {
-            ($server:ident) => {
-                $server::from_arc(Arc::clone(&door))
+            ($server:ident, $door:ident) => {
+                $server::from_arc(Arc::clone(&$door))
                     .max_decoding_message_size(MESSAGE_BYTES_MAX)
                     .max_encoding_message_size(MESSAGE_BYTES_MAX)
             };
         }
-        let routes = Routes::new(limited!(AgentServer))
-            .add_service(limited!(SessionsServer))
-            .add_service(limited!(ResourcesServer))
-            .add_service(limited!(OperationsServer))
-            .add_service(health.server)
+        // What is compiled in describes itself: it cannot be wrong.
+        macro_rules! reflection {
+            ($build:ident) => {
+                tonic_reflection::server::Builder::configure()
+                    .register_encoded_file_descriptor_set(vaccel_proto::DESCRIPTORS)
+                    .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+                    .$build()?
+            };
+        }
+        let others = rest::routes(Arc::clone(&dispatch));
+        let routes = Routes::from(others)
+            .add_service(limited!(AgentServer, door))
+            .add_service(limited!(SessionsServer, door))
+            .add_service(limited!(ResourcesServer, door))
+            .add_service(limited!(OperationsServer, door))
+            .add_service(limited!(GrpcInferenceServiceServer, inference))
+            .add_service(HealthServer::new(health::Door::new(Arc::clone(&dispatch))))
+            .add_service(reflection!(build_v1))
+            .add_service(reflection!(build_v1alpha))
             .prepare();
-        Self { dispatch, identity: Arc::new(identity), routes }
+        Ok(Self { dispatch, identity: Arc::new(identity), routes })
     }
 
     /// The service of one connection.
@@ -84,14 +116,23 @@ impl Gate {
         request: Request<Incoming>,
     ) -> Result<(Request<Body>, Kept), Error> {
         let headers = request.headers();
-        let authorization = headers.get(AUTHORIZATION).map(http::HeaderValue::as_bytes);
+        let is_grpc = is_grpc(headers);
+        if !is_grpc {
+            rest::check_headers(headers)?;
+        }
+        let authorization = headers.get(AUTHORIZATION).map(HeaderValue::as_bytes);
         let tenant = self.identity.of_call(&connection.tenant, &connection.peer, authorization)?;
         let deadline = deadline::of(headers)?;
+        if request.uri().path().starts_with(REFLECTION) && !connection.peer.is_near() {
+            // What a guest needs to know is in its contract.
+            return Err(Error::new(Reason::UnknownOperation, "this agent has no such service or method"));
+        }
         let number = connection.calls.fetch_add(1, Ordering::Relaxed);
-        let caller = self.dispatch.arrive(tenant, connection.id, number, deadline)?;
+        let caller =
+            self.dispatch.arrive(tenant, connection.id, number, deadline)?.of_user(connection.peer.uid());
         let counted = caller.account().hold(Unit::InFlightBytes, 0)?;
         let (mut parts, body) = request.into_parts();
-        let (body, held) = CountedBody::new(body, counted);
+        let (body, held) = CountedBody::new(body, is_grpc, counted);
         parts.extensions.insert(caller.clone());
         parts.extensions.insert(Arc::clone(&held));
         Ok((Request::from_parts(parts, Body::new(body)), Kept { _caller: caller, _bytes: held }))
@@ -111,6 +152,7 @@ impl hyper::service::Service<Request<Incoming>> for ConnectionService {
     type Future = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
 
     fn call(&self, request: Request<Incoming>) -> Self::Future {
+        let refused = if is_grpc(request.headers()) { grpc_refusal } else { rest::refusal };
         match self.gate.admit(&self.connection, request) {
             Ok((request, kept)) => {
                 // A watch of health never ends, and must not keep the agent from stopping.
@@ -129,38 +171,30 @@ impl hyper::service::Service<Request<Incoming>> for ConnectionService {
                     // A message that never becomes whole ends here; whole calls have their own, shorter deadlines.
                     tokio::time::timeout(CALL_DURATION_MAX, answered).await.unwrap_or_else(|_| {
                         let message = "the request was not whole in time";
-                        Ok(Error::new(Reason::Deadline, message).to_status().into_http())
+                        Ok(refused(&Error::new(Reason::Deadline, message)))
                     })
                 })
             }
             Err(refusal) => {
                 let connection = self.connection.id;
                 tracing::debug!(?connection, peer = ?self.connection.peer, ?refusal, "call refused at the gate");
-                Box::pin(std::future::ready(Ok(refusal.to_status().into_http())))
+                Box::pin(std::future::ready(Ok(refused(&refusal))))
             }
         }
     }
 }
 
+fn grpc_refusal(error: &Error) -> Response<Body> {
+    error.to_status().into_http()
+}
+
+/// Whether a call is one of gRPC's, and its answer must be, too.
+fn is_grpc(headers: &HeaderMap) -> bool {
+    headers.get(CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"))
+}
+
 /// Where the paths of the health service begin.
 const HEALTH: &str = "/grpc.health.";
 
-/// The standard health service (`grpc.health.v1`) and the switch that turns it off.
-#[derive(Clone, Debug)]
-pub(crate) struct Health {
-    reporter: tonic_health::server::HealthReporter,
-    server: tonic_health::pb::health_server::HealthServer<tonic_health::server::HealthService>,
-}
-
-impl Health {
-    pub(crate) fn new() -> Self {
-        let reporter = tonic_health::server::HealthReporter::new();
-        let service = tonic_health::server::HealthService::from_health_reporter(reporter.clone());
-        Self { reporter, server: tonic_health::pb::health_server::HealthServer::new(service) }
-    }
-
-    /// Tells every watcher and checker that this agent takes no more work.
-    pub(crate) async fn off(&self) {
-        self.reporter.set_service_status("", tonic_health::ServingStatus::NotServing).await;
-    }
-}
+/// Where the paths of reflection begin.
+const REFLECTION: &str = "/grpc.reflection.";

@@ -9,6 +9,7 @@ use prost::Message;
 use tokio::time::Instant;
 use tonic::codegen::tokio_stream::{self, Stream};
 use tonic::{Request, Response, Status, Streaming};
+use vaccel_proto::Error;
 use vaccel_proto::limits::CHUNK_BYTES_MAX;
 use vaccel_proto::tensor::Aligned;
 use vaccel_proto::v1::agent_server::Agent;
@@ -22,10 +23,10 @@ use vaccel_proto::v1::{
     RenewSessionReply, RenewSessionRequest, RunPiece, RunReply, RunRequest, UnregisterResourceReply,
     UnregisterResourceRequest, UploadReply, UploadRequest,
 };
-use vaccel_proto::{Error, Reason};
 
 use super::body::HeldBytes;
-use crate::dispatch::{Caller, Dispatch, Pieces};
+use super::caller;
+use crate::dispatch::{Dispatch, Pieces};
 use crate::quota::Hold;
 use crate::resource::{Hash, ReadBegin, Reading, UploadBegin};
 use crate::scheduler::past_deadline;
@@ -40,12 +41,6 @@ impl Door {
     pub(super) fn new(dispatch: Arc<Dispatch>) -> Arc<Self> {
         Arc::new(Self { dispatch })
     }
-}
-
-/// What the gate found out.
-fn caller<T>(request: &Request<T>) -> Result<Caller, Error> {
-    let caller = request.extensions().get::<Caller>().cloned();
-    caller.ok_or_else(|| Error::new(Reason::Unauthenticated, "the call did not come through the gate"))
 }
 
 fn millis(duration: std::time::Duration) -> u64 {

@@ -4,6 +4,7 @@
 //! process is out of file descriptors. A connection has [`OPENING_DEADLINE`] for its TLS handshake and HTTP/2 preface
 //! together. **Invariant:** knows no messages.
 
+mod authority;
 mod listener;
 mod preface;
 mod tls;
@@ -24,6 +25,8 @@ use crate::identity::{self, Peer, Tenant};
 use crate::quota::{Hold, Unit};
 use crate::service::{Connection, ConnectionService, Gate};
 use crate::session::ConnectionId;
+use authority::Lenient;
+use preface::Http;
 
 pub(crate) use listener::Listener;
 pub(crate) use tls::Acceptor;
@@ -31,7 +34,11 @@ pub(crate) use tls::Acceptor;
 /// From accept to the end of the HTTP/2 preface, TLS handshake included. A live client is through in a few round trips.
 const OPENING_DEADLINE: Duration = Duration::from_secs(5);
 
-/// After a refused TLS handshake, how long the peer may take to read why before the connection is cut.
+/// From the end of one request of HTTP/1 to that of the next one's headers: a connection that is kept says nothing in
+/// between, and cannot be asked whether its peer is there.
+const IDLE_DEADLINE: Duration = Duration::from_secs(60);
+
+/// After the last thing that is said on a connection, how long the peer may take to read it before it is cut.
 const LINGER: Duration = Duration::from_millis(500);
 
 /// Pause of an accept loop that cannot accept, for example for want of file descriptors.
@@ -44,6 +51,11 @@ const KEEP_ALIVE: Duration = Duration::from_secs(20);
 /// Streams of one connection. With the default cap of calls a tenant uses them all on one connection.
 const STREAMS_MAX: u32 = 128;
 
+/// Calls that a peer took back before they were looked at, of one connection; beyond them it is closed. A caller whose
+/// calls have short deadlines takes many back at once, and the server library's own limit of 20 would end those of all
+/// its callers. Each is some hundred bytes, and is gone when it is looked at.
+const TAKEN_BACK_MAX: usize = 1024;
+
 /// Received and not yet read, by stream and by connection, in bytes: what one peer can make the agent hold.
 const STREAM_WINDOW: u32 = 1 << 20;
 const CONNECTION_WINDOW: u32 = 4 << 20;
@@ -51,7 +63,7 @@ const CONNECTION_WINDOW: u32 = 4 << 20;
 /// Largest frame a peer may send, in bytes. 16 KiB, the protocol's default, costs four times the system calls.
 const FRAME_BYTES_MAX: u32 = 64 << 10;
 
-/// All request headers of one call, in bytes.
+/// All request headers of one call, in bytes; with HTTP/1 also what is read ahead.
 const HEADER_BYTES_MAX: u32 = 16 << 10;
 
 /// A byte stream, whatever carries it.
@@ -150,23 +162,57 @@ impl Entrance {
                 }
                 _ => (stream, peer, tenant),
             };
-            Ok::<_, io::Error>((preface::expect(stream).await?, peer, tenant))
+            let (http, stream) = preface::expect(stream).await?;
+            Ok::<_, io::Error>((http, stream, peer, tenant))
         };
-        let late = |_| io::Error::new(io::ErrorKind::TimedOut, "the peer did not open HTTP/2 in time");
-        let (stream, peer, tenant) =
+        let late = |_| io::Error::new(io::ErrorKind::TimedOut, "the peer did not open HTTP in time");
+        let (http, stream, peer, tenant) =
             tokio::time::timeout(OPENING_DEADLINE, opening).await.map_err(late)??;
 
         let id = ConnectionId(self.next.fetch_add(1, Ordering::Relaxed));
         tracing::debug!(connection = id.0, listener = %endpoint, %tenant, ?peer, "connected");
         let _present = Present::new(&self.dispatch, id);
         let connection = Arc::new(Connection { id, peer, tenant, calls: AtomicU64::new(0) });
-        self.speak(stream, self.gate.of(connection)).await.map_err(io::Error::other)
+        let service = self.gate.of(connection);
+        let spoken = match http {
+            Http::One => self.speak_one(stream, service).await,
+            Http::Two if matches!(endpoint, Endpoint::Unix(_)) => {
+                let stream = Lenient::new(stream, preface::BYTES);
+                self.speak_two(Box::new(stream), service).await
+            }
+            Http::Two => self.speak_two(stream, service).await,
+        };
+        spoken.map_err(io::Error::other)
     }
 
-    async fn speak(&self, stream: Box<dyn Stream>, service: ConnectionService) -> hyper::Result<()> {
+    async fn speak_one(&self, stream: Box<dyn Stream>, service: ConnectionService) -> hyper::Result<()> {
+        let mut http = hyper::server::conn::http1::Builder::new();
+        http.timer(TokioTimer::new())
+            .header_read_timeout(IDLE_DEADLINE)
+            .max_buf_size(HEADER_BYTES_MAX as usize);
+        let mut connection = http.serve_connection(TokioIo::new(stream), service);
+        let mut closing = self.closing.clone();
+        let is_closing = tokio::select! {
+            ended = std::future::poll_fn(|context| connection.poll_without_shutdown(context)) => {
+                ended?;
+                false
+            }
+            () = closed(&mut closing) => true,
+        };
+        if is_closing {
+            std::pin::Pin::new(&mut connection).graceful_shutdown();
+            std::future::poll_fn(|context| connection.poll_without_shutdown(context)).await?;
+        }
+        // Where a request was refused before it was whole, the peer is still sending.
+        linger(&mut connection.into_parts().io.into_inner()).await;
+        Ok(())
+    }
+
+    async fn speak_two(&self, stream: Box<dyn Stream>, service: ConnectionService) -> hyper::Result<()> {
         let mut http = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
         http.timer(TokioTimer::new())
             .max_concurrent_streams(STREAMS_MAX)
+            .max_pending_accept_reset_streams(TAKEN_BACK_MAX)
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
             .max_frame_size(FRAME_BYTES_MAX)
@@ -197,13 +243,18 @@ async fn secure(
     match acceptor.accept(stream).await {
         Ok(accepted) => Ok(accepted),
         Err((error, mut stream)) => {
-            // The alert that says why is on its way. Closing now, with bytes of the peer unread, would reset the
-            // connection and could destroy it: say that no more comes, and read until the peer is done.
-            let _ = stream.shutdown().await;
-            let _ = tokio::time::timeout(LINGER, tokio::io::copy(&mut stream, &mut tokio::io::sink())).await;
+            // The alert that says why is on its way.
+            linger(&mut stream).await;
             Err(error)
         }
     }
+}
+
+/// Says that no more comes, and reads until the peer is done: closing with bytes of the peer unread would reset the
+/// connection, and could destroy the last thing that was said.
+async fn linger(stream: &mut Box<dyn Stream>) {
+    let _ = stream.shutdown().await;
+    let _ = tokio::time::timeout(LINGER, tokio::io::copy(stream, &mut tokio::io::sink())).await;
 }
 
 /// Tells the sessions that a connection is there, for as long as it is.

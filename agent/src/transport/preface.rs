@@ -1,4 +1,4 @@
-//! The first bytes of a connection: an HTTP/2 client must say so before anything is built for it.
+//! The first bytes of a connection: a client must speak HTTP before anything is built for it. Which one, they tell.
 
 use std::io;
 use std::pin::Pin;
@@ -12,11 +12,21 @@ use super::Stream;
 /// *Source:* RFC 9113, section 3.4.
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// Reads the preface and gives back the stream as if nobody had.
+/// Bytes of the preface.
+pub(super) const BYTES: usize = PREFACE.len();
+
+/// What a peer speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Http {
+    One,
+    Two,
+}
+
+/// Reads the first bytes, tells what they are, and gives back the stream as if nobody had.
 ///
 /// # Errors
 /// The stream ended, or its first bytes are something else.
-pub(super) async fn expect(mut stream: Box<dyn Stream>) -> io::Result<Box<dyn Stream>> {
+pub(super) async fn expect(mut stream: Box<dyn Stream>) -> io::Result<(Http, Box<dyn Stream>)> {
     let mut read = [0; PREFACE.len()];
     let mut length = 0;
     while length < read.len() {
@@ -26,10 +36,26 @@ pub(super) async fn expect(mut stream: Box<dyn Stream>) -> io::Result<Box<dyn St
         }
         length += more;
         if read[..length] != PREFACE[..length] {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "the peer does not speak HTTP/2"));
+            return match method(&read[..length]) {
+                Some(true) => Ok((
+                    Http::One,
+                    Box::new(Rewound { read: Bytes::copy_from_slice(&read[..length]), stream }),
+                )),
+                Some(false) => continue,
+                None => Err(io::Error::new(io::ErrorKind::InvalidData, "the peer does not speak HTTP")),
+            };
         }
     }
-    Ok(Box::new(Rewound { read: Bytes::from_static(PREFACE), stream }))
+    Ok((Http::Two, Box::new(Rewound { read: Bytes::from_static(PREFACE), stream })))
+}
+
+/// Whether these bytes begin a request of HTTP/1: a method that is served, and a space. None when they cannot.
+fn method(read: &[u8]) -> Option<bool> {
+    const METHODS: [&[u8]; 6] = [b"GET ", b"POST ", b"HEAD ", b"PUT ", b"DELETE ", b"OPTIONS "];
+    if METHODS.iter().any(|method| read.starts_with(method)) {
+        return Some(true);
+    }
+    METHODS.iter().any(|method| method.starts_with(read)).then_some(false)
 }
 
 /// A stream whose first bytes have been read already.
@@ -88,24 +114,29 @@ mod tests {
     use super::*;
     use tokio::io::AsyncWriteExt;
 
-    async fn after_sending(bytes: &[u8]) -> io::Result<Vec<u8>> {
+    async fn after_sending(bytes: &[u8]) -> io::Result<(Http, Vec<u8>)> {
         let (mut peer, stream) = tokio::io::duplex(64);
         peer.write_all(bytes).await?;
         drop(peer);
         let mut read = Vec::new();
-        expect(Box::new(stream)).await?.read_to_end(&mut read).await?;
-        Ok(read)
+        let (http, mut stream) = expect(Box::new(stream)).await?;
+        stream.read_to_end(&mut read).await?;
+        Ok((http, read))
     }
 
     #[tokio::test]
     async fn the_preface_is_seen_again_with_what_follows() {
         let sent = [&PREFACE[..], b"frames"].concat();
-        assert_eq!(after_sending(&sent).await.expect("HTTP/2"), sent);
+        assert_eq!(after_sending(&sent).await.expect("HTTP/2"), (Http::Two, sent));
+        let sent = b"POST /v2 HTTP/1.1\r\nhost: a\r\n\r\n".to_vec();
+        assert_eq!(after_sending(&sent).await.expect("HTTP/1"), (Http::One, sent));
+        assert_eq!(after_sending(b"GET ").await.expect("HTTP/1"), (Http::One, b"GET ".to_vec()));
     }
 
     #[tokio::test]
     async fn anything_else_is_refused_at_its_first_wrong_byte() {
-        for other in [&b"G"[..], b"PRI * HTTP/1.1", b"\x16\x03\x01", b"PRI * HTTP/2.0\r\n"] {
+        for other in [&b"G"[..], b"GETS", b"get ", b"PRI * HTTP/1.1", b"\x16\x03\x01", b"PRI * HTTP/2.0\r\n"]
+        {
             assert!(after_sending(other).await.is_err(), "{other:?}");
         }
     }

@@ -56,7 +56,7 @@ impl Acceptor {
             let (cert, key) = (files.cert.display(), files.key.display());
             ConfigError::new(format!("--tls-cert {cert} and --tls-key {key}: {error}"))
         })?;
-        config.alpn_protocols = vec![b"h2".to_vec()];
+        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
         Ok(Self(TlsAcceptor::from(Arc::new(config))))
     }
 

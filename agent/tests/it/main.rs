@@ -15,6 +15,7 @@ mod genop;
 mod guest;
 mod guest_programs;
 mod hostile;
+mod inference;
 mod large;
 mod life;
 mod lifecycle;

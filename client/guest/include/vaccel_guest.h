@@ -47,7 +47,8 @@ enum {
     VACCEL_GUEST_F16 = 10,
     VACCEL_GUEST_BF16 = 11,
     VACCEL_GUEST_F32 = 12,
-    VACCEL_GUEST_F64 = 13
+    VACCEL_GUEST_F64 = 13,
+    VACCEL_GUEST_BYTES = 14 /* each element: its length in 4 bytes, little-endian, and the bytes */
 };
 
 /* Kinds of resources. */

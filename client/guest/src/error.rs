@@ -46,6 +46,8 @@ reasons! {
     Denied = "DENIED", 7, 13;
     /// Absent, or somebody else's.
     NotFound = "NOT_FOUND", 5, 2;
+    /// Something of that name is there.
+    AlreadyExists = "ALREADY_EXISTS", 6, 17;
     /// The engine, or the scan before it, refused the model.
     ModelRejected = "MODEL_REJECTED", 9, 8;
     /// The tenant's limit is used up.
@@ -62,6 +64,8 @@ reasons! {
     Cancelled = "CANCELLED", 1, 125;
     /// The backend failed, or what came back is no answer.
     BackendFailed = "BACKEND_FAILED", 13, 5;
+    /// What the call refers to outside of it cannot be used.
+    Unusable = "UNUSABLE", 13, 5;
 }
 
 impl Reason {

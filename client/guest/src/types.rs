@@ -32,6 +32,8 @@ pub enum DType {
     Bf16 = 11,
     F32 = 12,
     F64 = 13,
+    /// Strings of bytes: each element is its length in 4 bytes, little-endian, and the bytes.
+    Bytes = 14,
 }
 
 impl DType {
@@ -51,14 +53,15 @@ impl DType {
             11 => Self::Bf16,
             12 => Self::F32,
             13 => Self::F64,
+            14 => Self::Bytes,
             _ => Self::Unspecified,
         }
     }
 
-    /// Bytes of one element.
+    /// Bytes of one element; 0 for strings, which have their length with them.
     pub fn size(self) -> usize {
         match self {
-            Self::Unspecified => 0,
+            Self::Unspecified | Self::Bytes => 0,
             Self::Bool | Self::U8 | Self::I8 => 1,
             Self::U16 | Self::I16 | Self::F16 | Self::Bf16 => 2,
             Self::U32 | Self::I32 | Self::F32 => 4,

@@ -29,7 +29,7 @@ use vaccel_proto::{Error, Reason};
 
 use super::file::{Format, Port, refuse};
 use super::{CPU, Engine, ModelFile, Program, TRACT, check_reply, rejected};
-use crate::scheduler::Cancel;
+use crate::scheduler::{Cancel, Runner};
 use guard::{TooLarge, check_facts, check_run, check_step, guard, stop_if};
 use tensors::{from_tract, to_tract, wire_type};
 
@@ -53,7 +53,7 @@ impl Engine for Tract {
         }
     }
 
-    fn load(&self, model: &mut ModelFile, cancel: &Cancel) -> Result<Box<dyn Program>, Error> {
+    fn load(&self, model: &mut ModelFile, cancel: &Cancel) -> Result<Arc<dyn Program>, Error> {
         let refuse = |error: TractError| rejected("tract", format!("{error:#}"));
         check_operators(model)?;
         let source = caught(|| Source::read(model)).map_err(refuse)?;
@@ -73,7 +73,7 @@ impl Engine for Tract {
         if let (Source::Inferred(parsed), Format::Tensorflow) = (&program.source, model.format) {
             caught(|| describe_outputs(parsed.clone(), &mut model.outputs, cancel)).map_err(refuse)?;
         }
-        Ok(Box::new(program))
+        Ok(Arc::new(program))
     }
 }
 
@@ -91,6 +91,7 @@ fn check_operators(model: &ModelFile) -> Result<(), Error> {
                 operators.filter(|name| !known.contains_key(*name)).collect()
             }
             Format::Tflite => operators.filter(|name| !lite::OPERATORS.contains(name)).collect(),
+            Format::None => BTreeSet::new(),
         }
     };
     if missing.is_empty() {
@@ -109,7 +110,7 @@ fn check_operators(model: &ModelFile) -> Result<(), Error> {
     }
     let advice = match model.format {
         Format::Onnx => "engine onnxruntime may have them",
-        Format::Tflite | Format::Tensorflow => "export the model to ONNX",
+        Format::Tflite | Format::Tensorflow | Format::None => "export the model to ONNX",
     };
     let names = names.replace(char::is_control, "\u{fffd}");
     Err(refuse(format!(
@@ -188,7 +189,7 @@ impl Source {
                 parsed.select_output_outlets(&outputs)?;
                 parsed
             }
-            Format::Tflite => return Ok(Self::Lite(model.bytes.clone())),
+            Format::Tflite | Format::None => return Ok(Self::Lite(model.bytes.clone())),
         };
         // Order the inputs as the scan does: tract has them in file order too, without initialised ones.
         let names: Vec<&str> = model.inputs.iter().map(|port| port.name.as_str()).collect();
@@ -256,7 +257,7 @@ fn infer(mut model: InferenceModel, shapes: &[Shape], cancel: &Cancel) -> TractR
     model.into_typed()
 }
 
-impl Program for TractProgram {
+impl Runner for TractProgram {
     fn run(
         &self,
         inputs: Vec<Tensor>,
@@ -298,8 +299,14 @@ impl Program for TractProgram {
         check_reply(outputs.iter().map(|&index| results[index].as_bytes().len()), reply_bytes_max)?;
         outputs.iter().map(|&index| from_tract(&results[index]).map_err(failed)?).collect()
     }
+}
 
+impl Program for TractProgram {
     fn parallel_runs(&self) -> usize {
         usize::MAX
+    }
+
+    fn prepares_shapes(&self) -> bool {
+        true
     }
 }

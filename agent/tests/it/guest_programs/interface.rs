@@ -48,8 +48,8 @@ fn the_numbers_in_the_header_are_those_of_the_library() {
         (number("ITEMS_MAX"), number("FILES_MAX"), number("RANK_MAX")),
         (ITEMS_MAX, FILES_MAX, RANK_MAX)
     );
-    let types = ["BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F16", "BF16", "F32", "F64"];
-    for name in types {
+    let types = "BOOL U8 I8 U16 I16 U32 I32 U64 I64 F16 BF16 F32 F64 BYTES";
+    for name in types.split(' ') {
         let dtype = DType::from_number(number(name) as u64);
         assert_eq!(format!("{dtype:?}").to_uppercase(), name);
     }

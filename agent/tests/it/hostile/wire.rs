@@ -238,7 +238,8 @@ async fn closed(mut stream: Box<dyn Stream>) {
 }
 
 const OTHER_PROTOCOLS: &[(&str, &[u8])] = &[
-    ("HTTP/1.1", b"POST /vaccel.v1.Operations/Run HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n"),
+    ("HTTP/1.1 with a method of its own", b"BREW /pot HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+    ("a request that is none", b"GET \x00\x01\x02 nothing\r\n\r\n"),
     ("another HTTP/2", b"PRI * HTTP/2.1\r\n\r\nSM\r\n\r\n"),
     ("TLS", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"),
     ("a VMM", b"CONNECT 2048\n"),
@@ -251,6 +252,7 @@ const OTHER_PROTOCOLS: &[(&str, &[u8])] = &[
 const UNFINISHED: &[(&str, &[u8])] = &[
     ("nothing", b""),
     ("a byte", b"P"),
+    ("half a method", b"POS"),
     ("half a preface", b"PRI * HTTP/2"),
     ("all but a byte", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r"),
 ];

@@ -447,6 +447,7 @@ unsafe extern "C" fn vaccel_guest_reason(guest: *const Handle) -> *const c_char 
         Unauthenticated,
         Denied,
         NotFound,
+        AlreadyExists,
         ModelRejected,
         QuotaExceeded,
         Overloaded,
@@ -454,7 +455,8 @@ unsafe extern "C" fn vaccel_guest_reason(guest: *const Handle) -> *const c_char 
         Unreachable,
         Deadline,
         Cancelled,
-        BackendFailed
+        BackendFailed,
+        Unusable
     );
     // SAFETY: null, or a guest.
     unsafe { guest.as_ref() }.map_or(ptr::null(), |guest| name(guest.error.reason).as_ptr().cast())

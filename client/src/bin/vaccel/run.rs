@@ -102,6 +102,11 @@ fn first_values(tensor: &Tensor) -> String {
         DType::Bf16 => list::<half::bf16>(tensor),
         DType::F32 => list::<f32>(tensor),
         DType::F64 => list::<f64>(tensor),
+        DType::Bytes => {
+            let strings =
+                vaccel_client::proto::tensor::strings(&tensor.data).take(VALUES_SHOWN + 1).flatten();
+            strings.map(|string| plain(&String::from_utf8_lossy(&string))).collect()
+        }
     };
     if values.len() > VALUES_SHOWN {
         values[VALUES_SHOWN] = "…".into();

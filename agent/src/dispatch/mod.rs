@@ -3,10 +3,12 @@
 //!
 //! **Invariant:** nothing below knows gRPC; nothing above decides.
 
+mod inference;
+
 use std::fmt;
 use std::future::Future;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -22,12 +24,15 @@ use vaccel_proto::v1::{
 };
 use vaccel_proto::{Error, Reason};
 
-use crate::backend::Choice;
-use crate::config::Config;
+use crate::backend::{Choice, Workshop};
+use crate::config::{Config, ConfigError};
 use crate::identity::Tenant;
-use crate::ops::{self, Context, Workshop};
+use crate::infer::Inference;
+use crate::ops::{self, Context};
 use crate::policy::Policies;
 use crate::quota::{Account, Accounts, Hold, Unit};
+use crate::repository::Repository;
+pub(crate) use crate::repository::{Counts, Failure, Measured, to_json, type_name, type_named};
 use crate::resource::{ReadBegin, Reading, Registered, Store, UploadBegin};
 use crate::scheduler::past_deadline;
 use crate::session::{ConnectionId, Session, Sessions};
@@ -47,17 +52,29 @@ pub(crate) struct Caller {
     pub(crate) number: u64,
     /// When the caller stops waiting.
     pub(crate) deadline: Option<Instant>,
+    /// The user of the calling process, when it is on this machine.
+    uid: Option<u32>,
     account: Arc<Account>,
     /// Whether it came before the agent began to stop.
     in_time: bool,
     /// Counts the call from its headers until its last handle is gone.
-    _counted: Arc<(Hold, InFlight)>,
+    _counted: Option<Arc<(Hold, InFlight)>>,
 }
 
 impl Caller {
     /// The tenant's account.
     pub(crate) fn account(&self) -> &Arc<Account> {
         &self.account
+    }
+
+    /// The same, called by a process of this user.
+    pub(crate) fn of_user(self, uid: Option<u32>) -> Self {
+        Self { uid, ..self }
+    }
+
+    /// The same, for what goes on after its call and holds nobody up.
+    pub(crate) fn uncounted(self) -> Self {
+        Self { _counted: None, ..self }
     }
 
     fn request_id(&self) -> String {
@@ -79,8 +96,11 @@ pub(crate) struct Dispatch {
     sessions: Sessions,
     store: Store,
     workshop: Arc<Workshop>,
-    policies: Policies,
+    inference: Inference,
+    policies: Arc<Policies>,
     draining: AtomicBool,
+    /// Models that are to be loaded before this agent takes work.
+    cold: AtomicUsize,
     in_flight: Arc<watch::Sender<usize>>,
 }
 
@@ -108,7 +128,20 @@ impl Drop for InFlight {
 }
 
 impl Dispatch {
-    pub(crate) fn new(config: &Config, workshop: Workshop, policies: Policies, store: Store) -> Self {
+    /// # Errors
+    /// A folder of models that cannot be read.
+    pub(crate) fn new(
+        config: &Config,
+        workshop: Workshop,
+        policies: Policies,
+        store: Store,
+    ) -> Result<Self, ConfigError> {
+        let (workshop, policies) = (Arc::new(workshop), Arc::new(policies));
+        let (weights, models) = (Arc::clone(&policies), Arc::clone(&policies));
+        let may = move |tenant: &Tenant, name: &str| models.allows_model(tenant, name);
+        let repository = Repository::open(&config.repository, Arc::clone(&workshop), may)?;
+        let cold = AtomicUsize::new(repository.to_warm().len());
+        let inference = Inference::new(repository, Arc::clone(&workshop), Arc::clone(&policies));
         let limits = Limits {
             message_bytes_max: MESSAGE_BYTES_MAX as u64,
             chunk_bytes_max: CHUNK_BYTES_MAX as u64,
@@ -118,17 +151,19 @@ impl Dispatch {
             resource_bytes_max: config.tenant.resource_bytes,
             in_flight_bytes_max: config.tenant.in_flight_bytes,
         };
-        Self {
+        Ok(Self {
             limits,
             call_deadline: config.call_deadline,
-            accounts: Accounts::new(config.tenant.clone()),
+            accounts: Accounts::new(config.tenant.clone(), move |tenant| weights.weight(tenant)),
             sessions: Sessions::new(config.session_lease),
             store,
-            workshop: Arc::new(workshop),
+            workshop,
+            inference,
             policies,
             draining: AtomicBool::new(false),
+            cold,
             in_flight: Arc::new(watch::Sender::new(0)),
-        }
+        })
     }
 
     pub(crate) fn accounts(&self) -> &Accounts {
@@ -155,12 +190,22 @@ impl Dispatch {
         // Counted before the look: a drain that begins now waits for this call, or this call sees the drain.
         let counted = (account.hold(Unit::Calls, 1)?, InFlight::new(&self.in_flight));
         let in_time = !self.draining.load(Ordering::SeqCst);
-        Ok(Caller { tenant, connection, number, deadline, account, in_time, _counted: Arc::new(counted) })
+        Ok(Caller {
+            tenant,
+            connection,
+            number,
+            deadline,
+            uid: None,
+            account,
+            in_time,
+            _counted: Some(Arc::new(counted)),
+        })
     }
 
     /// Refuses new work from now on.
     pub(crate) fn begin_drain(&self) {
         self.draining.store(true, Ordering::SeqCst);
+        self.inference.repository.changed();
     }
 
     /// Waits until no call is in flight.
@@ -172,7 +217,7 @@ impl Dispatch {
 
     /// Frees what ended sessions left behind, for ever.
     pub(crate) async fn housekeep(&self) {
-        tokio::join!(self.sessions.reap(), async {
+        tokio::join!(self.sessions.reap(), self.warm_up(), async {
             self.store.survey().await;
             let mut every_minute = tokio::time::interval(Duration::from_secs(60));
             loop {
@@ -461,10 +506,14 @@ impl Dispatch {
         let context = Context { workshop, session: &session, account, deadline, reply_bytes_max };
         let begun = Instant::now();
         let done = ops::run(op, &context).await;
-        let stages = done.as_ref().ok().map(|done| [done.queue, done.run]);
+        let stages = done.as_ref().ok().map(|done| [done.spans.queue, done.spans.run]);
         session.profile.record(name, begun.elapsed(), stages);
         let done = done?;
-        let timings = Timings { queue_us: micros(done.queue), run_us: micros(done.run), batch_size: 1 };
+        let timings = Timings {
+            queue_us: micros(done.spans.queue),
+            run_us: micros(done.spans.run),
+            batch_size: u32::try_from(done.spans.calls.max(1)).unwrap_or(u32::MAX),
+        };
         Ok(RunReply { timings: Some(timings), outcome: Some(done.value) })
     }
 }

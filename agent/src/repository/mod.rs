@@ -1,0 +1,519 @@
+//! Models by name: those in the host's folders, and those that a tenant brought.
+//!
+//! Every tenant has a namespace of its own: the host's models that it may use, and over them its own. Unloading a model
+//! takes it out of the tenant's namespace and of nobody else's. What no tenant uses any more, and what was not used for
+//! longest when memory is short, is unloaded from memory; the next call loads it again.
+//!
+//! `folder` is the disk, `config` what a person wrote, `version` what was made of both, `stats` what its runs took.
+//!
+//! **Invariant:** a look-up takes a tenant; another tenant's model answers exactly as an absent one.
+
+mod config;
+mod folder;
+mod stats;
+mod version;
+mod warmup;
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::Instant;
+use vaccel_proto::inference::repository_index_response::ModelIndex;
+use vaccel_proto::{Error, Reason};
+
+use crate::backend::{Choice, Origin, Workshop};
+use crate::config::{ConfigError, RepositoryConfig};
+use crate::identity::Tenant;
+use crate::resource::Resource;
+use crate::scheduler::Asker;
+use version::Files;
+
+pub(crate) use config::{dtype_of, to_json, type_name, type_named};
+pub(crate) use stats::{Counts, Failure, Measured, Stats};
+pub(crate) use version::{Served, Tensors, Version};
+
+/// How often a name that is not there lets the folders be looked through.
+const LOOK_AGAIN_AFTER: Duration = Duration::from_secs(1);
+
+/// Models that a tenant may have brought at the same time.
+const OWN_MODELS_MAX: usize = 64;
+
+/// A model with the versions that are served.
+#[derive(Debug)]
+struct Entry {
+    versions: BTreeMap<u64, Arc<Version>>,
+    /// Why there are none, or not all.
+    failed: Option<String>,
+}
+
+#[derive(Default)]
+struct Table {
+    host: BTreeMap<String, Arc<Entry>>,
+    own: HashMap<Tenant, BTreeMap<String, Arc<Entry>>>,
+    /// Names of the host's models that a tenant has unloaded.
+    unloaded: HashMap<Tenant, HashSet<String>>,
+    /// Who has used a version since it was loaded, by name.
+    users: HashMap<String, HashSet<Tenant>>,
+    /// Versions that may be in memory.
+    loaded: Vec<Weak<Version>>,
+    stats: HashMap<Tenant, BTreeMap<(String, u64), Arc<Stats>>>,
+    looked: Option<Instant>,
+}
+
+/// Whether a tenant may use a model of the host's.
+type May = Box<dyn Fn(&Tenant, &str) -> bool + Send + Sync>;
+
+/// All models by name.
+pub(crate) struct Repository {
+    /// Names and folders of the host's models, or of folders that have them.
+    folders: Vec<PathBuf>,
+    /// The name of a model that is a folder by itself.
+    single: String,
+    bytes_max: u64,
+    workshop: Arc<Workshop>,
+    /// Which of the host's models a tenant may use.
+    may: May,
+    table: Mutex<Table>,
+    clock: AtomicU64,
+    changes: watch::Sender<u64>,
+}
+
+impl fmt::Debug for Repository {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Repository").field("folders", &self.folders).finish_non_exhaustive()
+    }
+}
+
+fn unknown(name: &str) -> Error {
+    let name = vaccel_proto::error::shown(name);
+    let name = name.trim_matches('"');
+    Error::new(Reason::NotFound, format!("Request for unknown model: '{name}' is not found"))
+}
+
+impl Repository {
+    /// Looks through the host's folders.
+    ///
+    /// # Errors
+    /// A folder that cannot be read.
+    pub(crate) fn open(
+        config: &RepositoryConfig,
+        workshop: Arc<Workshop>,
+        may: impl Fn(&Tenant, &str) -> bool + Send + Sync + 'static,
+    ) -> Result<Arc<Self>, ConfigError> {
+        let repository = Self {
+            folders: config.folders.clone(),
+            single: config.single.clone(),
+            bytes_max: config.bytes_max,
+            workshop,
+            may: Box::new(may),
+            table: Mutex::default(),
+            clock: AtomicU64::new(0),
+            changes: watch::Sender::new(0),
+        };
+        for folder in &repository.folders {
+            if let Err(error) = folder::names(folder) {
+                let message = format!("--model-repository {}: {error}", folder.display());
+                return Err(ConfigError::new(message));
+            }
+        }
+        repository.look();
+        Ok(Arc::new(repository))
+    }
+
+    /// Wakes whoever watches the health of models.
+    pub(crate) fn changed(&self) {
+        self.changes.send_modify(|changes| *changes += 1);
+    }
+
+    /// Tells of changes.
+    pub(crate) fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Names and folders of the host's models as they are on the disk.
+    fn on_disk(&self) -> BTreeMap<String, PathBuf> {
+        let mut found = BTreeMap::new();
+        for folder in &self.folders {
+            if folder::is_model(folder) {
+                found.entry(self.single.clone()).or_insert_with(|| folder.clone());
+                continue;
+            }
+            for name in folder::names(folder).unwrap_or_default() {
+                let path = folder.join(&name);
+                found.entry(name).or_insert(path);
+            }
+        }
+        found
+    }
+
+    /// Takes up what has changed on the disk. What is loaded and the same stays loaded.
+    fn look(&self) {
+        let on_disk = self.on_disk();
+        let mut table = self.table();
+        table.looked = Some(Instant::now());
+        drop(table);
+        let mut entries = BTreeMap::new();
+        for (name, path) in on_disk {
+            let before = self.table().host.get(&name).cloned();
+            let entry = look_at(&name, &path, before.as_deref());
+            if let Some(why) = &entry.failed {
+                tracing::warn!(model = name, why, "a model of the repository cannot be served");
+            }
+            entries.insert(name, Arc::new(entry));
+        }
+        self.table().host = entries;
+        self.changed();
+    }
+
+    /// The version of a model that a call means.
+    ///
+    /// # Errors
+    /// `NOT_FOUND`, `BAD_ARGUMENT` for a version that is no number.
+    pub(crate) async fn find(
+        self: &Arc<Self>,
+        tenant: &Tenant,
+        name: &str,
+        version: &str,
+    ) -> Result<Arc<Version>, Error> {
+        let mut entry = self.entry(tenant, name);
+        let is_stale = || self.table().looked.is_none_or(|looked| looked.elapsed() > LOOK_AGAIN_AFTER);
+        if entry.is_err() && is_stale() {
+            // It may have come since the folders were looked through.
+            self.refresh().await;
+            entry = self.entry(tenant, name);
+        }
+        let entry = entry?;
+        let found = if version.is_empty() {
+            entry.versions.last_key_value().map(|(_, version)| version)
+        } else {
+            let number = version.parse::<u64>().ok().filter(|number| *number > 0).ok_or_else(|| {
+                let version = vaccel_proto::error::shown(version);
+                let version = version.trim_matches('"');
+                Error::new(Reason::BadArgument, format!(
+                    "failed to get model version from specified version string '{version}' (details: stol), \
+                     version should be an integral value > 0"
+                ))
+            })?;
+            let found = entry.versions.get(&number);
+            if found.is_none() && !entry.versions.is_empty() {
+                let message = format!("Request for unknown model: '{name}' version {number} is not found");
+                return Err(Error::new(Reason::NotFound, message));
+            }
+            found
+        };
+        let no_versions = || {
+            Error::new(
+                Reason::NotFound,
+                format!("Request for unknown model: '{name}' has no available versions"),
+            )
+        };
+        let version = found.ok_or_else(no_versions)?;
+        version::touch(version, &self.clock);
+        Ok(Arc::clone(version))
+    }
+
+    fn entry(&self, tenant: &Tenant, name: &str) -> Result<Arc<Entry>, Error> {
+        let table = self.table();
+        if let Some(entry) = table.own.get(tenant).and_then(|own| own.get(name)) {
+            return Ok(Arc::clone(entry));
+        }
+        let entry = table.host.get(name).filter(|_| (self.may)(tenant, name));
+        let entry = entry.ok_or_else(|| unknown(name))?;
+        if table.unloaded.get(tenant).is_some_and(|names| names.contains(name)) {
+            return Ok(Arc::new(Entry { versions: BTreeMap::new(), failed: None }));
+        }
+        Ok(Arc::clone(entry))
+    }
+
+    /// Looks through the folders, where waiting for the disk holds nobody up.
+    async fn refresh(self: &Arc<Self>) {
+        let repository = Arc::clone(self);
+        if let Err(error) = tokio::task::spawn_blocking(move || repository.look()).await {
+            tracing::error!(%error, "the model repository was not looked through");
+        }
+    }
+
+    /// All served versions of a model, oldest first.
+    ///
+    /// # Errors
+    /// `NOT_FOUND`.
+    pub(crate) fn versions(&self, tenant: &Tenant, name: &str) -> Result<Vec<u64>, Error> {
+        Ok(self.entry(tenant, name)?.versions.keys().copied().collect())
+    }
+
+    /// A version, loaded. The first call loads it.
+    ///
+    /// # Errors
+    /// Why it cannot be.
+    pub(crate) async fn served(
+        &self,
+        tenant: &Tenant,
+        version: &Arc<Version>,
+        choice: &Choice,
+        asker: &Asker,
+    ) -> Result<Arc<Served>, Error> {
+        let was_loaded = version.is_loaded();
+        let served = version.served(&self.workshop, asker, choice).await;
+        if served.is_err() {
+            self.changed();
+        }
+        let served = served.map_err(|error| match error.reason() {
+            Reason::ModelRejected => {
+                let (name, number, why) = (&version.name, version.number, error.message());
+                let message = format!(
+                    "load failed for model '{name}': version {number} is at UNAVAILABLE state: {why}"
+                );
+                Error::new(Reason::BadArgument, message)
+            }
+            _ => error,
+        })?;
+        if version.origin == Origin::Host {
+            let mut table = self.table();
+            let users = table.users.entry(version.name.clone()).or_default();
+            if !users.contains(tenant) {
+                users.insert(tenant.clone());
+            }
+        }
+        if !was_loaded {
+            self.make_room(version);
+        }
+        Ok(served)
+    }
+
+    /// The host's versions that are to be loaded before anybody asks.
+    pub(crate) fn to_warm(&self) -> Vec<Arc<Version>> {
+        let table = self.table();
+        let all = table.host.values().flat_map(|entry| entry.versions.values());
+        all.filter(|version| version.has_warmup()).cloned().collect()
+    }
+
+    /// Unloads what was not used for longest until what is loaded fits.
+    fn make_room(&self, newest: &Arc<Version>) {
+        let mut table = self.table();
+        table
+            .loaded
+            .retain(|one| one.upgrade().is_some_and(|one| one.is_loaded() && !Arc::ptr_eq(&one, newest)));
+        table.loaded.push(Arc::downgrade(newest));
+        let mut loaded: Vec<Arc<Version>> = table.loaded.iter().filter_map(Weak::upgrade).collect();
+        drop(table);
+        loaded.sort_by_key(|version| version.used.load(Ordering::Relaxed));
+        let mut bytes: u64 = loaded.iter().map(|version| version.bytes()).sum();
+        for version in loaded.iter().filter(|version| !Arc::ptr_eq(version, newest)) {
+            if bytes <= self.bytes_max {
+                break;
+            }
+            tracing::info!(
+                model = version.name,
+                version = version.number,
+                "unloaded: memory for models is used up"
+            );
+            bytes -= version.bytes();
+            version.unload();
+        }
+    }
+
+    /// Loads a model of the host for a tenant, or loads it again: what changed on the disk is loaded before it takes
+    /// the old one's place.
+    ///
+    /// # Errors
+    /// `UNUSABLE` for a name that is in no folder, and why it cannot be loaded.
+    pub(crate) async fn load(
+        self: &Arc<Self>,
+        tenant: &Tenant,
+        name: &str,
+        choice: impl Fn(&Version) -> Result<Choice, Error>,
+        asker: &Asker,
+    ) -> Result<(), Error> {
+        self.refresh().await;
+        let found = self.table().host.get(name).filter(|_| (self.may)(tenant, name)).cloned();
+        let Some(entry) = found else {
+            if self.table().own.get(tenant).is_some_and(|own| own.contains_key(name)) {
+                return Ok(());
+            }
+            let name = vaccel_proto::error::shown(name);
+            let name = name.trim_matches('"');
+            let message = format!("failed to load '{name}', failed to poll from model repository");
+            return Err(Error::new(Reason::Unusable, message));
+        };
+        if let Some(why) = &entry.failed {
+            return Err(Error::new(Reason::BadArgument, format!("load failed for model '{name}': {why}")));
+        }
+        for version in entry.versions.values() {
+            version::touch(version, &self.clock);
+            self.served(tenant, version, &choice(version)?, asker).await?;
+        }
+        if let Some(names) = self.table().unloaded.get_mut(tenant) {
+            names.remove(name);
+        }
+        self.changed();
+        Ok(())
+    }
+
+    /// Makes a resource a model of its tenant, under a name and in versions.
+    ///
+    /// # Errors
+    /// `QUOTA_EXCEEDED`, `BAD_ARGUMENT` for a configuration that cannot be, and why it cannot be loaded.
+    pub(crate) async fn bring(
+        &self,
+        tenant: &Tenant,
+        name: &str,
+        config_json: &str,
+        versions: BTreeMap<u64, Arc<Resource>>,
+        choice: impl Fn(&Version) -> Result<Choice, Error>,
+        asker: &Asker,
+    ) -> Result<(), Error> {
+        let refuse =
+            |why: String| Error::new(Reason::BadArgument, format!("load failed for model '{name}': {why}"));
+        let config = config::read_json(config_json).map_err(refuse)?;
+        config::check(name, &config).map_err(refuse)?;
+        let entry = versions.into_iter().map(|(number, resource)| {
+            let config = Some(config.clone());
+            let version =
+                Version::new(name, number, Origin::Guest, Files::Held(resource), config, BTreeMap::new());
+            (number, Arc::new(version))
+        });
+        let entry = Entry { versions: entry.collect(), failed: None };
+        for version in entry.versions.values() {
+            version::touch(version, &self.clock);
+            self.served(tenant, version, &choice(version)?, asker).await?;
+        }
+        let mut table = self.table();
+        let own = table.own.entry(tenant.clone()).or_default();
+        if own.len() >= OWN_MODELS_MAX && !own.contains_key(name) {
+            let (limit, used) = (OWN_MODELS_MAX as u64, own.len() as u64 + 1);
+            return Err(Error::limit(Reason::QuotaExceeded, "models of this tenant", limit, used, "models"));
+        }
+        own.insert(name.into(), Arc::new(entry));
+        drop(table);
+        self.changed();
+        Ok(())
+    }
+
+    /// Takes a model out of a tenant's namespace. One that is not there is out of it already.
+    pub(crate) fn unload(&self, tenant: &Tenant, name: &str) {
+        self.take_out(tenant, name);
+        self.changed();
+    }
+
+    fn take_out(&self, tenant: &Tenant, name: &str) {
+        let mut table = self.table();
+        if table.own.get_mut(tenant).and_then(|own| own.remove(name)).is_some() {
+            return;
+        }
+        let Some(entry) = table.host.get(name).filter(|_| (self.may)(tenant, name)).cloned() else { return };
+        table.unloaded.entry(tenant.clone()).or_default().insert(name.into());
+        let users = table.users.entry(name.into()).or_default();
+        users.remove(tenant);
+        if users.is_empty() {
+            drop(table);
+            entry.versions.values().for_each(|version| version.unload());
+        }
+    }
+
+    /// The models of a tenant's namespace, by name.
+    pub(crate) async fn index(self: &Arc<Self>, tenant: &Tenant) -> Vec<ModelIndex> {
+        self.refresh().await;
+        let table = self.table();
+        let own = table.own.get(tenant);
+        let unloaded = table.unloaded.get(tenant);
+        let is_visible =
+            |name: &str| (self.may)(tenant, name) && own.is_none_or(|own| !own.contains_key(name));
+        let hosts = table.host.iter().filter(|(name, _)| is_visible(name));
+        let mut index = Vec::new();
+        for (name, entry) in own.into_iter().flatten().chain(hosts) {
+            let row = |version: String, state: &str, reason: String| ModelIndex {
+                name: name.clone(),
+                version,
+                state: state.into(),
+                reason,
+            };
+            if let Some(why) = &entry.failed {
+                index.push(row(String::new(), "UNAVAILABLE", why.clone()));
+            }
+            for (number, version) in &entry.versions {
+                let is_own = own.is_some_and(|own| own.contains_key(name));
+                let is_unloaded = !is_own && unloaded.is_some_and(|names| names.contains(name));
+                let number = number.to_string();
+                index.push(match (is_unloaded, version.failed()) {
+                    (true, _) => row(number, "UNAVAILABLE", "unloaded".into()),
+                    (false, Some(why)) => row(number, "UNAVAILABLE", why),
+                    (false, None) => row(number, "READY", String::new()),
+                });
+            }
+        }
+        index.sort_by(|one, other| (&one.name, &one.version).cmp(&(&other.name, &other.version)));
+        index
+    }
+
+    /// Whether a version can be run, as far as is known.
+    pub(crate) async fn is_ready(
+        self: &Arc<Self>,
+        tenant: &Tenant,
+        name: &str,
+        version: &str,
+    ) -> Result<bool, Error> {
+        match self.find(tenant, name, version).await {
+            Ok(version) => Ok(version.failed().is_none()),
+            Err(error) if error.reason() == Reason::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Where a tenant's runs of a version are counted.
+    pub(crate) fn stats(&self, tenant: &Tenant, version: &Version) -> Arc<Stats> {
+        let mut table = self.table();
+        let own = table.stats.entry(tenant.clone()).or_default();
+        let key = (version.name.clone(), version.number);
+        Arc::clone(own.entry(key).or_default())
+    }
+
+    /// What was counted for a tenant, or for all together.
+    pub(crate) fn measured(&self, tenant: Option<&Tenant>) -> Vec<Measured> {
+        let table = self.table();
+        let rows = table.stats.iter().filter(|(own, _)| tenant.is_none_or(|tenant| tenant == *own));
+        let mut all: BTreeMap<&(String, u64), Counts> = BTreeMap::new();
+        for (key, stats) in rows.flat_map(|(_, stats)| stats) {
+            all.entry(key).or_default().add(&stats.read());
+        }
+        let measured = |((model, version), counts): (&(String, u64), Counts)| Measured {
+            model: model.clone(),
+            version: *version,
+            counts,
+        };
+        all.into_iter().map(measured).collect()
+    }
+
+    /// All that was counted for a tenant.
+    pub(crate) fn all_stats(&self, tenant: &Tenant) -> Vec<(String, u64, Arc<Stats>)> {
+        let table = self.table();
+        let own = table.stats.get(tenant).into_iter().flatten();
+        own.map(|((name, version), stats)| (name.clone(), *version, Arc::clone(stats))).collect()
+    }
+}
+
+/// A model as it is on the disk; versions that are as they were stay what they are.
+fn look_at(name: &str, path: &std::path::Path, before: Option<&Entry>) -> Entry {
+    let found = match folder::look(path, name) {
+        Ok(found) => found,
+        Err(why) => return Entry { versions: BTreeMap::new(), failed: Some(why) },
+    };
+    let versions = found.versions.into_iter().map(|(number, files)| {
+        let before = before.and_then(|before| before.versions.get(&number));
+        let same = before.filter(|before| before.is_same(&files, found.config.as_ref()));
+        let version = same.cloned().unwrap_or_else(|| {
+            let (files, labels) = (Files::OnDisk(files), found.labels.clone());
+            Arc::new(Version::new(name, number, Origin::Host, files, found.config.clone(), labels))
+        });
+        (number, version)
+    });
+    Entry { versions: versions.collect(), failed: None }
+}
