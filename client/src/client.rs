@@ -10,8 +10,10 @@ use vaccel_proto::v1::sessions_client::SessionsClient;
 use vaccel_proto::v1::{InfoReply, InfoRequest, ListSessionsRequest, SessionInfo};
 use vaccel_proto::{Endpoint, Error, Reason};
 
-use crate::dial::Dialer;
+use crate::dial::{Dialer, Protocol};
 use crate::env;
+#[cfg(feature = "cli")]
+use crate::http1::Http1;
 use crate::link::Link;
 use crate::retry::Deadline;
 use crate::session::{Session, SessionOptions};
@@ -19,8 +21,8 @@ use crate::tls::Tls;
 
 /// How long a dial may take.
 const CONNECT_TIMEOUT_DEFAULT: Duration = Duration::from_secs(5);
-/// How long a call may take, repetitions included.
-const DEADLINE_DEFAULT: Duration = Duration::from_secs(60);
+/// How long a call may take, repetitions included, when nobody says.
+pub const DEADLINE_DEFAULT: Duration = Duration::from_secs(60);
 
 /// A client of one agent. Clones share the connection.
 #[derive(Clone, Debug)]
@@ -132,6 +134,11 @@ pub(crate) fn timed<M>(message: M, time: Duration) -> Request<M> {
 }
 
 impl Builder {
+    /// The agent's address.
+    pub fn endpoint(&self) -> &Endpoint {
+        &self.endpoint
+    }
+
     /// How to speak TLS; other addresses than `tls://` ignore it.
     #[must_use]
     pub fn tls(mut self, tls: Tls) -> Self {
@@ -177,9 +184,19 @@ impl Builder {
     /// # Errors
     /// `BAD_ARGUMENT`, as in [`Builder::connect`].
     pub fn build(self) -> Result<Client, Error> {
-        let dialer = Dialer::new(self.endpoint, &self.tls)?;
+        let dialer = Dialer::new(self.endpoint, &self.tls, Protocol::HTTP2)?;
         let link = Link::new(dialer, self.token.as_deref(), self.connect_timeout)?;
         Ok(Client { shared: Arc::new(Shared { link, deadline: self.deadline }) })
+    }
+
+    /// A connection for HTTP/1.1, not dialed yet.
+    ///
+    /// # Errors
+    /// `BAD_ARGUMENT`, as in [`Builder::connect`].
+    #[cfg(feature = "cli")]
+    pub fn http1(self) -> Result<Http1, Error> {
+        let dialer = Dialer::new(self.endpoint, &self.tls, Protocol::HTTP1)?;
+        Http1::new(dialer, self.token.as_deref(), self.connect_timeout)
     }
 }
 

@@ -11,6 +11,7 @@ use vaccel_proto::{Endpoint, Error, Reason};
 
 use crate::error::Failure;
 use crate::hybrid;
+use crate::opening::{Opened, Opening};
 use crate::tls::{self, Tls, TlsDialer};
 use crate::vsock::ShortWrites;
 
@@ -18,32 +19,52 @@ use crate::vsock::ShortWrites;
 pub(crate) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
 
+/// What is spoken over a byte stream.
+#[derive(Debug)]
+pub(crate) struct Protocol {
+    pub(crate) name: &'static str,
+    /// Its name in TLS handshakes.
+    pub(crate) alpn: &'static [u8],
+    /// What a server's first bytes begin with.
+    pub(crate) first: u8,
+}
+
+impl Protocol {
+    /// A server begins with a SETTINGS frame, whose length is far below 64 KiB.
+    pub(crate) const HTTP2: Self = Self { name: "HTTP/2", alpn: b"h2", first: 0 };
+    /// A response begins with the protocol's name.
+    #[cfg(feature = "cli")]
+    pub(crate) const HTTP1: Self = Self { name: "HTTP/1.1", alpn: b"http/1.1", first: b'H' };
+}
+
 /// Opens byte streams to one address.
 #[derive(Debug)]
 pub(crate) struct Dialer {
     endpoint: Endpoint,
+    protocol: Protocol,
     tls: Option<TlsDialer>,
 }
 
 impl Dialer {
     /// # Errors
     /// `BAD_ARGUMENT` for an address that can only be listened on, and for unusable TLS files.
-    pub(crate) fn new(endpoint: Endpoint, tls: &Tls) -> Result<Self, Error> {
+    pub(crate) fn new(endpoint: Endpoint, tls: &Tls, protocol: Protocol) -> Result<Self, Error> {
         let endpoint = endpoint.for_dialing().map_err(|e| Error::new(Reason::BadArgument, e.to_string()))?;
         let tls = match &endpoint {
-            Endpoint::Tls(authority) => Some(tls.dialer(authority)?),
+            Endpoint::Tls(authority) => Some(tls.dialer(authority, protocol.alpn)?),
             _ => None,
         };
-        Ok(Self { endpoint, tls })
+        Ok(Self { endpoint, protocol, tls })
     }
 
     pub(crate) fn endpoint(&self) -> &Endpoint {
         &self.endpoint
     }
 
-    /// One stream, after all handshakes below HTTP/2.
-    pub(crate) async fn dial(&self) -> Result<Box<dyn Stream>, Failure> {
-        self.connect().await.map_err(|error| self.failure(&error))
+    /// One stream, after all handshakes below HTTP, and where its peer's first bytes are reported.
+    pub(crate) async fn dial(&self) -> Result<(Opening<Box<dyn Stream>>, Opened), Failure> {
+        let stream = self.connect().await.map_err(|error| self.failure(&error))?;
+        Ok(Opening::new(stream, &self.protocol))
     }
 
     async fn connect(&self) -> io::Result<Box<dyn Stream>> {
@@ -135,7 +156,7 @@ mod tests {
     use tokio::net::UnixListener;
 
     fn dialer(address: &str) -> Dialer {
-        Dialer::new(address.parse().unwrap(), &Tls::default()).unwrap()
+        Dialer::new(address.parse().unwrap(), &Tls::default(), Protocol::HTTP2).unwrap()
     }
 
     #[tokio::test]
@@ -152,7 +173,7 @@ mod tests {
         let (stream, accepted) = tokio::join!(dialer.dial(), agent.accept());
         accepted.unwrap().0.write_all(b"hello").await.unwrap();
         let mut heard = String::new();
-        stream.unwrap().read_to_string(&mut heard).await.unwrap();
+        stream.unwrap().0.read_to_string(&mut heard).await.unwrap();
         assert_eq!(heard, "hello");
     }
 
@@ -182,7 +203,8 @@ mod tests {
 
     #[test]
     fn an_address_to_listen_on_is_refused() {
-        let refusal = Dialer::new("vsock://any:2048".parse().unwrap(), &Tls::default()).unwrap_err();
+        let endpoint = "vsock://any:2048".parse().unwrap();
+        let refusal = Dialer::new(endpoint, &Tls::default(), Protocol::HTTP2).unwrap_err();
         assert_eq!(refusal.reason(), Reason::BadArgument);
     }
 }

@@ -41,6 +41,8 @@ mod dial;
 mod error;
 mod files;
 mod genop;
+#[cfg(feature = "cli")]
+mod http1;
 mod hybrid;
 mod large;
 mod link;
@@ -53,10 +55,12 @@ mod tls;
 mod upload;
 mod wire;
 
-pub use client::{Builder, Client, connect};
+pub use client::{Builder, Client, DEADLINE_DEFAULT, connect};
 pub use compute::{Minmax, Parallel, Sgemm};
 pub use files::ResourceFiles;
 pub use genop::{arg, room};
+#[cfg(feature = "cli")]
+pub use http1::Http1;
 pub use link::Link;
 pub use models::{TfRun, tf_input, tf_node};
 pub use read::ResourceReader;

@@ -21,7 +21,6 @@ use vaccel_proto::{Endpoint, Error};
 use crate::backoff::Backoff;
 use crate::dial::Dialer;
 use crate::error::{Failure, chain};
-use crate::opening::Opening;
 use crate::wire::{Head, Wire};
 
 /// Bytes of one reply that may be under way before the client reads on.
@@ -115,7 +114,7 @@ impl Link {
 impl Shared {
     /// A connection on which the agent has spoken.
     async fn open(&self) -> Result<Wire, Failure> {
-        let (stream, opened) = Opening::new(self.dialer.dial().await?);
+        let (stream, opened) = self.dialer.dial().await?;
         let (sender, connection) = http2::Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
             .initial_stream_window_size(STREAM_WINDOW_BYTES)

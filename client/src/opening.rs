@@ -11,6 +11,8 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::oneshot;
 
+use crate::dial::Protocol;
+
 /// Reports the peer's first bytes, or what came instead of them.
 #[derive(Debug)]
 pub(crate) struct Opening<S> {
@@ -18,13 +20,19 @@ pub(crate) struct Opening<S> {
     /// Taken when the peer has spoken or failed.
     report: Option<oneshot::Sender<io::Result<()>>>,
     failed_write: Option<io::Error>,
+    /// What the peer's first byte should be, and the protocol that begins so.
+    expected: (u8, &'static str),
 }
+
+/// Where the opening of a stream is reported.
+pub(crate) type Opened = oneshot::Receiver<io::Result<()>>;
 
 impl<S> Opening<S> {
     /// The stream, and where its opening is reported.
-    pub(crate) fn new(stream: S) -> (Self, oneshot::Receiver<io::Result<()>>) {
+    pub(crate) fn new(stream: S, protocol: &Protocol) -> (Self, Opened) {
         let (report, opened) = oneshot::channel();
-        (Self { stream, report: Some(report), failed_write: None }, opened)
+        let expected = (protocol.first, protocol.name);
+        (Self { stream, report: Some(report), failed_write: None, expected }, opened)
     }
 
     /// Keeps a failed write back while the peer has not spoken; `claimed` is what the writer is told instead.
@@ -49,7 +57,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Opening<S> {
         let read = ready!(Pin::new(&mut self.stream).poll_read(cx, buf));
         if let Some(report) = self.report.take() {
             let outcome = match &read {
-                Ok(()) if buf.filled().len() > before => speaks_http2(buf.filled()[before]),
+                Ok(()) if buf.filled().len() > before => speaks(buf.filled()[before], self.expected),
                 Ok(()) => {
                     Err(self.failed_write.take().unwrap_or_else(|| io::ErrorKind::UnexpectedEof.into()))
                 }
@@ -64,13 +72,13 @@ impl<S: AsyncRead + Unpin> AsyncRead for Opening<S> {
     }
 }
 
-/// Judges a peer by its first byte: HTTP/2 begins with a SETTINGS frame, whose length is far below 64 KiB.
-fn speaks_http2(first: u8) -> io::Result<()> {
+/// Judges a peer by its first byte.
+fn speaks(first: u8, (expected, protocol): (u8, &str)) -> io::Result<()> {
     const TLS_ALERT: u8 = 0x15;
     let what = match first {
-        0 => return Ok(()),
-        TLS_ALERT => "the agent speaks TLS there: dial it as tls://",
-        _ => "something other than an agent answers there: it does not speak HTTP/2",
+        _ if first == expected => return Ok(()),
+        TLS_ALERT => "the agent speaks TLS there: dial it as tls://".to_owned(),
+        _ => format!("something other than an agent answers there: it does not speak {protocol}"),
     };
     Err(io::Error::new(io::ErrorKind::InvalidData, what))
 }
@@ -146,7 +154,7 @@ mod tests {
     }
 
     async fn opening(reads: Vec<io::Result<&'static [u8]>>) -> (io::Result<()>, io::Result<()>) {
-        let (mut stream, opened) = Opening::new(Broken(reads.into()));
+        let (mut stream, opened) = Opening::new(Broken(reads.into()), &Protocol::HTTP2);
         stream.write_all(b"preface").await.unwrap();
         let _ = stream.read(&mut [0; 8]).await;
         (opened.await.unwrap(), stream.write_all(b"more").await)

@@ -83,7 +83,7 @@ impl Tls {
     /// # Errors
     /// `BAD_ARGUMENT` for files that cannot be read or do not hold what they should, and for an unusable
     /// server name.
-    pub(crate) fn dialer(&self, authority: &Authority) -> Result<TlsDialer, Error> {
+    pub(crate) fn dialer(&self, authority: &Authority, alpn: &[u8]) -> Result<TlsDialer, Error> {
         let name = self.server_name.as_ref().unwrap_or(&authority.host);
         let server_name = ServerName::try_from(name.clone()).map_err(|e| {
             bad(format!("TLS server name {name:?} is neither a DNS name nor an IP address: {e}"))
@@ -105,7 +105,7 @@ impl Tls {
                     .map_err(|e| bad(format!("client certificate and key in {what} cannot be used: {e}")))?
             }
         };
-        config.alpn_protocols = vec![b"h2".to_vec()];
+        config.alpn_protocols = vec![alpn.to_vec()];
         Ok(TlsDialer { connector: TlsConnector::from(Arc::new(config)), server_name })
     }
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 
-use http::header::{AUTHORIZATION, HeaderValue, USER_AGENT};
+use http::header::{AUTHORIZATION, HeaderMap, HeaderValue, USER_AGENT};
 use http::uri::{Authority, Parts, Scheme};
 use http_body_util::BodyExt;
 use hyper::client::conn::http2::SendRequest;
@@ -63,14 +63,29 @@ impl Head {
         if let Ok(uri) = http::Uri::from_parts(parts) {
             *request.uri_mut() = uri;
         }
-        request.headers_mut().insert(USER_AGENT, AGENT);
+        self.sign(request.headers_mut());
+    }
+
+    /// Adds what tells who calls.
+    fn sign(&self, headers: &mut HeaderMap) {
+        headers.insert(USER_AGENT, AGENT);
         if let Some(authorization) = &self.authorization {
-            request.headers_mut().insert(AUTHORIZATION, authorization.clone());
+            headers.insert(AUTHORIZATION, authorization.clone());
         }
     }
 
+    /// The same for HTTP/1.1, where the host is a header and the URI no more than a path.
+    #[cfg(feature = "cli")]
+    pub(crate) fn address_http1(&self, headers: &mut HeaderMap) {
+        // What came through the parser of authorities goes into a header.
+        if let Ok(host) = HeaderValue::from_str(self.authority.as_str()) {
+            headers.insert(http::header::HOST, host);
+        }
+        self.sign(headers);
+    }
+
     /// What a failed exchange means.
-    fn failure(&self, error: &hyper::Error, reach: Reach) -> Failure {
+    pub(crate) fn failure(&self, error: &hyper::Error, reach: Reach) -> Failure {
         let message = match reach {
             Reach::Sent if stream_error(error).is_some_and(h2::Error::is_reset) => {
                 format!("{} broke the call off: {}", self.endpoint, chain(error))

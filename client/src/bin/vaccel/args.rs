@@ -3,14 +3,18 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
 use vaccel_client::proto::limits::DEADLINE_MAX;
-use vaccel_client::{Builder, Client, Endpoint, Pem, Tls, env};
+use vaccel_client::{Builder, Client, DEADLINE_DEFAULT, Endpoint, Pem, Tls, env};
 
 use crate::output::Failure;
 
 /// How long a dial may take when there is no shorter deadline.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Most calls that `bench` holds in flight: beyond it the callers themselves are what is measured.
+const CONCURRENCY_MAX: i64 = 4096;
+/// Most calls a second that `bench` makes, for the same reason.
+const RATE_MAX: f64 = 1e6;
 
 /// Asks a vaccel agent what it can do, classifies images and runs models.
 #[derive(Debug, Parser)]
@@ -79,6 +83,8 @@ pub(crate) enum Command {
     Classify(ClassifyArgs),
     /// Run a model on tensors from .npy files
     Run(RunArgs),
+    /// Measure how fast a model of the Open Inference Protocol answers under load
+    Bench(BenchArgs),
 }
 
 #[derive(Debug, clap::Args)]
@@ -111,6 +117,102 @@ pub(crate) struct RunArgs {
     pub(crate) output: Option<PathBuf>,
 }
 
+#[derive(Debug, clap::Args)]
+pub(crate) struct BenchArgs {
+    /// Name of the model in the agent's repository
+    #[arg(value_name = "MODEL")]
+    pub(crate) model: String,
+
+    /// Protocol of the calls
+    #[arg(long, value_name = "NAME", value_enum, default_value_t = Protocol::Grpc)]
+    pub(crate) protocol: Protocol,
+
+    /// Rows of each call
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) batch: u32,
+
+    /// Calls in flight: each caller calls again when it has its answer. One step for each number
+    #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "1", conflicts_with = "rate")]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=CONCURRENCY_MAX))]
+    pub(crate) concurrency: Vec<u32>,
+
+    /// Calls a second, at fixed times whether or not earlier ones were answered; latency counts from when a call was
+    /// due. One step for each number
+    #[arg(long, value_name = "R,...", value_delimiter = ',', value_parser = rate)]
+    pub(crate) rate: Vec<f64>,
+
+    /// How long each step measures
+    #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = seconds)]
+    pub(crate) duration: Duration,
+
+    /// How long each step runs before it measures; 0 for not at all
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = seconds_or_none)]
+    pub(crate) warm_up: Duration,
+
+    /// Sizes of an input that has open ones, without the batch; repeats
+    #[arg(long = "shape", value_name = "NAME:D1,D2", value_parser = shape)]
+    pub(crate) shapes: Vec<Shape>,
+
+    /// File for a plot of latency over throughput
+    #[arg(long, value_name = "FILE.svg")]
+    pub(crate) plot: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Protocol {
+    /// HTTP/2, some calls on each connection
+    Grpc,
+    /// HTTP/1.1 with binary tensors, a connection for each call in flight
+    Http,
+}
+
+/// What one step of `bench` asks of the agent.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Load {
+    /// Calls in flight.
+    Concurrency(u32),
+    /// Calls a second.
+    Rate(f64),
+}
+
+impl BenchArgs {
+    pub(crate) fn loads(&self) -> Vec<Load> {
+        if self.rate.is_empty() {
+            return self.concurrency.iter().copied().map(Load::Concurrency).collect();
+        }
+        self.rate.iter().copied().map(Load::Rate).collect()
+    }
+}
+
+/// The sizes of an input.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Shape {
+    pub(crate) name: String,
+    pub(crate) sizes: Vec<i64>,
+}
+
+fn shape(text: &str) -> Result<Shape, String> {
+    // Names of TensorFlow's tensors have a colon in them.
+    let parsed = text.rsplit_once(':').filter(|(name, _)| !name.is_empty()).and_then(|(name, sizes)| {
+        let sizes: Option<Vec<i64>> =
+            sizes.split(',').map(|size| size.parse().ok().filter(|size| *size > 0)).collect();
+        Some(Shape { name: name.into(), sizes: sizes? })
+    });
+    parsed.ok_or_else(|| "expected NAME:D1,D2 with sizes of 1 or more, as in x:3,224,224".into())
+}
+
+fn rate(text: &str) -> Result<f64, String> {
+    text.parse()
+        .ok()
+        .filter(|rate| *rate > 0.0 && *rate <= RATE_MAX)
+        .ok_or_else(|| format!("expected calls a second, more than 0 and at most {RATE_MAX}"))
+}
+
+fn seconds_or_none(text: &str) -> Result<Duration, String> {
+    let none = text.parse().is_ok_and(|seconds: f64| seconds == 0.0);
+    if none { Ok(Duration::ZERO) } else { seconds(text) }
+}
+
 #[derive(Clone, Debug)]
 pub(crate) struct Input {
     /// Empty: by position.
@@ -135,6 +237,11 @@ fn seconds(text: &str) -> Result<Duration, String> {
 }
 
 impl Target {
+    /// How long a call may take.
+    pub(crate) fn deadline(&self) -> Duration {
+        self.deadline.unwrap_or(DEADLINE_DEFAULT)
+    }
+
     pub(crate) fn builder(&self) -> Result<Builder, Failure> {
         let usage = |e: vaccel_client::Error| Failure::Usage(e.to_string());
         let endpoint = match &self.address {
@@ -181,6 +288,51 @@ mod tests {
         assert_eq!(seconds("0.5"), Ok(Duration::from_millis(500)));
         for text in ["0", "-1", "601", "NaN", "inf", "1e400", "x", ""] {
             assert!(seconds(text).is_err(), "{text}");
+        }
+    }
+
+    fn bench(flags: &[&str]) -> Result<BenchArgs, clap::Error> {
+        let line = ["vaccel", "bench", "m"].iter().chain(flags);
+        match Args::try_parse_from(line)?.command {
+            Command::Bench(args) => Ok(args),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_sweep_is_a_list_of_numbers() {
+        let loads = |flags: &[&str]| bench(flags).unwrap().loads();
+        assert_eq!(loads(&[]), [Load::Concurrency(1)]);
+        assert_eq!(loads(&["--concurrency", "1,8,32"]), [1, 8, 32].map(Load::Concurrency));
+        assert_eq!(loads(&["--rate", "0.5,1e3"]), [Load::Rate(0.5), Load::Rate(1000.0)]);
+        for flags in [
+            &["--concurrency", "1,,8"][..],
+            &["--concurrency", "0"],
+            &["--concurrency", "4097"],
+            &["--concurrency", "1;8"],
+            &["--rate", "0"],
+            &["--rate", "-1"],
+            &["--rate", "NaN"],
+            &["--rate", "inf"],
+            &["--rate", "10,"],
+            &["--rate", "10", "--concurrency", "1"],
+            &["--batch", "0"],
+            &["--duration", "0"],
+            &["--protocol", "rest"],
+        ] {
+            assert!(bench(flags).is_err(), "{flags:?}");
+        }
+        assert_eq!(bench(&["--warm-up", "0"]).unwrap().warm_up, Duration::ZERO);
+        assert!(bench(&["--warm-up", "-1"]).is_err());
+    }
+
+    #[test]
+    fn a_shape_is_a_name_and_sizes() {
+        let parsed = |name: &str, sizes: &[i64]| Ok(Shape { name: name.into(), sizes: sizes.into() });
+        assert_eq!(shape("x:16"), parsed("x", &[16]));
+        assert_eq!(shape("x:0:3,224,224"), parsed("x:0", &[3, 224, 224]));
+        for text in ["x", "x:", ":3", "x:0", "x:-1", "x:3,", "x:a", ""] {
+            assert!(shape(text).is_err(), "{text}");
         }
     }
 

@@ -1,8 +1,9 @@
-//! `vaccel`: asks an agent what it can do, classifies images and runs models, from a shell.
+//! `vaccel`: asks an agent what it can do, classifies images, runs models and measures them, from a shell.
 //!
 //! Exit codes: 0 done, 1 the call failed, 2 the command line or the environment is wrong.
 
 mod args;
+mod bench;
 mod classify;
 mod info;
 mod model;
@@ -13,7 +14,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
-use vaccel_client::{CallOptions, Client, Error, Reason, Session, SessionOptions};
+use vaccel_client::{Builder, CallOptions, Error, Reason, Session, SessionOptions};
 
 use crate::args::{Args, Command, Target};
 use crate::output::{Failure, Output};
@@ -25,7 +26,11 @@ fn main() -> ExitCode {
     // On a wrong command line clap prints why and exits with 2.
     let Args { target, command } = Args::parse();
     let mut output = Output::new(target.json);
-    let outcome = tokio::runtime::Builder::new_current_thread()
+    let mut runtime = match command {
+        Command::Bench(_) => bench::runtime(),
+        _ => tokio::runtime::Builder::new_current_thread(),
+    };
+    let outcome = runtime
         .enable_all()
         .build()
         .map_err(|e| Error::new(Reason::BackendFailed, format!("cannot start: {e}")).into())
@@ -43,24 +48,25 @@ fn main() -> ExitCode {
 
 async fn execute(target: &Target, command: Command, output: &mut Output) -> Result<(), Failure> {
     let builder = target.builder()?;
-    let client = builder.connect().await?;
     match command {
-        Command::Info => info::info(&client, output).await,
-        Command::Ops => info::ops(&client, output).await,
+        Command::Info => info::info(&builder.connect().await?, output).await,
+        Command::Ops => info::ops(&builder.connect().await?, output).await,
         Command::Classify(args) => {
-            let session = open(&client, target).await?;
+            let session = open(builder, target).await?;
             give_back(&session, classify::classify(&session, &args, output).await).await
         }
         Command::Run(args) => {
-            let session = open(&client, target).await?;
+            let session = open(builder, target).await?;
             give_back(&session, run::run(&session, &args, output).await).await
         }
+        Command::Bench(args) => bench::bench(&builder, &args, target.deadline(), output).await,
     }
 }
 
-async fn open(client: &Client, target: &Target) -> Result<Session, Error> {
+async fn open(builder: Builder, target: &Target) -> Result<Session, Error> {
     let (device, engine) = (target.device.clone(), target.engine.clone());
-    client.open_session(SessionOptions { device, engine, ..SessionOptions::default() }).await
+    let options = SessionOptions { device, engine, ..SessionOptions::default() };
+    builder.connect().await?.open_session(options).await
 }
 
 async fn give_back(session: &Session, outcome: Result<(), Failure>) -> Result<(), Failure> {
