@@ -15,6 +15,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let descriptors = protox::compile(files, ["."])?;
     let all = std::path::Path::new(&std::env::var("OUT_DIR")?).join("descriptors.bin");
     std::fs::write(all, descriptors.encode_to_vec())?;
-    tonic_prost_build::configure().bytes(".").build_transport(false).compile_fds(descriptors)?;
+    let mut names = tonic_prost_build::Config::new();
+    names.enable_type_names();
+    tonic_prost_build::configure()
+        .bytes(".")
+        .codec_path("crate::codec::Bounded")
+        .build_transport(false)
+        .compile_fds_with_config(descriptors, names)?;
     Ok(())
 }

@@ -22,6 +22,14 @@ pub const TENSORS_PER_CALL_MAX: usize = 256;
 /// Length of a guest's label (tensor, file, output name), in bytes. They are kept in memory and shown in logs.
 pub const NAME_BYTES_MAX: usize = 256;
 
+/// Fields of one request, at every depth: a tensor has some five, so that a call of as many tensors as may be, each with
+/// its own, stays far below. Decoded, a field of two bytes can take two hundred.
+pub const PARTS_MAX: usize = 1 << 16;
+
+/// Bytes of the lists of numbers in one request, which take up to eight times as much when they are decoded. Tensors in
+/// bulk are bytes.
+pub const PACKED_BYTES_MAX: usize = 8 << 20;
+
 /// Options of one model run, in bytes. TensorFlow's `RunOptions` take some tens; no engine here reads them.
 pub const RUN_OPTIONS_BYTES_MAX: usize = 4096;
 

@@ -15,6 +15,7 @@ use bytes::Bytes;
 use prost::Message;
 use tokio::sync::watch;
 use tokio::time::Instant;
+use vaccel_proto::codec;
 use vaccel_proto::error::Detail;
 use vaccel_proto::limits::{CHUNK_BYTES_MAX, DEADLINE_MAX, MESSAGE_BYTES_MAX};
 use vaccel_proto::tensor::GRPC_HEADER_BYTES;
@@ -475,6 +476,7 @@ impl Dispatch {
         self.call(caller, "run_large", DEADLINE_MAX, async |account, deadline| {
             let counted = account.hold(Unit::InFlightBytes, total)?;
             let whole = gather(total, first, pieces).await?;
+            codec::check::<RunRequest>(&whole)?;
             let request = RunRequest::decode(whole).map_err(|error| {
                 Error::field("data", "a RunRequest in pieces", "no message of the contract").caused_by(error)
             })?;

@@ -173,7 +173,7 @@ impl Inference {
         if let Some((rules, mut states)) = sequence {
             let kept = values.split_off(wanted.len());
             for (state, tensor) in rules.state.iter().zip(kept) {
-                states.keep(&state.output_name, tensor)?;
+                states.keep(who.account, &state.output_name, tensor)?;
             }
             drop(states);
             self.sequences.leave(who.tenant, &served, step.as_ref());

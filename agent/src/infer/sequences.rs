@@ -22,6 +22,7 @@ use vaccel_proto::{Error, Reason};
 
 use super::tensors::{Parameters, Subject, plain};
 use crate::identity::Tenant;
+use crate::quota::{Account, Hold, Unit};
 use crate::repository::{Served, dtype_of};
 
 /// How long a sequence lives without a call, where the configuration does not say: as in the protocol's other servers.
@@ -81,9 +82,13 @@ impl Step {
     }
 }
 
-/// What is kept of a sequence between two of its calls, by the name of the output it came from.
+/// What is kept of a sequence between two of its calls, by the name of the output it came from. It counts as bytes that
+/// the tenant has in flight.
 #[derive(Debug, Default)]
-pub(super) struct States(HashMap<String, Tensor>);
+pub(super) struct States {
+    tensors: HashMap<String, Tensor>,
+    counted: Option<Hold>,
+}
 
 #[derive(Debug)]
 struct Open {
@@ -163,7 +168,7 @@ impl Sequences {
         };
         let mut states = states.lock_owned().await;
         if step.starts {
-            states.0.clear();
+            *states = States::default();
         }
         Ok(states)
     }
@@ -204,7 +209,7 @@ impl States {
             }
         }
         for state in &rules.state {
-            let tensor = match self.0.get(&state.output_name) {
+            let tensor = match self.tensors.get(&state.output_name) {
                 Some(kept) => kept.clone(),
                 None => zeros(served, state, rows)?,
             };
@@ -216,17 +221,19 @@ impl States {
     /// Keeps an output for the next call.
     ///
     /// # Errors
-    /// States that are larger than they may be.
-    pub(super) fn keep(&mut self, output: &str, tensor: Tensor) -> Result<(), Error> {
-        let bytes: usize =
-            self.0.iter().filter(|(name, _)| *name != output).map(|(_, kept)| kept.data.len()).sum();
-        if bytes + tensor.data.len() > STATE_BYTES_MAX {
-            let (limit, need) = (STATE_BYTES_MAX as u64, (bytes + tensor.data.len()) as u64);
+    /// States that are larger than they may be, or than the tenant's limit leaves room for.
+    pub(super) fn keep(&mut self, account: &Arc<Account>, output: &str, tensor: Tensor) -> Result<(), Error> {
+        let others = self.tensors.iter().filter(|(name, _)| *name != output);
+        let bytes: usize = others.map(|(_, kept)| kept.data.len()).sum::<usize>() + tensor.data.len();
+        if bytes > STATE_BYTES_MAX {
+            let (limit, need) = (STATE_BYTES_MAX as u64, bytes as u64);
             return Err(Error::limit(Reason::QuotaExceeded, "states of a sequence", limit, need, "bytes"));
         }
+        self.counted = None;
+        self.counted = Some(account.hold(Unit::InFlightBytes, bytes as u64)?);
         // A copy: the whole of a batch's output must not stay because of one row of it.
         let data = bytes::Bytes::copy_from_slice(&tensor.data);
-        self.0.insert(output.into(), Tensor { data, ..tensor });
+        self.tensors.insert(output.into(), Tensor { data, ..tensor });
         Ok(())
     }
 }

@@ -305,7 +305,8 @@ impl Repository {
         table.loaded.push(Arc::downgrade(newest));
         let mut loaded: Vec<Arc<Version>> = table.loaded.iter().filter_map(Weak::upgrade).collect();
         drop(table);
-        loaded.sort_by_key(|version| version.used.load(Ordering::Relaxed));
+        // What guests brought gives way before what all of them use.
+        loaded.sort_by_key(|version| (version.origin == Origin::Host, version.used.load(Ordering::Relaxed)));
         let mut bytes: u64 = loaded.iter().map(|version| version.bytes()).sum();
         for version in loaded.iter().filter(|version| !Arc::ptr_eq(version, newest)) {
             if bytes <= self.bytes_max {
@@ -407,6 +408,10 @@ impl Repository {
     fn take_out(&self, tenant: &Tenant, name: &str) {
         let mut table = self.table();
         if table.own.get_mut(tenant).and_then(|own| own.remove(name)).is_some() {
+            // Names that a guest makes up must not add up.
+            if let Some(stats) = table.stats.get_mut(tenant) {
+                stats.retain(|(model, _), _| model != name);
+            }
             return;
         }
         let Some(entry) = table.host.get(name).filter(|_| (self.may)(tenant, name)).cloned() else { return };

@@ -29,8 +29,8 @@ use crate::dispatch::Dispatch;
 /// What the agent has beyond the protocol itself, by the names of its extensions.
 pub(super) const EXTENSIONS: [&str; 10] = [
     "classification",
+    "sequence",
     "model_repository",
-    "model_repository(unload_dependents)",
     "schedule_policy",
     "model_configuration",
     "system_shared_memory",

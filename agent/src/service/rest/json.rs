@@ -1,10 +1,13 @@
 //! Inference requests and responses in JSON, with tensors as numbers or as bytes behind it.
 
 use std::collections::HashMap;
+use std::fmt;
 
 use bytes::{Bytes, BytesMut};
-use serde::Deserialize;
-use serde_json::{Value, json};
+use serde::de::{DeserializeSeed, Deserializer, SeqAccess, Visitor};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use serde_json::value::RawValue;
 use vaccel_proto::inference::infer_parameter::ParameterChoice;
 use vaccel_proto::inference::model_infer_request::{InferInputTensor, InferRequestedOutputTensor};
 use vaccel_proto::inference::{InferParameter, ModelInferRequest, ModelInferResponse, ModelMetadataResponse};
@@ -19,24 +22,27 @@ const BINARY: &str = "binary_data";
 const BINARY_OUTPUT: &str = "binary_data_output";
 
 #[derive(Deserialize)]
-struct Request {
+struct Request<'a> {
     #[serde(default)]
     id: String,
     #[serde(default)]
     parameters: HashMap<String, Value>,
-    inputs: Vec<Input>,
+    #[serde(borrow)]
+    inputs: Vec<Input<'a>>,
     #[serde(default)]
     outputs: Vec<Output>,
 }
 
 #[derive(Deserialize)]
-struct Input {
+struct Input<'a> {
     name: String,
     datatype: String,
     shape: Vec<i64>,
     #[serde(default)]
     parameters: HashMap<String, Value>,
-    data: Option<Value>,
+    /// As it came: as values its numbers would take many times as much.
+    #[serde(borrow)]
+    data: Option<&'a RawValue>,
 }
 
 #[derive(Deserialize)]
@@ -100,7 +106,7 @@ fn truth(values: &mut HashMap<String, Value>, name: &str) -> Result<Option<bool>
 /// `BAD_ARGUMENT` for JSON that is none, or is no request, and for bytes that are not as many as it says.
 pub(super) fn request(body: &Bytes, length: Option<usize>) -> Result<(ModelInferRequest, Wishes), Error> {
     let length = length.unwrap_or(body.len());
-    let parsed = serde_json::from_slice::<Request>(&body[..length]);
+    let parsed = serde_json::from_slice::<Request<'_>>(&body[..length]);
     let parsed =
         parsed.map_err(|error| wrong(format!("failed to parse the request JSON buffer: {error}")))?;
     let Request { id, parameters: mut general, inputs, outputs } = parsed;
@@ -125,7 +131,7 @@ pub(super) fn request(body: &Bytes, length: Option<usize>) -> Result<(ModelInfer
                 })?;
                 request.raw_input_contents.push(rest.split_to(size));
             }
-            (None, Some(data)) => request.raw_input_contents.push(elements(&name, &datatype, &data)?),
+            (None, Some(data)) => request.raw_input_contents.push(elements(&name, &datatype, data)?),
             (None, None) if is_elsewhere => {}
             (None, None) => {
                 let name = vaccel_proto::error::shown(&name);
@@ -192,27 +198,69 @@ pub(super) fn raw_request(model: &ModelMetadataResponse, body: Bytes) -> Result<
 }
 
 /// JSON numbers, however nested, as the bytes of a tensor.
-fn elements(name: &str, datatype: &str, data: &Value) -> Result<Bytes, Error> {
+fn elements(name: &str, datatype: &str, data: &RawValue) -> Result<Bytes, Error> {
     let mut bytes = BytesMut::new();
-    let dtype = type_named(datatype);
-    flatten(data, &mut |value| {
-        push(dtype, value, &mut bytes).ok_or_else(|| {
-            let (name, got) =
-                (vaccel_proto::error::shown(name), vaccel_proto::error::shown(&value.to_string()));
-            wrong(format!(
-                "input {name}: {got} is no element of type {}",
-                vaccel_proto::error::shown(datatype)
-            ))
-        })
+    let elements = Elements { dtype: type_named(datatype), bytes: &mut bytes };
+    let mut json = serde_json::Deserializer::from_str(data.get());
+    elements.deserialize(&mut json).map_err(|error| {
+        let (name, datatype) = (vaccel_proto::error::shown(name), vaccel_proto::error::shown(datatype));
+        wrong(format!("input {name}: expected elements of type {datatype}: {error}"))
     })?;
     Ok(bytes.freeze())
 }
 
-fn flatten(value: &Value, each: &mut impl FnMut(&Value) -> Result<(), Error>) -> Result<(), Error> {
-    match value {
+/// Puts the elements of a list, or of lists in it, where they belong as they are read.
+struct Elements<'a> {
+    dtype: DType,
+    bytes: &'a mut BytesMut,
+}
+
+impl Elements<'_> {
+    fn one<E: serde::de::Error>(self, value: &Value) -> Result<(), E> {
+        let none = || E::custom(format!("{} is none", vaccel_proto::error::shown(&value.to_string())));
+        push(self.dtype, value, self.bytes).ok_or_else(none)
+    }
+}
+
+impl<'de> DeserializeSeed<'de> for Elements<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, json: D) -> Result<(), D::Error> {
+        json.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Elements<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "elements of type {}", type_name(self.dtype))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<(), A::Error> {
         // The parser bounds how deep these go.
-        Value::Array(values) => values.iter().try_for_each(|value| flatten(value, each)),
-        value => each(value),
+        while list.next_element_seed(Elements { dtype: self.dtype, bytes: &mut *self.bytes })?.is_some() {}
+        Ok(())
+    }
+
+    fn visit_bool<E: serde::de::Error>(self, value: bool) -> Result<(), E> {
+        self.one(&value.into())
+    }
+
+    fn visit_i64<E: serde::de::Error>(self, value: i64) -> Result<(), E> {
+        self.one(&value.into())
+    }
+
+    fn visit_u64<E: serde::de::Error>(self, value: u64) -> Result<(), E> {
+        self.one(&value.into())
+    }
+
+    fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<(), E> {
+        self.one(&value.into())
+    }
+
+    fn visit_str<E: serde::de::Error>(self, value: &str) -> Result<(), E> {
+        self.one(&value.into())
     }
 }
 
@@ -259,49 +307,67 @@ pub(super) struct Written {
     pub(super) header: Option<usize>,
 }
 
+/// A response as it is written.
+#[derive(Serialize)]
+struct Response<'a> {
+    model_name: &'a str,
+    model_version: &'a str,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    id: &'a str,
+    outputs: Vec<OutputRow<'a>>,
+}
+
+#[derive(Serialize)]
+struct OutputRow<'a> {
+    name: &'a str,
+    datatype: &'a str,
+    shape: &'a [i64],
+    #[serde(skip_serializing_if = "serde_json::Map::is_empty")]
+    parameters: serde_json::Map<String, Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data: Option<Box<RawValue>>,
+}
+
 /// A response in the form its caller wishes.
 ///
 /// # Errors
 /// `BAD_ARGUMENT` for an output that JSON cannot hold.
-pub(super) fn response(response: ModelInferResponse, wishes: &Wishes) -> Result<Written, Error> {
+pub(super) fn response(response: &ModelInferResponse, wishes: &Wishes) -> Result<Written, Error> {
     let mut outputs = Vec::with_capacity(response.outputs.len());
     let mut behind = Vec::new();
-    for (output, data) in response.outputs.iter().zip(response.raw_output_contents) {
-        let mut row = json!({ "name": output.name, "datatype": output.datatype, "shape": output.shape });
+    for (output, data) in response.outputs.iter().zip(&response.raw_output_contents) {
         let mut parameters = values(&output.parameters);
+        let mut numbers = None;
         if parameters.contains_key("shared_memory_region") {
             // It is there already.
         } else if wishes.is_binary(&output.name) {
             parameters.insert(BINARY_SIZE.into(), data.len().into());
             behind.push(data);
         } else {
-            let tensor = Tensor::from_bytes(type_named(&output.datatype), &output.shape, data);
-            row["data"] = numbers(&output.name, &tensor)?;
+            let tensor = Tensor::from_bytes(type_named(&output.datatype), &output.shape, data.clone());
+            numbers = Some(self::numbers(&output.name, &tensor)?);
         }
-        if !parameters.is_empty() {
-            row["parameters"] = Value::Object(parameters);
-        }
-        outputs.push(row);
+        let (name, datatype, shape) = (&*output.name, &*output.datatype, &*output.shape);
+        outputs.push(OutputRow { name, datatype, shape, parameters, data: numbers });
     }
-    let mut whole = json!({
-        "model_name": response.model_name,
-        "model_version": response.model_version,
-        "outputs": outputs,
-    });
-    if !response.id.is_empty() {
-        whole["id"] = response.id.into();
-    }
-    let text = whole.to_string();
+    let (model_name, model_version, id) = (&*response.model_name, &*response.model_version, &*response.id);
+    let text = written(&Response { model_name, model_version, id, outputs })?;
     if behind.is_empty() && !wishes.all {
         return Ok(Written { body: text.into(), header: None });
     }
     let header = text.len();
-    let mut body = BytesMut::with_capacity(header + behind.iter().map(Bytes::len).sum::<usize>());
+    let mut body = BytesMut::with_capacity(header + behind.iter().map(|data| data.len()).sum::<usize>());
     body.extend_from_slice(text.as_bytes());
     for data in behind {
-        body.extend_from_slice(&data);
+        body.extend_from_slice(data);
     }
     Ok(Written { body: body.freeze(), header: Some(header) })
+}
+
+fn written(value: &impl Serialize) -> Result<String, Error> {
+    let failed =
+        |error| Error::new(Reason::BackendFailed, "the response has no words in JSON").caused_by(error);
+    serde_json::to_string(value).map_err(failed)
 }
 
 fn values(parameters: &HashMap<String, InferParameter>) -> serde_json::Map<String, Value> {
@@ -316,51 +382,51 @@ fn values(parameters: &HashMap<String, InferParameter>) -> serde_json::Map<Strin
     parameters.iter().map(|(name, parameter)| (name.clone(), value(parameter))).collect()
 }
 
-/// The elements of a tensor, one after the other.
-fn numbers(name: &str, tensor: &Tensor) -> Result<Value, Error> {
+/// The elements of a tensor, one after the other, as they are written.
+fn numbers(name: &str, tensor: &Tensor) -> Result<Box<RawValue>, Error> {
     let no_number = || {
         let name = vaccel_proto::error::shown(name);
         wrong(format!(
             "output {name} has values that JSON has no words for; ask for it with '{BINARY}': true"
         ))
     };
-    macro_rules! list {
+    macro_rules! whole {
         ($type:ty) => {
-            tensor.elements::<$type>()?.iter().map(|value| Value::from(*value)).collect()
+            written(&tensor.elements::<$type>()?)?
         };
+    }
+    macro_rules! real {
         ($type:ty, $to:expr) => {{
             let elements = tensor.elements::<$type>()?;
-            let each = elements.iter().map(|value| {
-                let number: f64 = $to(value);
-                serde_json::Number::from_f64(number).map(Value::Number).ok_or_else(no_number)
-            });
-            Value::Array(each.collect::<Result<_, _>>()?)
+            let numbers = elements.iter().map($to).collect::<Vec<_>>();
+            if !numbers.iter().all(|number| number.is_finite()) {
+                return Err(no_number());
+            }
+            written(&numbers)?
         }};
     }
-    Ok(match tensor.dtype() {
-        DType::Bool => tensor.data.iter().map(|byte| Value::Bool(*byte != 0)).collect(),
-        DType::U8 => list!(u8),
-        DType::I8 => list!(i8),
-        DType::U16 => list!(u16),
-        DType::I16 => list!(i16),
-        DType::U32 => list!(u32),
-        DType::I32 => list!(i32),
-        DType::U64 => list!(u64),
-        DType::I64 => list!(i64),
-        DType::F16 => list!(half::f16, |value: &half::f16| value.to_f64()),
-        DType::Bf16 => list!(half::bf16, |value: &half::bf16| value.to_f64()),
-        DType::F32 => list!(f32, |value: &f32| f64::from(*value)),
-        DType::F64 => list!(f64, |value: &f64| *value),
+    let text = match tensor.dtype() {
+        DType::Bool => written(&tensor.data.iter().map(|byte| *byte != 0).collect::<Vec<_>>())?,
+        DType::U8 => whole!(u8),
+        DType::I8 => whole!(i8),
+        DType::U16 => whole!(u16),
+        DType::I16 => whole!(i16),
+        DType::U32 => whole!(u32),
+        DType::I32 => whole!(i32),
+        DType::U64 => whole!(u64),
+        DType::I64 => whole!(i64),
+        DType::F16 => real!(half::f16, |value| value.to_f32()),
+        DType::Bf16 => real!(half::bf16, |value| value.to_f32()),
+        DType::F32 => real!(f32, |value| *value),
+        DType::F64 => real!(f64, |value| *value),
         DType::Bytes => {
-            let text = |string: Option<Bytes>| {
-                let string = string.ok_or_else(no_number)?;
-                String::from_utf8(string.into()).map(Value::String).map_err(|_| no_number())
-            };
-            Value::Array(strings(&tensor.data).map(text).collect::<Result<_, _>>()?)
+            let text = |string: Option<Bytes>| String::from_utf8(string?.into()).ok();
+            written(&strings(&tensor.data).map(text).collect::<Option<Vec<_>>>().ok_or_else(no_number)?)?
         }
         DType::Unspecified => {
             let message = format!("output {name} is of type {}", type_name(DType::Unspecified));
             return Err(Error::new(Reason::BackendFailed, message));
         }
-    })
+    };
+    RawValue::from_string(text).map_err(|error| no_number().caused_by(error))
 }

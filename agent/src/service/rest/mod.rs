@@ -4,6 +4,7 @@
 //! the binary extension, behind the JSON. Browsers are turned away: a page that somebody looks at must not be able to
 //! call an agent on that machine.
 
+mod compression;
 mod json;
 mod metrics;
 
@@ -15,7 +16,7 @@ use axum::extract::{Path, State};
 use axum::routing::{get, post};
 use base64::Engine;
 use bytes::Bytes;
-use http::header::{CONTENT_LENGTH, CONTENT_TYPE, ORIGIN, RETRY_AFTER};
+use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, ORIGIN, RETRY_AFTER};
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode};
 use http_body_util::BodyExt;
 use prost::Message;
@@ -31,6 +32,7 @@ use vaccel_proto::{Error, Reason};
 
 use super::inference::{log_settings, read_only, server_metadata, trace_settings};
 use crate::dispatch::{Caller, Dispatch, to_json};
+use crate::quota::Hold;
 
 /// Where the tensors begin behind the JSON.
 const HEADER_LENGTH: HeaderName = HeaderName::from_static("inference-header-content-length");
@@ -173,8 +175,14 @@ fn found(value: &Value) -> Response<axum::body::Body> {
     response
 }
 
-/// What the gate found out, and the whole body.
-async fn received(request: Request<axum::body::Body>) -> Result<(Caller, HeaderMap, Bytes), Error> {
+/// A body, and what it is counted as beyond what came.
+struct Whole {
+    bytes: Bytes,
+    _counted: Option<Hold>,
+}
+
+/// What the gate found out, and the whole body, as it was before it was compressed.
+async fn received(request: Request<axum::body::Body>) -> Result<(Caller, HeaderMap, Whole), Error> {
     let (mut parts, body) = request.into_parts();
     let caller = parts.extensions.remove::<Caller>();
     let caller = caller
@@ -190,11 +198,13 @@ async fn received(request: Request<axum::body::Body>) -> Result<(Caller, HeaderM
         }
         Error::new(Reason::Cancelled, "the request ended before it was whole").caused_by(error.to_string())
     })?;
-    Ok((caller, parts.headers, body.to_bytes()))
+    let (bytes, counted) = compression::expand(&caller, &parts.headers, body.to_bytes()).await?;
+    Ok((caller, parts.headers, Whole { bytes, _counted: counted }))
 }
 
 /// A body that may be JSON, or nothing.
-fn object(body: &Bytes) -> Result<Value, Error> {
+fn object(body: &Whole) -> Result<Value, Error> {
+    let body = &body.bytes;
     if body.is_empty() {
         return Ok(json!({}));
     }
@@ -275,8 +285,9 @@ async fn model_stats(
 }
 
 async fn infer(State(dispatch): Shared, Path(path): Names, request: Request<axum::body::Body>) -> Answer {
-    let (caller, headers, body) = received(request).await?;
+    let (caller, headers, whole) = received(request).await?;
     let (name, version) = names(&path);
+    let body = whole.bytes.clone();
     let header = headers.get(&HEADER_LENGTH).map(|length| {
         let length = length.to_str().ok().and_then(|length| length.parse::<usize>().ok());
         length.filter(|length| *length <= body.len()).ok_or_else(|| {
@@ -292,9 +303,13 @@ async fn infer(State(dispatch): Shared, Path(path): Names, request: Request<axum
         length => json::request(&body, length)?,
     };
     (asked.model_name, asked.model_version) = (name.to_owned(), version.to_owned());
-    let answer = json::response(dispatch.infer(&caller, asked).await?, &wishes)?;
-    let mut response = Response::new(axum::body::Body::from(answer.body));
+    let answer = json::response(&dispatch.infer(&caller, asked).await?, &wishes)?;
+    let (body, coding) = compression::shrink(&headers, answer.body).await?;
+    let mut response = Response::new(axum::body::Body::from(body));
     let headers = response.headers_mut();
+    if let Some(coding) = coding {
+        headers.insert(CONTENT_ENCODING, HeaderValue::from_static(coding));
+    }
     match answer.header {
         Some(length) => {
             headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));

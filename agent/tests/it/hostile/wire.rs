@@ -15,7 +15,9 @@ use tokio::task::JoinSet;
 use tonic::body::Body;
 use tonic::{Code, Status};
 use tower_service::Service;
-use vaccel_client::proto::v1::{NoopRequest, RunRequest, run_request::Op};
+use vaccel_client::proto::inference::model_infer_request::InferInputTensor;
+use vaccel_client::proto::inference::{InferTensorContents, ModelInferRequest};
+use vaccel_client::proto::v1::{ModelRunRequest, NamedTensor, NoopRequest, RunRequest, run_request::Op};
 use vaccel_client::{Endpoint, Error, Link, Reason, SessionOptions};
 
 use super::{ATTACK_BYTES_MAX, Site, refused};
@@ -120,6 +122,49 @@ async fn a_message_beyond_the_limit_is_refused_by_its_length() {
     assert!(grown <= ATTACK_BYTES_MAX, "{grown} bytes");
     attacker.session.noop().await.unwrap();
     site.serves_others().await;
+}
+
+/// A message that is one part after the other, all empty, as long as a message may be.
+fn endless(parts: &impl Message) -> Bytes {
+    let part = parts.encode_to_vec();
+    framed(0, &part.repeat((32 << 20) / part.len()))
+}
+
+/// The same inside of a field.
+fn endless_inside(field: u32, parts: &impl Message) -> Bytes {
+    let part = parts.encode_to_vec();
+    let mut message = Vec::new();
+    let inside = part.repeat(((32 << 20) - 16) / part.len());
+    prost::encoding::encode_key(field, prost::encoding::WireType::LengthDelimited, &mut message);
+    prost::encoding::encode_varint(inside.len() as u64, &mut message);
+    message.extend_from_slice(&inside);
+    framed(0, &message)
+}
+
+#[tokio::test]
+async fn messages_of_endless_empty_parts_are_refused_before_they_are_decoded() {
+    let site = Site::start(&[]).await;
+    let attacker = site.attacker().await;
+    let before = site.agent.peak();
+    let tensors = ModelRunRequest { inputs: vec![NamedTensor::default()], ..Default::default() };
+    let inputs = ModelInferRequest { inputs: vec![InferInputTensor::default()], ..Default::default() };
+    let strings = InferTensorContents { bytes_contents: vec![Bytes::new()], ..Default::default() };
+    let numbers = InferTensorContents { int64_contents: vec![0; 1 << 20], ..Default::default() };
+    let in_a_tensor = InferInputTensor { contents: Some(strings), ..Default::default() };
+    let of_numbers = InferInputTensor { contents: Some(numbers), ..Default::default() };
+    let infer = "/inference.GRPCInferenceService/ModelInfer";
+    // The numbers of their fields: `model_run` of a run, `inputs` of an inference.
+    for (attack, path, message) in [
+        ("tensors of a run", RUN, endless_inside(18, &tensors)),
+        ("inputs", infer, endless(&inputs)),
+        ("strings in inputs", infer, endless_inside(5, &in_a_tensor)),
+        ("numbers in inputs", infer, endless_inside(5, &of_numbers)),
+    ] {
+        too_large(attack, &sent(&attacker.link(), request(path, &[], body([message]))).await);
+        site.serves_others().await;
+    }
+    let grown = site.agent.peak() - before;
+    assert!(grown <= ATTACK_BYTES_MAX, "{grown} bytes");
 }
 
 /// A run of the operation with number 99, which nobody has.

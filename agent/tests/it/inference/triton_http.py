@@ -3,6 +3,7 @@
 import http.client
 import json
 import sys
+import zlib
 
 import numpy as np
 import tritonclient.http as triton
@@ -64,6 +65,22 @@ def types(client):
             assert result.get_response()["id"] == kind
 
 
+def compressed(client):
+    values = np.zeros((8, 3), dtype=np.float32)
+    many = np.repeat(np.arange(2, dtype=np.float32).reshape(1, 2), 64, axis=0)
+    for algorithm in ["gzip", "deflate"]:
+        coding = {"request_compression_algorithm": algorithm, "response_compression_algorithm": algorithm}
+        same(client.infer("identity_FP32", inputs("in", values, "FP32"), **coding).as_numpy("out"), values)
+        wanted = [triton.InferRequestedOutput("out", binary_data=False)]
+        result = client.infer("add", inputs("in", many, "FP32"), outputs=wanted, model_version="1", **coding)
+        same(result.as_numpy("out"), many + 1)
+    bomb = zlib.compress(b" " * (64 << 20))
+    kind = {"Content-Encoding": "deflate", "Content-Type": "application/json"}
+    assert raw("POST", "/v2/models/add/infer", bomb, kind)[0] == 413
+    assert raw("POST", "/v2/models/add/infer", b"no zlib", kind)[0] == 400
+    assert raw("POST", "/v2/models/add/infer", b"{}", {"Content-Encoding": "br"})[0] == 400
+
+
 def models(client):
     one = np.array([[1, 2]], dtype=np.float32)
     assert client.get_model_metadata("add")["versions"] == ["1", "2"]
@@ -78,7 +95,7 @@ def models(client):
     client.unload_model("brought")
     assert not client.is_model_ready("brought") and client.is_model_ready("add", "2")
     stats = client.get_inference_statistics("add", "1")["model_stats"][0]
-    assert stats["inference_count"] == 1 and stats["inference_stats"]["success"]["count"] == 1, stats
+    assert stats["inference_stats"]["success"]["count"] == 3, stats
     fails(lambda: client.infer("nope", inputs("in", one, "FP32")), "404", "unknown model: 'nope'")
     fails(lambda: client.infer("add", inputs("x", one, "FP32")), "400", "unexpected inference input 'x'")
 
@@ -106,7 +123,7 @@ def by_hand():
 
     assert infer({"data": [[1, 2]]})[1]["outputs"][0]["data"] == [2, 3]
     for tensor, sign in [
-        ({"data": [[1, "two"]]}, "no element"),
+        ({"data": [[1, "two"]]}, "expected elements"),
         ({"data": [1, 2, 3]}, "byte size mismatch"),
         ({}, "expected 'data'"),
         ({"parameters": {"binary_data_size": 8}}, "bytes that are left"),
@@ -124,6 +141,6 @@ def by_hand():
 
 
 with triton.InferenceServerClient(tcp) as client:
-    for work in [server, types, models]:
+    for work in [server, types, compressed, models]:
         work(client)
 by_hand()
