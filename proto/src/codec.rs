@@ -1,8 +1,8 @@
 //! The codec of all services: as prost's, but a request has only so many parts.
 //!
 //! Two bytes of a request can become a structure of two hundred: a message of 32 MiB that is nothing but empty parts
-//! would take gigabytes before anything could look at it. So its parts are counted before it is decoded, by the contract's
-//! own descriptions: contents of `bytes` fields, which may look like anything, are passed over.
+//! would take gigabytes before anything could look at it. So its parts are counted before it is decoded, by the
+//! contract's own descriptions: contents of `bytes` fields, which may look like anything, are passed over.
 
 use std::collections::HashMap;
 use std::marker::PhantomData;

@@ -22,8 +22,8 @@ pub const TENSORS_PER_CALL_MAX: usize = 256;
 /// Length of a guest's label (tensor, file, output name), in bytes. They are kept in memory and shown in logs.
 pub const NAME_BYTES_MAX: usize = 256;
 
-/// Fields of one request, at every depth: a tensor has some five, so that a call of as many tensors as may be, each with
-/// its own, stays far below. Decoded, a field of two bytes can take two hundred.
+/// Fields of one request, at every depth: a tensor has some five, so that a call of as many tensors as may be stays far
+/// below. Decoded, a field of two bytes can take two hundred.
 pub const PARTS_MAX: usize = 1 << 16;
 
 /// Bytes of the lists of numbers in one request, which take up to eight times as much when they are decoded. Tensors in
