@@ -337,3 +337,48 @@ async fn shared_memory_that_cannot_be_is_refused_in_the_words_that_clients_know(
         "{status:?}"
     );
 }
+
+/// One call at a time, each of which takes a third of a second; one may wait.
+const BUSY: &str = r#"
+backend: "identity"
+max_batch_size: 1
+dynamic_batching { default_queue_policy { POLICY } }
+input [ { name: "input" data_type: TYPE_FP32 dims: [ 16 ] } ]
+output [ { name: "output" data_type: TYPE_FP32 dims: [ 16 ] } ]
+parameters { key: "run_us" value { string_value: "300000" } }
+"#;
+
+#[tokio::test]
+async fn calls_that_wait_are_told_so_in_the_words_that_clients_know() {
+    let agent = start(
+        |models| {
+            models.config("full", &BUSY.replace("POLICY", "max_queue_size: 1"));
+            models.config("late", &BUSY.replace("POLICY", "default_timeout_microseconds: 20000"));
+        },
+        &[],
+    );
+    let client = inference(agent.address()).await;
+    for (model, words) in [("full", "Exceeds maximum queue size"), ("late", "Request timeout expired")] {
+        let calls: Vec<_> = (0..5)
+            .map(|_| {
+                let (mut client, asked) = (client.clone(), with(|request| request.model_name = model.into()));
+                tokio::spawn(async move { client.model_infer(asked).await })
+            })
+            .collect();
+        let mut served = 0;
+        for call in calls {
+            match call.await.unwrap() {
+                Ok(_) => served += 1,
+                Err(status) => {
+                    assert_eq!(status.code(), Code::Unavailable, "{status:?}");
+                    assert!(status.message().starts_with(&format!("{UNKNOWN}{words}")), "{status:?}");
+                }
+            }
+        }
+        assert!((1..5).contains(&served), "{model}: {served} of 5");
+    }
+    let mut asked = tonic::Request::new(with(|request| request.model_name = "full".into()));
+    asked.set_timeout(std::time::Duration::from_millis(20));
+    let status = client.clone().model_infer(asked).await.expect_err("it takes longer");
+    assert_eq!(status.code(), Code::DeadlineExceeded);
+}
