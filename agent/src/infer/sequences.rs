@@ -4,7 +4,7 @@
 //! A model has sequences where its configuration has `sequence_batching`. Its `control_input`s are tensors that say
 //! where a sequence is, its `state`s pairs of an output and the input that it becomes. Neither is a tensor of the
 //! callers'. *Followed:* `max_sequence_idle_microseconds`, controls of all kinds, states that begin as zeros or without
-//! anything said (zeros, too). Calls of different sequences run together, where the model is one for batches of rows.
+//! anything said (zeros, too). Calls do not share runs with those of other sequences.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -3,6 +3,7 @@
 //! *Followed:* `name`, `backend` and `platform` (which say the format; `tract` and `identity` the engine, too),
 //! `max_batch_size`, `input` and `output` with `label_filename`, `version_policy`, `default_model_filename`,
 //! `dynamic_batching`, `instance_group`, `model_warmup`, `response_cache`, `sequence_batching`, `parameters`.
+//! Of `dynamic_batching` the preferred sizes are not followed (sizes are measured), and a timeout always rejects.
 //! *Refused,* because ignoring them would change results: `ensemble_scheduling`, `batch_input`, `batch_output`,
 //! `reshape`, optional, ragged and shape tensors, decoupled models, operator libraries, repository agents, GPUs.
 //! *Without effect:* everything else, which only tunes another server.
