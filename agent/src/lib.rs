@@ -8,10 +8,12 @@ pub mod config;
 pub mod demo;
 mod direct;
 mod dispatch;
+mod http2;
 mod identity;
 mod infer;
 mod ops;
 mod policy;
+mod pool;
 mod profile;
 mod quota;
 mod repository;
@@ -36,6 +38,7 @@ pub use crate::direct::{Device, Direct, Network};
 use crate::dispatch::Dispatch;
 use crate::identity::{Identity, Tokens};
 use crate::policy::Policies;
+use crate::pool::Pool;
 use crate::resource::Store;
 use crate::scheduler::Scheduler;
 use crate::service::Gate;
@@ -124,10 +127,12 @@ impl Agent {
         let gate = Gate::new(Arc::clone(&dispatch), Identity::new(tokens));
         let gate = gate.map_err(|error| ConfigError::new(error.to_string()))?;
         let (closing, is_closing) = watch::channel(false);
+        let pool = Pool::default();
         let entrance = Arc::new(Entrance::new(
             gate,
             Arc::clone(&dispatch),
             acceptor,
+            pool.clone(),
             config.connections_max,
             is_closing,
         ));
@@ -140,6 +145,7 @@ impl Agent {
         let mut housekeeping = JoinSet::new();
         let housed = Arc::clone(&dispatch);
         housekeeping.spawn(async move { housed.housekeep().await });
+        housekeeping.spawn(pool.housekeep());
         Ok(Self { endpoints, dispatch, closing, listeners, housekeeping, grace: config.grace })
     }
 

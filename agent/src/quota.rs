@@ -160,16 +160,22 @@ impl Hold {
         }
     }
 
-    /// Gives everything back and keeps holding nothing.
-    pub(crate) fn release(&mut self) {
-        self.account.row(self.unit).0.fetch_sub(self.amount, Ordering::Relaxed);
-        self.amount = 0;
+    /// What is held.
+    pub(crate) fn amount(&self) -> u64 {
+        self.amount
+    }
+
+    /// Gives so much back.
+    pub(crate) fn shrink(&mut self, amount: u64) {
+        let amount = amount.min(self.amount);
+        self.account.row(self.unit).0.fetch_sub(amount, Ordering::Relaxed);
+        self.amount -= amount;
     }
 }
 
 impl Drop for Hold {
     fn drop(&mut self) {
-        self.release();
+        self.shrink(self.amount);
     }
 }
 

@@ -5,6 +5,7 @@ pub mod codec;
 pub mod compute;
 pub mod endpoint;
 pub mod error;
+pub mod gather;
 pub mod hints;
 pub mod limits;
 pub mod tensor;

@@ -1,42 +1,77 @@
-//! A request's body, counted against its tenant while it arrives and until the call is over.
+//! Bodies, counted: a request's against its tenant while it arrives and until the call is over, and what the call holds
+//! until its reply has left.
 //!
-//! tonic gathers a message before any method sees it. This body reads gRPC's own framing on the way past, so that a
-//! claim beyond the limit is refused on its first five bytes, and a tenant cannot have more bytes in flight than its
-//! limit however many calls it spreads them over.
+//! A claim beyond the limit is refused on the first five bytes of its message, and a tenant cannot have more bytes in
+//! flight than its limit however many calls it spreads them over.
 
+use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 
-use bytes::{Buf, Bytes};
+use bytes::Bytes;
+use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
-use hyper::body::Incoming;
 use tonic::Status;
 use vaccel_proto::limits::MESSAGE_BYTES_MAX;
+use vaccel_proto::tensor::GRPC_HEADER_BYTES;
 use vaccel_proto::{Error, Reason};
 
 use crate::dispatch::Caller;
+use crate::http2::Meter;
 use crate::quota::Hold;
 
-/// One byte that says whether the message is compressed, four of length.
-const HEADER_BYTES: usize = 5;
-
 /// The count, shared by the body and the call.
-pub(super) type HeldBytes = Arc<Mutex<Hold>>;
+pub(super) struct HeldBytes {
+    hold: Mutex<Hold>,
+    is_messages: bool,
+}
 
-/// The body.
+impl HeldBytes {
+    /// A count for a body of gRPC's messages, each of which may be as long as one may be, or for one of anything, which
+    /// may be so long as a whole.
+    pub(super) fn new(hold: Hold, is_messages: bool) -> Arc<Self> {
+        Arc::new(Self { hold: Mutex::new(hold), is_messages })
+    }
+
+    /// Counts so many more.
+    ///
+    /// # Errors
+    /// `QUOTA_EXCEEDED`.
+    pub(super) fn grow(&self, bytes: u64) -> Result<(), Error> {
+        self.hold.lock().unwrap_or_else(PoisonError::into_inner).grow(bytes)
+    }
+}
+
+impl Meter for HeldBytes {
+    fn claim(&self, bytes: usize) -> Result<(), Error> {
+        let mut hold = self.hold.lock().unwrap_or_else(PoisonError::into_inner);
+        let (what, length) = if self.is_messages {
+            ("message", bytes.saturating_sub(GRPC_HEADER_BYTES) as u64)
+        } else {
+            ("body", hold.amount() + bytes as u64)
+        };
+        let limit = MESSAGE_BYTES_MAX as u64;
+        if length > limit {
+            return Err(Error::limit(Reason::MessageTooLarge, what, limit, length, "bytes"));
+        }
+        hold.grow(bytes as u64)
+    }
+
+    fn give_back(&self, bytes: usize) {
+        self.hold.lock().unwrap_or_else(PoisonError::into_inner).shrink(bytes as u64);
+    }
+}
+
+/// The body of a request over HTTP/1.
 pub(super) struct CountedBody {
-    inner: Incoming,
-    framing: Framing,
-    held: HeldBytes,
+    inner: hyper::body::Incoming,
+    held: Arc<HeldBytes>,
 }
 
 impl CountedBody {
-    /// A body of gRPC's messages, or of one message without any framing.
-    pub(super) fn new(inner: Incoming, is_grpc: bool, counted: Hold) -> (Self, HeldBytes) {
-        let held = Arc::new(Mutex::new(counted));
-        let framing = if is_grpc { Framing::default() } else { Framing::none() };
-        (Self { inner, framing, held: Arc::clone(&held) }, held)
+    pub(super) fn new(inner: hyper::body::Incoming, held: Arc<HeldBytes>) -> Self {
+        Self { inner, held }
     }
 }
 
@@ -45,22 +80,16 @@ impl Body for CountedBody {
     type Error = Status;
 
     fn poll_frame(
-        self: Pin<&mut Self>,
+        mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        let this = self.get_mut();
-        let frame = match ready!(Pin::new(&mut this.inner).poll_frame(context)) {
+        let frame = match ready!(Pin::new(&mut self.inner).poll_frame(context)) {
             Some(Ok(frame)) => frame,
             Some(Err(error)) => return Poll::Ready(Some(Err(lost(error).into()))),
             None => return Poll::Ready(None),
         };
-        if let Some(data) = frame.data_ref() {
-            let mut held = this.held.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Err(error) = this.framing.count(data.clone(), &mut held) {
-                return Poll::Ready(Some(Err(error.into())));
-            }
-        }
-        Poll::Ready(Some(Ok(frame)))
+        let claimed = frame.data_ref().map_or(Ok(()), |data| self.held.claim(data.len()));
+        Poll::Ready(Some(claimed.map(|()| frame).map_err(Status::from)))
     }
 
     fn is_end_stream(&self) -> bool {
@@ -79,18 +108,29 @@ fn lost(error: hyper::Error) -> Error {
 /// What a call holds until its reply is sent: a guest that does not read its replies must not gather any number.
 pub(super) struct Kept {
     pub(super) _caller: Caller,
-    pub(super) _bytes: HeldBytes,
+    pub(super) _bytes: Arc<HeldBytes>,
 }
 
 /// A reply's body, which keeps what the call holds.
-pub(super) struct KeptBody {
-    inner: tonic::body::Body,
+pub(crate) struct KeptBody {
+    content: Content,
     kept: Option<Kept>,
+}
+
+enum Content {
+    Routed(tonic::body::Body),
+    /// One message of gRPC's, and the trailers behind it.
+    Message(VecDeque<Bytes>, Option<HeaderMap>),
 }
 
 impl KeptBody {
     pub(super) fn new(inner: tonic::body::Body, kept: Option<Kept>) -> Self {
-        Self { inner, kept }
+        Self { content: Content::Routed(inner), kept }
+    }
+
+    /// A message in pieces, and trailers.
+    pub(super) fn message(pieces: Vec<Bytes>, trailers: HeaderMap, kept: Kept) -> Self {
+        Self { content: Content::Message(pieces.into(), Some(trailers)), kept: Some(kept) }
     }
 }
 
@@ -103,7 +143,13 @@ impl Body for KeptBody {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let this = self.get_mut();
-        let frame = ready!(Pin::new(&mut this.inner).poll_frame(context));
+        let frame = match &mut this.content {
+            Content::Routed(body) => ready!(Pin::new(body).poll_frame(context)),
+            Content::Message(pieces, trailers) => match pieces.pop_front() {
+                Some(piece) => Some(Ok(Frame::data(piece))),
+                None => trailers.take().map(|trailers| Ok(Frame::trailers(trailers))),
+            },
+        };
         let is_last = frame.as_ref().is_none_or(|frame| frame.as_ref().is_ok_and(Frame::is_trailers));
         if is_last {
             // Before the caller can know that the call is over: its next one must find the place free.
@@ -113,116 +159,18 @@ impl Body for KeptBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.inner.is_end_stream()
+        match &self.content {
+            Content::Routed(body) => body.is_end_stream(),
+            Content::Message(pieces, trailers) => pieces.is_empty() && trailers.is_none(),
+        }
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.inner.size_hint()
-    }
-}
-
-/// Where in gRPC's framing the body is.
-#[derive(Default)]
-struct Framing {
-    header: [u8; HEADER_BYTES],
-    header_length: usize,
-    /// Bytes of the message still to come.
-    remaining: usize,
-    /// Bytes that may come where there is no framing.
-    unframed: Option<usize>,
-}
-
-impl Framing {
-    fn none() -> Self {
-        Self { unframed: Some(MESSAGE_BYTES_MAX), ..Self::default() }
-    }
-
-    fn count(&mut self, mut data: Bytes, held: &mut Hold) -> Result<(), Error> {
-        if let Some(left) = self.unframed {
-            let (limit, rest) = (MESSAGE_BYTES_MAX as u64, left.checked_sub(data.len()));
-            let came = limit + data.len() as u64 - left as u64;
-            let too_long = || Error::limit(Reason::MessageTooLarge, "body", limit, came, "bytes");
-            self.unframed = Some(rest.ok_or_else(too_long)?);
-            return held.grow(data.len() as u64);
-        }
-        while data.has_remaining() {
-            if self.remaining > 0 {
-                let part = data.len().min(self.remaining);
-                held.grow(part as u64)?;
-                self.remaining -= part;
-                data.advance(part);
-                continue;
-            }
-            self.header[self.header_length] = data.get_u8();
-            self.header_length += 1;
-            if self.header_length == HEADER_BYTES {
-                self.header_length = 0;
-                let [_, length @ ..] = self.header;
-                let length = u32::from_be_bytes(length) as usize;
-                if length > MESSAGE_BYTES_MAX {
-                    let limit = MESSAGE_BYTES_MAX as u64;
-                    return Err(Error::limit(
-                        Reason::MessageTooLarge,
-                        "message",
-                        limit,
-                        length as u64,
-                        "bytes",
-                    ));
-                }
-                // The message before this one, in a stream, has been taken by its method.
-                held.release();
-                self.remaining = length;
+        match &self.content {
+            Content::Routed(body) => body.size_hint(),
+            Content::Message(pieces, _) => {
+                SizeHint::with_exact(pieces.iter().map(|piece| piece.len() as u64).sum())
             }
         }
-        Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::config::TenantLimits;
-    use crate::identity::Tenant;
-    use crate::quota::{Accounts, Unit};
-
-    fn hold() -> (Arc<crate::quota::Account>, Hold) {
-        let limits =
-            TenantLimits { connections: 1, sessions: 1, calls: 1, resource_bytes: 1, in_flight_bytes: 100 };
-        let account = Accounts::new(limits, |_| 1).of(&Tenant::new("a"));
-        let hold = account.hold(Unit::InFlightBytes, 0).expect("fits");
-        (account, hold)
-    }
-
-    fn message(length: u32, sent: usize) -> Vec<u8> {
-        [&[0][..], &length.to_be_bytes(), &vec![7; sent]].concat()
-    }
-
-    #[test]
-    fn messages_are_counted_one_by_one_however_they_are_cut() {
-        let stream = [message(60, 60), message(0, 0), message(70, 70)].concat();
-        for cut in [1, 3, 5, 64, stream.len()] {
-            let (account, mut hold) = hold();
-            let mut framing = Framing::default();
-            for piece in stream.chunks(cut) {
-                framing.count(Bytes::copy_from_slice(piece), &mut hold).expect("each fits by itself");
-            }
-            assert_eq!(account.used(Unit::InFlightBytes), 70, "cut into {cut}");
-        }
-    }
-
-    #[test]
-    fn a_claim_beyond_the_limit_is_refused_by_its_header() {
-        let (_, mut hold) = hold();
-        let refusal = Framing::default().count(message(u32::MAX, 0).into(), &mut hold).expect_err("4 GiB");
-        assert_eq!(refusal.reason(), Reason::MessageTooLarge);
-    }
-
-    #[test]
-    fn bytes_beyond_the_tenants_limit_are_refused_when_they_come() {
-        let (_, mut hold) = hold();
-        let mut framing = Framing::default();
-        framing.count(message(200, 100).into(), &mut hold).expect("100 of them fit");
-        let refusal = framing.count(Bytes::from_static(&[1]), &mut hold).expect_err("one more does not");
-        assert_eq!(refusal.reason(), Reason::QuotaExceeded);
     }
 }

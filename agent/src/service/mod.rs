@@ -9,6 +9,7 @@ mod health;
 mod inference;
 mod rest;
 mod stream;
+mod unary;
 mod vaccel;
 
 use std::convert::Infallible;
@@ -21,7 +22,6 @@ use std::time::Duration;
 
 use http::header::{AUTHORIZATION, CONTENT_TYPE};
 use http::{HeaderMap, HeaderValue, Request, Response};
-use hyper::body::Incoming;
 use tonic::body::Body;
 use tonic::service::Routes;
 use tonic_health::pb::health_server::HealthServer;
@@ -34,8 +34,10 @@ use vaccel_proto::v1::resources_server::ResourcesServer;
 use vaccel_proto::v1::sessions_server::SessionsServer;
 use vaccel_proto::{Error, Reason};
 
-use self::body::{CountedBody, Kept, KeptBody};
+pub(crate) use self::body::KeptBody;
+use self::body::{CountedBody, HeldBytes, Kept};
 use crate::dispatch::{Caller, Dispatch};
+use crate::http2;
 use crate::identity::{Identity, Peer, Tenant};
 use crate::quota::Unit;
 use crate::session::ConnectionId;
@@ -110,11 +112,12 @@ impl Gate {
         ConnectionService { gate: self.clone(), connection }
     }
 
-    fn admit(
+    /// Who calls, and the count of the call's bytes.
+    fn admit<B>(
         &self,
         connection: &Connection,
-        request: Request<Incoming>,
-    ) -> Result<(Request<Body>, Kept), Error> {
+        request: &Request<B>,
+    ) -> Result<(Caller, Arc<HeldBytes>), Error> {
         let headers = request.headers();
         let is_grpc = is_grpc(headers);
         if !is_grpc {
@@ -131,11 +134,9 @@ impl Gate {
         let caller =
             self.dispatch.arrive(tenant, connection.id, number, deadline)?.of_user(connection.peer.uid());
         let counted = caller.account().hold(Unit::InFlightBytes, 0)?;
-        let (mut parts, body) = request.into_parts();
-        let (body, held) = CountedBody::new(body, is_grpc, counted);
-        parts.extensions.insert(caller.clone());
-        parts.extensions.insert(Arc::clone(&held));
-        Ok((Request::from_parts(parts, Body::new(body)), Kept { _caller: caller, _bytes: held }))
+        // Over HTTP/1 a body is one whatever it says it is.
+        let is_messages = is_grpc && request.version() == http::Version::HTTP_2;
+        Ok((caller, HeldBytes::new(counted, is_messages)))
     }
 }
 
@@ -146,41 +147,87 @@ pub(crate) struct ConnectionService {
     connection: Arc<Connection>,
 }
 
-impl hyper::service::Service<Request<Incoming>> for ConnectionService {
-    type Response = Response<Body>;
-    type Error = Infallible;
-    type Future = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
+/// What becomes of a call.
+type Answer = Pin<Box<dyn Future<Output = Response<KeptBody>> + Send>>;
 
-    fn call(&self, request: Request<Incoming>) -> Self::Future {
-        let refused = if is_grpc(request.headers()) { grpc_refusal } else { rest::refusal };
-        match self.gate.admit(&self.connection, request) {
-            Ok((request, kept)) => {
-                // A watch of health never ends, and must not keep the agent from stopping.
-                let kept = Some(kept).filter(|_| !request.uri().path().starts_with(HEALTH));
-                let mut routes = self.gate.routes.clone();
-                let answered = async move {
-                    std::future::poll_fn(|context: &mut Context<'_>| -> Poll<Result<(), Infallible>> {
-                        Service::<Request<Body>>::poll_ready(&mut routes, context)
-                            .map_err(|error| match error {})
-                    })
-                    .await?;
-                    let reply = routes.call(request).await.map_err(|error| match error {})?;
-                    Ok(reply.map(|body| Body::new(KeptBody::new(body, kept))))
-                };
-                Box::pin(async move {
-                    // A message that never becomes whole ends here; whole calls have their own, shorter deadlines.
-                    tokio::time::timeout(CALL_DURATION_MAX, answered).await.unwrap_or_else(|_| {
-                        let message = "the request was not whole in time";
-                        Ok(refused(&Error::new(Reason::Deadline, message)))
-                    })
-                })
-            }
-            Err(refusal) => {
-                let connection = self.connection.id;
-                tracing::debug!(?connection, peer = ?self.connection.peer, ?refusal, "call refused at the gate");
-                Box::pin(std::future::ready(Ok(refused(&refusal))))
-            }
+impl ConnectionService {
+    /// A call through the routes.
+    fn route(
+        &self,
+        mut request: Request<Body>,
+        caller: Caller,
+        held: Arc<HeldBytes>,
+    ) -> impl Future<Output = Response<KeptBody>> + Send + use<> {
+        request.extensions_mut().insert(caller.clone());
+        request.extensions_mut().insert(Arc::clone(&held));
+        // A watch of health never ends, and must not keep the agent from stopping.
+        let is_kept = !request.uri().path().starts_with(HEALTH);
+        let kept = Some(Kept { _caller: caller, _bytes: held }).filter(|_| is_kept);
+        let mut routes = self.gate.routes.clone();
+        async move {
+            let ready = |context: &mut Context<'_>| -> Poll<Result<(), Infallible>> {
+                Service::<Request<Body>>::poll_ready(&mut routes, context).map_err(|error| match error {})
+            };
+            let Ok(()) = std::future::poll_fn(ready).await;
+            let reply = match routes.call(request).await {
+                Ok(reply) => reply,
+                Err(error) => match error {},
+            };
+            reply.map(|body| KeptBody::new(Body::new(body), kept))
         }
+    }
+
+    fn refuse<B>(&self, request: &Request<B>, refusal: &Error) -> Response<KeptBody> {
+        let connection = self.connection.id;
+        tracing::debug!(?connection, peer = ?self.connection.peer, ?refusal, "call refused at the gate");
+        refused(request.headers(), refusal)
+    }
+}
+
+fn refused(headers: &HeaderMap, refusal: &Error) -> Response<KeptBody> {
+    let refused = if is_grpc(headers) { grpc_refusal } else { rest::refusal };
+    refused(refusal).map(|body| KeptBody::new(body, None))
+}
+
+impl http2::Service for ConnectionService {
+    type Body = KeptBody;
+    type Answer = Answer;
+
+    fn call(&self, request: Request<http2::Incoming>) -> Answer {
+        let (caller, held) = match self.gate.admit(&self.connection, &request) {
+            Ok(admitted) => admitted,
+            Err(refusal) => return Box::pin(std::future::ready(self.refuse(&request, &refusal))),
+        };
+        request.body().charge(Arc::clone(&held) as Arc<dyn http2::Meter>);
+        match unary::Call::of(&request) {
+            Some(call) => {
+                let dispatch = Arc::clone(&self.gate.dispatch);
+                Box::pin(call.answer(dispatch, caller, held, request.into_body()))
+            }
+            None => Box::pin(self.route(request.map(Body::new), caller, held)),
+        }
+    }
+}
+
+impl hyper::service::Service<Request<hyper::body::Incoming>> for ConnectionService {
+    type Response = Response<KeptBody>;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Response<KeptBody>, Infallible>> + Send>>;
+
+    fn call(&self, request: Request<hyper::body::Incoming>) -> Self::Future {
+        let (caller, held) = match self.gate.admit(&self.connection, &request) {
+            Ok(admitted) => admitted,
+            Err(refusal) => return Box::pin(std::future::ready(Ok(self.refuse(&request, &refusal)))),
+        };
+        let headers = request.headers().clone();
+        let counted = request.map(|body| Body::new(CountedBody::new(body, Arc::clone(&held))));
+        let answered = self.route(counted, caller, held);
+        Box::pin(async move {
+            // A request that never becomes whole ends here; whole ones have their own, shorter deadlines.
+            Ok(tokio::time::timeout(CALL_DURATION_MAX, answered).await.unwrap_or_else(|_| {
+                refused(&headers, &Error::new(Reason::Deadline, "the request was not whole in time"))
+            }))
+        })
     }
 }
 

@@ -1,7 +1,7 @@
 //! The door of package `vaccel.v1`: messages to calls, outcomes to messages.
 
 use std::pin::Pin;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
@@ -142,8 +142,7 @@ impl Resources for Door {
         let caller = caller(&request)?;
         let (_metadata, extensions, request) = request.into_parts();
         let ReadResourceRequest { session, resource, file, offset, length } = request;
-        if let Some(counted) = extensions.get::<HeldBytes>() {
-            let mut counted = counted.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(counted) = extensions.get::<Arc<HeldBytes>>() {
             counted.grow(READ_BYTES_HELD)?;
         }
         let begin = ReadBegin { file, offset, length };
@@ -246,8 +245,7 @@ impl Operations for Door {
         let (_metadata, extensions, request) = request.into_parts();
         let mut reply = self.dispatch.run(&caller, request).await?;
         reply.align();
-        if let Some(counted) = extensions.get::<HeldBytes>() {
-            let mut counted = counted.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(counted) = extensions.get::<Arc<HeldBytes>>() {
             counted.grow(reply.encoded_len() as u64)?;
         }
         Ok(Response::new(reply))

@@ -39,7 +39,6 @@ macro_rules! writes_through {
     };
 }
 
-mod authority;
 mod listener;
 mod preface;
 mod tls;
@@ -49,18 +48,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use vaccel_proto::Endpoint;
 
 use crate::dispatch::Dispatch;
+use crate::http2;
 use crate::identity::{self, Peer, Tenant};
+use crate::pool::Pool;
 use crate::quota::{Hold, Unit};
 use crate::service::{Connection, ConnectionService, Gate};
 use crate::session::ConnectionId;
-use authority::Lenient;
 use preface::Http;
 
 pub(crate) use listener::Listener;
@@ -79,27 +79,8 @@ const LINGER: Duration = Duration::from_millis(500);
 /// Pause of an accept loop that cannot accept, for example for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// Pause between PINGs to a peer that is silent, and how long it may take to answer one: vsock has no keep-alive of its
-/// own, and a VM that vanished says nothing.
-const KEEP_ALIVE: Duration = Duration::from_secs(20);
-
-/// Streams of one connection. With the default cap of calls a tenant uses them all on one connection.
-const STREAMS_MAX: u32 = 128;
-
-/// Calls that a peer took back before they were looked at, of one connection; beyond them it is closed. A caller whose
-/// calls have short deadlines takes many back at once, and the server library's own limit of 20 would end those of all
-/// its callers. Each is some hundred bytes, and is gone when it is looked at.
-const TAKEN_BACK_MAX: usize = 1024;
-
-/// Received and not yet read, by stream and by connection, in bytes: what one peer can make the agent hold.
-const STREAM_WINDOW: u32 = 1 << 20;
-const CONNECTION_WINDOW: u32 = 4 << 20;
-
-/// Largest frame a peer may send, in bytes. 16 KiB, the protocol's default, costs four times the system calls.
-const FRAME_BYTES_MAX: u32 = 64 << 10;
-
-/// All request headers of one call, in bytes; with HTTP/1 also what is read ahead.
-const HEADER_BYTES_MAX: u32 = 16 << 10;
+/// All request headers of a call over HTTP/1, in bytes, and what is read ahead.
+const HEADER_BYTES_MAX: usize = 16 << 10;
 
 /// A byte stream, whatever carries it.
 pub(crate) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -111,6 +92,7 @@ pub(crate) struct Entrance {
     pub(crate) dispatch: Arc<Dispatch>,
     pub(crate) acceptor: Option<Acceptor>,
     slots: Arc<Semaphore>,
+    pool: Pool,
     next: AtomicU64,
     /// Becomes true when connections should finish what they are doing and close.
     closing: watch::Receiver<bool>,
@@ -121,11 +103,12 @@ impl Entrance {
         gate: Gate,
         dispatch: Arc<Dispatch>,
         acceptor: Option<Acceptor>,
+        pool: Pool,
         connections_max: usize,
         closing: watch::Receiver<bool>,
     ) -> Self {
         let slots = Arc::new(Semaphore::new(connections_max));
-        Self { gate, dispatch, acceptor, slots, next: AtomicU64::new(1), closing }
+        Self { gate, dispatch, acceptor, slots, pool, next: AtomicU64::new(1), closing }
     }
 
     /// Serves a listener until closing; returns when its last connection is gone.
@@ -209,22 +192,15 @@ impl Entrance {
         let _present = Present::new(&self.dispatch, id);
         let connection = Arc::new(Connection { id, peer, tenant, calls: AtomicU64::new(0) });
         let service = self.gate.of(connection);
-        let spoken = match http {
-            Http::One => self.speak_one(stream, service).await,
-            Http::Two if matches!(endpoint, Endpoint::Unix(_)) => {
-                let stream = Lenient::new(stream, preface::BYTES);
-                self.speak_two(Box::new(stream), service).await
-            }
+        match http {
+            Http::One => self.speak_one(stream, service).await.map_err(io::Error::other),
             Http::Two => self.speak_two(stream, service).await,
-        };
-        spoken.map_err(io::Error::other)
+        }
     }
 
     async fn speak_one(&self, stream: Box<dyn Stream>, service: ConnectionService) -> hyper::Result<()> {
         let mut http = hyper::server::conn::http1::Builder::new();
-        http.timer(TokioTimer::new())
-            .header_read_timeout(IDLE_DEADLINE)
-            .max_buf_size(HEADER_BYTES_MAX as usize);
+        http.timer(TokioTimer::new()).header_read_timeout(IDLE_DEADLINE).max_buf_size(HEADER_BYTES_MAX);
         let mut connection = http.serve_connection(TokioIo::new(stream), service);
         let mut closing = self.closing.clone();
         let is_closing = tokio::select! {
@@ -243,25 +219,22 @@ impl Entrance {
         Ok(())
     }
 
-    async fn speak_two(&self, stream: Box<dyn Stream>, service: ConnectionService) -> hyper::Result<()> {
-        let mut http = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
-        http.timer(TokioTimer::new())
-            .max_concurrent_streams(STREAMS_MAX)
-            .max_pending_accept_reset_streams(TAKEN_BACK_MAX)
-            .initial_stream_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW)
-            .max_frame_size(FRAME_BYTES_MAX)
-            .max_header_list_size(HEADER_BYTES_MAX)
-            .keep_alive_interval(KEEP_ALIVE)
-            .keep_alive_timeout(KEEP_ALIVE);
-        let mut connection = std::pin::pin!(http.serve_connection(TokioIo::new(stream), service));
+    async fn speak_two(&self, stream: Box<dyn Stream>, service: ConnectionService) -> io::Result<()> {
+        let mut connection = http2::Connection::new(stream, service, self.pool.clone());
         let mut closing = self.closing.clone();
-        tokio::select! {
-            ended = connection.as_mut() => return ended,
-            () = closed(&mut closing) => {}
+        let ended = tokio::select! {
+            biased;
+            ended = connection.run() => ended,
+            () = closed(&mut closing) => {
+                connection.close();
+                connection.run().await
+            }
+        };
+        if ended.is_err() {
+            // The last word says what the peer did wrong.
+            linger(&mut connection.into_io()).await;
         }
-        connection.as_mut().graceful_shutdown();
-        connection.await
+        ended
     }
 }
 

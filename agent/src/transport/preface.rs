@@ -7,13 +7,9 @@ use std::task::{Context, Poll};
 use bytes::{Buf, Bytes};
 use tokio::io::{AsyncRead, AsyncReadExt, ReadBuf};
 
+use vaccel_guest::frame::PREFACE;
+
 use super::Stream;
-
-/// *Source:* RFC 9113, section 3.4.
-const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-
-/// Bytes of the preface.
-pub(super) const BYTES: usize = PREFACE.len();
 
 /// What a peer speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,7 +18,8 @@ pub(super) enum Http {
     Two,
 }
 
-/// Reads the first bytes, tells what they are, and gives back the stream as if nobody had.
+/// Reads the first bytes and tells what they are. Gives back the stream after the preface of HTTP/2, or as if nobody
+/// had read of it.
 ///
 /// # Errors
 /// The stream ended, or its first bytes are something else.
@@ -46,7 +43,7 @@ pub(super) async fn expect(mut stream: Box<dyn Stream>) -> io::Result<(Http, Box
             };
         }
     }
-    Ok((Http::Two, Box::new(Rewound { read: Bytes::from_static(PREFACE), stream })))
+    Ok((Http::Two, stream))
 }
 
 /// Whether these bytes begin a request of HTTP/1: a method that is served, and a space. None when they cannot.
@@ -97,9 +94,9 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_preface_is_seen_again_with_what_follows() {
+    async fn what_follows_is_read_and_what_was_read_of_requests() {
         let sent = [&PREFACE[..], b"frames"].concat();
-        assert_eq!(after_sending(&sent).await.expect("HTTP/2"), (Http::Two, sent));
+        assert_eq!(after_sending(&sent).await.expect("HTTP/2"), (Http::Two, b"frames".to_vec()));
         let sent = b"POST /v2 HTTP/1.1\r\nhost: a\r\n\r\n".to_vec();
         assert_eq!(after_sending(&sent).await.expect("HTTP/1"), (Http::One, sent));
         assert_eq!(after_sending(b"GET ").await.expect("HTTP/1"), (Http::One, b"GET ".to_vec()));

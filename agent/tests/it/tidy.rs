@@ -44,7 +44,8 @@ const LAYERS: &[&[&str]] = &[
     &["session", "resource"],
     &["backend", "profile"],
     &["scheduler"],
-    &["quota"],
+    &["http2"],
+    &["quota", "pool"],
     &["identity"],
     &["config"],
 ];

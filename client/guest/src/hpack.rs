@@ -1,5 +1,5 @@
-//! Header blocks: written as literals, read with the static table. This side allows no dynamic table, and a peer that
-//! uses one all the same is refused.
+//! Header blocks: written as literals, read with the static table. The guest allows no dynamic table, and a peer that
+//! uses one all the same is refused. The agent, which has one, reads the same [`Field`]s.
 //!
 //! *Source:* RFC 7541.
 
@@ -7,18 +7,18 @@ use crate::huffman;
 
 /// Why a block cannot be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Broken;
+pub struct Broken;
 
 /// A string as it stands in a block.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Value<'a> {
+pub enum Value<'a> {
     Plain(&'a [u8]),
     Huffman(&'a [u8]),
 }
 
 /// The bytes of a string.
 #[derive(Clone, Debug)]
-pub(crate) enum Bytes<'a> {
+pub enum Bytes<'a> {
     Plain(core::slice::Iter<'a, u8>),
     Huffman(huffman::Decoder<'a>),
 }
@@ -35,7 +35,7 @@ impl Iterator for Bytes<'_> {
 }
 
 impl<'a> Value<'a> {
-    pub(crate) fn bytes(self) -> Bytes<'a> {
+    pub fn bytes(self) -> Bytes<'a> {
         match self {
             Self::Plain(bytes) => Bytes::Plain(bytes.iter()),
             Self::Huffman(string) => Bytes::Huffman(huffman::Decoder::new(string)),
@@ -91,14 +91,41 @@ static STATIC: [(&str, &str); 61] = [
     ("www-authenticate", ""),
 ];
 
-/// The headers of a block, in order.
+/// The name of a written field.
+#[derive(Clone, Copy, Debug)]
+pub enum Name<'a> {
+    /// That of an entry of the tables, by its number.
+    Of(usize),
+    Written(Value<'a>),
+}
+
+/// A field as it stands in a block.
+#[derive(Clone, Copy, Debug)]
+pub enum Field<'a> {
+    /// An entry of the tables, by its number: from 1 the static one's, then the dynamic one's.
+    Entry(usize),
+    /// Written out, and whether it is to be kept in the dynamic table.
+    Written { name: Name<'a>, value: Value<'a>, kept: bool },
+    /// A new size of the dynamic table, in bytes.
+    Size(usize),
+}
+
+/// An entry of the static table.
+pub fn entry(number: usize) -> Option<(&'static str, &'static str)> {
+    STATIC.get(number.checked_sub(1)?).copied()
+}
+
+/// Entries of the static table.
+pub const ENTRIES: usize = STATIC.len();
+
+/// The fields of a block, in order.
 #[derive(Debug)]
-pub(crate) struct Headers<'a> {
+pub struct Fields<'a> {
     rest: &'a [u8],
 }
 
-impl<'a> Headers<'a> {
-    pub(crate) fn new(block: &'a [u8]) -> Self {
+impl<'a> Fields<'a> {
+    pub fn new(block: &'a [u8]) -> Self {
         Self { rest: block }
     }
 
@@ -134,33 +161,50 @@ impl<'a> Headers<'a> {
         if huffman { Value::Huffman(string).check() } else { Ok(Value::Plain(string)) }
     }
 
-    fn indexed(index: usize) -> Result<(Value<'a>, Value<'a>), Broken> {
-        let (name, value) = index.checked_sub(1).and_then(|index| STATIC.get(index)).ok_or(Broken)?;
-        Ok((Value::Plain(name.as_bytes()), Value::Plain(value.as_bytes())))
+    /// The next field; none at the end.
+    pub fn next(&mut self) -> Result<Option<Field<'a>>, Broken> {
+        let Some(first) = self.rest.first() else { return Ok(None) };
+        let (prefix, kept) = match first {
+            0x80.. => return self.integer(7).map(|number| Some(Field::Entry(number))),
+            0x40.. => (6, true),
+            0x20.. => return self.integer(5).map(|size| Some(Field::Size(size))),
+            _ => (4, false),
+        };
+        let name = match self.integer(prefix)? {
+            0 => Name::Written(self.string()?),
+            number => Name::Of(number),
+        };
+        Ok(Some(Field::Written { name, value: self.string()?, kept }))
+    }
+}
+
+/// The headers of a block, in order, without a dynamic table.
+#[derive(Debug)]
+pub(crate) struct Headers<'a> {
+    fields: Fields<'a>,
+}
+
+impl<'a> Headers<'a> {
+    pub(crate) fn new(block: &'a [u8]) -> Self {
+        Self { fields: Fields::new(block) }
     }
 
     /// The next header; none at the end.
     pub(crate) fn next(&mut self) -> Result<Option<(Value<'a>, Value<'a>)>, Broken> {
+        let of_table = |number| {
+            let (name, value) = entry(number).ok_or(Broken)?;
+            Ok((Value::Plain(name.as_bytes()), Value::Plain(value.as_bytes())))
+        };
         loop {
-            let Some(first) = self.rest.first() else { return Ok(None) };
-            let prefix = match first {
-                0x80.. => return Self::indexed(self.integer(7)?).map(Some),
-                // To be added to a table of size 0: nothing is.
-                0x40.. => 6,
-                0x20.. => {
-                    // A change of the table's size, and this side's limit is 0.
-                    if self.integer(5)? > 0 {
-                        return Err(Broken);
-                    }
-                    continue;
-                }
-                _ => 4,
-            };
-            let name = match self.integer(prefix)? {
-                0 => self.string()?,
-                index => Self::indexed(index)?.0,
-            };
-            return Ok(Some((name, self.string()?)));
+            return Ok(Some(match self.fields.next()? {
+                None => return Ok(None),
+                Some(Field::Entry(number)) => of_table(number)?,
+                // To be kept in a table of size 0: nothing is.
+                Some(Field::Written { name: Name::Written(name), value, .. }) => (name, value),
+                Some(Field::Written { name: Name::Of(number), value, .. }) => (of_table(number)?.0, value),
+                Some(Field::Size(0)) => continue,
+                Some(Field::Size(_)) => return Err(Broken),
+            }));
         }
     }
 }

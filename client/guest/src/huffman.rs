@@ -68,7 +68,7 @@ const fn table() -> Table {
 
 /// The bytes a Huffman string stands for; ends early, and says so, where it is none.
 #[derive(Clone, Debug)]
-pub(crate) struct Decoder<'a> {
+pub struct Decoder<'a> {
     bytes: core::slice::Iter<'a, u8>,
     /// Bits taken from `bytes` and not used yet, the next one highest, zeros behind them.
     bits: u64,

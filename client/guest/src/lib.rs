@@ -42,9 +42,12 @@ mod address;
 mod capi;
 mod connection;
 mod error;
-mod frame;
+// For the agent's end of the wire, too.
+#[doc(hidden)]
+pub mod frame;
 mod guest;
-mod hpack;
+#[doc(hidden)]
+pub mod hpack;
 mod huffman;
 mod link;
 #[cfg(feature = "posix")]

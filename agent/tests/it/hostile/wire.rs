@@ -213,12 +213,12 @@ async fn calls_that_are_no_messages_end_with_a_status() {
             body([framed(1, b"\x1f\x8b\x08\0\0\0\0\0\0\x03")]),
             &[Code::Unimplemented][..],
         ),
-        ("compressed by nothing", &[], body([framed(1, &noop)]), &[Code::Internal]),
-        ("a flag that is none", &[], body([framed(7, &noop)]), &[Code::Internal]),
-        ("no message", &[], body([]), &[Code::Internal, Code::Cancelled]),
-        ("half a header", &[], body([Bytes::from_static(&[0, 0])]), &[Code::Internal]),
-        ("half a message", &[], body([framed(0, &noop).slice(..20)]), &[Code::Internal]),
-        ("noise", &[], body([framed(0, &[0xff; 64])]), &[Code::Internal]),
+        ("compressed by nothing", &[], body([framed(1, &noop)]), &[Code::InvalidArgument]),
+        ("a flag that is none", &[], body([framed(7, &noop)]), &[Code::InvalidArgument]),
+        ("no message", &[], body([]), &[Code::InvalidArgument]),
+        ("half a header", &[], body([Bytes::from_static(&[0, 0])]), &[Code::InvalidArgument]),
+        ("half a message", &[], body([framed(0, &noop).slice(..20)]), &[Code::InvalidArgument]),
+        ("noise", &[], body([framed(0, &[0xff; 64])]), &[Code::InvalidArgument]),
         (
             "headers of 32 KiB",
             &[("x-long", &*long)],
@@ -246,8 +246,8 @@ async fn messages_that_never_come_whole_hold_one_tenants_places_only() {
     let mut slow = JoinSet::new();
     for _ in 0..33 {
         let link = attacker.link();
-        // 32 MiB claimed, one byte sent.
-        slow.spawn(async move { sent(&link, request(RUN, &[], begun(&[0, 0x02, 0, 0, 0, 0x0a]))).await });
+        // 1 MiB claimed, one byte sent.
+        slow.spawn(async move { sent(&link, request(RUN, &[], begun(&[0, 0, 0x10, 0, 0, 0x0a]))).await });
     }
     // The one that found no place.
     let refusal = Error::from_status(&slow.join_next().await.unwrap().unwrap());
@@ -259,6 +259,23 @@ async fn messages_that_never_come_whole_hold_one_tenants_places_only() {
     assert!(grown <= ATTACK_BYTES_MAX, "{grown} bytes");
     slow.abort_all();
     until("a place", async || attacker.session.noop().await.is_ok()).await;
+}
+
+/// What messages claim is charged before it comes: no tenant can make the agent keep more free than it may have.
+#[tokio::test]
+async fn messages_that_claim_more_than_a_tenant_may_have_are_refused_at_their_first_bytes() {
+    let site = Site::start(&["--tenant-in-flight-mib", "64"]).await;
+    let attacker = site.attacker().await;
+    let mut slow = JoinSet::new();
+    for _ in 0..3 {
+        let link = attacker.link();
+        // 30 MiB claimed, one byte sent.
+        slow.spawn(async move { sent(&link, request(RUN, &[], begun(&[0, 0x01, 0xe0, 0, 0, 0x0a]))).await });
+    }
+    let refusal = Error::from_status(&slow.join_next().await.unwrap().unwrap());
+    assert_eq!(refusal.reason(), Reason::QuotaExceeded, "{refusal:?}");
+    attacker.session.noop().await.unwrap();
+    site.serves_others().await;
 }
 
 trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}

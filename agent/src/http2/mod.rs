@@ -1,0 +1,89 @@
+//! The agent's end of HTTP/2: one task for a connection and all its streams.
+//!
+//! A server library reads frames into buffers, gathers messages from them into others, and hands every call to a task
+//! of its own. Here the bytes of a message go from the socket to where the operation reads them, a call that needs no
+//! waiting is answered where it was read, and head, tensors and trailers of a reply leave in one system call.
+//!
+//! `connection` is the task, `receive` what it does about a peer's frames, `send` what becomes of answers; `input` and
+//! `output` are the socket's two directions, `incoming` a request's body, `fields` header blocks, `bell` who is to be
+//! looked at. **Invariant:** it knows no service; whatever a peer can make it hold is bounded here or charged by
+//! [`Meter`].
+//!
+//! *Source:* RFC 9113 (HTTP/2), gRPC over HTTP/2 (how messages lie in bodies).
+
+mod bell;
+mod connection;
+mod fields;
+mod incoming;
+mod input;
+mod output;
+mod receive;
+mod send;
+#[cfg(test)]
+mod tests;
+
+use std::future::Future;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body::Body;
+use vaccel_proto::limits::{DEADLINE_MAX, MESSAGE_BYTES_MAX};
+
+pub(crate) use connection::Connection;
+pub(crate) use incoming::{Incoming, Meter};
+
+/// Pause between looks at a peer that is silent: at the first it is sent a PING, at the second it is given up. vsock
+/// has no keep-alive of its own, and a VM that vanished says nothing.
+const KEEP_ALIVE: Duration = Duration::from_secs(20);
+
+/// How long a peer may take to answer that it knows that the agent is closing.
+const FAREWELL: Duration = Duration::from_millis(500);
+
+/// How long a request may take to arrive: the longest deadline and some time to answer that it passed.
+const REQUEST_DURATION_MAX: Duration = Duration::from_secs(DEADLINE_MAX.as_secs() + 30);
+
+/// Streams of one connection. With the default cap of calls a tenant uses them all on one connection.
+const STREAMS_MAX: usize = bell::PLACES;
+
+/// What a peer may send before it is told to go on, by stream and by connection, in bytes. The largest message fits: a
+/// call never waits for the agent to say so, however far away its caller is. None of it is held without being charged.
+const STREAM_WINDOW: u32 = MESSAGE_BYTES_MAX as u32;
+const CONNECTION_WINDOW: u32 = 2 * STREAM_WINDOW;
+
+/// What part of a window has arrived when the peer is told to go on: three quarters are on their way meanwhile, which
+/// is a gigabit per second over 100 ms.
+const WINDOW_PART: u32 = 4;
+
+/// Largest frame a peer may send, in bytes. Its contents go where they belong as they come; 16 KiB, the protocol's
+/// default, costs many times the system calls.
+const FRAME_BYTES_MAX: usize = 1 << 20;
+
+/// All headers of a request, in bytes, counted as the protocol does.
+const HEADER_BYTES_MAX: usize = 16 << 10;
+
+/// A header block on the wire, in bytes and in frames: one that is too large to be taken is still read, because what
+/// comes after it may refer to it.
+const BLOCK_BYTES_MAX: usize = 2 * HEADER_BYTES_MAX;
+const BLOCK_FRAMES_MAX: usize = 16;
+
+/// Settings in one frame: there are seven.
+const SETTINGS_MAX: usize = 64;
+
+/// Read ahead of the place it is for, in bytes.
+const AHEAD_BYTES: usize = 64 << 10;
+
+/// Written to the queue before the socket takes some of it, in bytes. More would make one stream's reply wait for
+/// another's.
+const QUEUE_BYTES_MAX: usize = 1 << 20;
+
+/// Answers to a peer's PINGs and the like that it does not read, in bytes; before it does, nothing more is read of it.
+const OWED_BYTES_MAX: usize = 64 << 10;
+
+/// Whom requests are for.
+pub(crate) trait Service {
+    type Body: Body<Data = Bytes> + Unpin;
+    type Answer: Future<Output = Response<Self::Body>> + Unpin;
+
+    fn call(&self, request: Request<Incoming>) -> Self::Answer;
+}

@@ -1,0 +1,111 @@
+//! The calls that are made most, without the routes of all others: one message in, one out.
+//!
+//! Their message came whole and is read where it lies; their reply leaves as pieces, tensors from where they were
+//! computed. What they do is `dispatch`'s, as for every call, and the wire is gRPC's as everywhere.
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use http::header::CONTENT_TYPE;
+use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
+use http_body::Body;
+use prost::{Message, Name};
+use vaccel_proto::inference::ModelInferRequest;
+use vaccel_proto::tensor::{Aligned, GRPC_HEADER_BYTES};
+use vaccel_proto::v1::RunRequest;
+use vaccel_proto::{Error, codec, gather};
+
+use super::body::{HeldBytes, Kept, KeptBody};
+use crate::dispatch::{Caller, Dispatch};
+use crate::http2::Incoming;
+
+const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
+const GRPC_ENCODING: HeaderName = HeaderName::from_static("grpc-encoding");
+
+/// The calls.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Call {
+    Run,
+    ModelInfer,
+}
+
+impl Call {
+    /// The call that a request makes, if it is one of these.
+    pub(super) fn of<B>(request: &Request<B>) -> Option<Self> {
+        let call = match request.uri().path() {
+            "/vaccel.v1.Operations/Run" => Self::Run,
+            "/inference.GRPCInferenceService/ModelInfer" => Self::ModelInfer,
+            _ => return None,
+        };
+        // What is said about compression, and to those that use another method, is the routes' business.
+        let is_plain = request.headers().get(GRPC_ENCODING).is_none_or(|encoding| encoding == "identity");
+        Some(call).filter(|_| is_plain && request.method() == http::Method::POST)
+    }
+
+    /// Makes it.
+    pub(super) async fn answer(
+        self,
+        dispatch: Arc<Dispatch>,
+        caller: Caller,
+        held: Arc<HeldBytes>,
+        body: Incoming,
+    ) -> Response<KeptBody> {
+        let pieces = match self.pieces(&dispatch, &caller, &held, body).await {
+            Ok(pieces) => pieces,
+            Err(error) => {
+                let kept = Some(Kept { _caller: caller, _bytes: held });
+                return super::grpc_refusal(&error).map(|body| KeptBody::new(body, kept));
+            }
+        };
+        let trailers = HeaderMap::from_iter([(GRPC_STATUS, HeaderValue::from_static("0"))]);
+        let kept = Kept { _caller: caller, _bytes: held };
+        let mut response = Response::new(KeptBody::message(pieces, trailers, kept));
+        response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+        response
+    }
+
+    async fn pieces(
+        self,
+        dispatch: &Dispatch,
+        caller: &Caller,
+        held: &HeldBytes,
+        body: Incoming,
+    ) -> Result<Vec<Bytes>, Error> {
+        let message = message(body).await?;
+        match self {
+            Self::Run => {
+                let mut reply = dispatch.run(caller, decode::<RunRequest>(message)?).await?;
+                reply.align();
+                pieces(&reply, held)
+            }
+            Self::ModelInfer => {
+                pieces(&dispatch.infer(caller, decode::<ModelInferRequest>(message)?).await?, held)
+            }
+        }
+    }
+}
+
+/// The one message of a request.
+async fn message(mut body: Incoming) -> Result<Bytes, Error> {
+    let frame = std::future::poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await;
+    let framed = frame.transpose()?.and_then(|frame| frame.into_data().ok());
+    let framed = framed.ok_or_else(|| Error::field("message", "one message", "none"))?;
+    if framed.first() != Some(&0) {
+        return Err(Error::field("message", "one that is not compressed, as the call says", "another"));
+    }
+    Ok(framed.slice(GRPC_HEADER_BYTES..))
+}
+
+fn decode<M: Message + Name + Default>(message: Bytes) -> Result<M, Error> {
+    codec::check::<M>(&message)?;
+    M::decode(message).map_err(|error| {
+        Error::field("message", format!("a {}", M::NAME), format!("no message of the contract: {error}"))
+    })
+}
+
+fn pieces(reply: &impl Message, held: &HeldBytes) -> Result<Vec<Bytes>, Error> {
+    let pieces = gather::framed(reply)?;
+    held.grow(pieces.iter().map(|piece| piece.len() as u64).sum())?;
+    Ok(pieces)
+}
