@@ -194,10 +194,10 @@ impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
         self.bell.listen(context.waker());
         loop {
             self.poll_tick(context)?;
-            let is_read = self.output.own_bytes() < OWED_BYTES_MAX;
-            if is_read && let Poll::Ready(ended) = self.poll_input(context) {
+            if let Poll::Ready(ended) = self.poll_input(context) {
                 return self.end(ended, context);
             }
+            let is_owing = self.is_owing();
             while let Some(place) = self.bell.next() {
                 self.attend(place);
             }
@@ -207,7 +207,7 @@ impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
                 return Poll::Ready(Ok(()));
             }
             // What could go on now that there is room.
-            let is_behind = flushed.is_ready() && (!self.queue.is_empty() || !is_read);
+            let is_behind = flushed.is_ready() && (!self.queue.is_empty() || is_owing);
             if !is_behind && !self.bell.is_lit() {
                 return Poll::Pending;
             }
@@ -228,6 +228,11 @@ impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
                 Err(io::Error::new(io::ErrorKind::InvalidData, what))
             }
         })
+    }
+
+    /// Whether the peer has to read before anything more is read of it.
+    pub(super) fn is_owing(&self) -> bool {
+        self.output.own_bytes() >= OWED_BYTES_MAX
     }
 
     /// Whether there is room in the queue.

@@ -11,6 +11,12 @@
 //!
 //! *Source:* RFC 9113 (HTTP/2), gRPC over HTTP/2 (how messages lie in bodies).
 
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "windows have 31 bits, lengths are bounded by FRAME_BYTES_MAX before they become smaller numbers"
+)]
+
 mod bell;
 mod connection;
 mod fields;

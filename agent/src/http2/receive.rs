@@ -74,6 +74,9 @@ impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
     pub(super) fn poll_input(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Fault>> {
         loop {
             while self.step()? {}
+            if self.is_owing() {
+                return Poll::Pending;
+            }
             let Self { io, input, streams, pool, expect, .. } = self;
             let direct = match expect {
                 Expect::Data(data) => data.place.and_then(|place| {

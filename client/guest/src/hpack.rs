@@ -162,6 +162,10 @@ impl<'a> Fields<'a> {
     }
 
     /// The next field; none at the end.
+    #[allow(
+        clippy::should_implement_trait,
+        reason = "what cannot be read is no item: nothing comes after it"
+    )]
     pub fn next(&mut self) -> Result<Option<Field<'a>>, Broken> {
         let Some(first) = self.rest.first() else { return Ok(None) };
         let (prefix, kept) = match first {
