@@ -97,7 +97,7 @@ mod tests {
     fn reply(sizes: &[usize]) -> RunReply {
         let output = |(index, size): (usize, &usize)| NamedTensor {
             name: format!("output {index}"),
-            tensor: Some(Tensor::from_bytes(DType::U8, &[*size as i64], vec![index as u8; *size].into())),
+            tensor: Some(Tensor::from_bytes(DType::U8, &[*size as i64], vec![7; *size].into())),
         };
         let outputs = sizes.iter().enumerate().map(output).collect();
         let outcome = Some(Outcome::ModelRun(ModelRunReply { outputs }));
@@ -110,7 +110,7 @@ mod tests {
         {
             let reply = reply(sizes);
             let message = reply.encode_to_vec();
-            let prefix = [&[0][..], &(message.len() as u32).to_be_bytes()].concat();
+            let prefix = [&[0][..], &u32::try_from(message.len()).unwrap().to_be_bytes()].concat();
             let pieces = framed(&reply).expect("fits");
             assert!(pieces.concat() == [prefix, message].concat(), "{sizes:?}");
             assert!(pieces.iter().all(|piece| !piece.is_empty()));
