@@ -52,6 +52,7 @@ mod read;
 mod retry;
 mod session;
 mod tls;
+mod unary;
 mod upload;
 mod wire;
 

@@ -16,6 +16,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tonic::Status;
 use tonic::body::Body;
 use tower_service::Service;
+use vaccel_proto::limits::MESSAGE_BYTES_MAX;
 use vaccel_proto::{Endpoint, Error};
 
 use crate::backoff::Backoff;
@@ -23,13 +24,14 @@ use crate::dial::Dialer;
 use crate::error::{Failure, chain};
 use crate::wire::{Head, Wire};
 
-/// Bytes of one reply that may be under way before the client reads on.
-const STREAM_WINDOW_BYTES: u32 = 4 << 20;
+/// Bytes of one reply that may be under way before the client reads on: the longest there is, so that none waits for
+/// the client to say so, however far away the agent is.
+const STREAM_WINDOW_BYTES: u32 = 32 << 20;
+const _: () = assert!(STREAM_WINDOW_BYTES as usize == MESSAGE_BYTES_MAX);
 /// The same for all replies of the connection together.
-const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
-/// Longest frame the agent may send, in bytes: fewer frames than with the usual 16 KiB, and still no call
-/// holds up the others for long.
-const FRAME_BYTES_MAX: u32 = 64 << 10;
+const CONNECTION_WINDOW_BYTES: u32 = 2 * STREAM_WINDOW_BYTES;
+/// Longest frame the agent may send, in bytes: the usual 16 KiB cost many times the system calls.
+const FRAME_BYTES_MAX: u32 = 1 << 20;
 /// An agent that vanished without a word is noticed after twice this time.
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
 

@@ -11,7 +11,6 @@ use tonic::Status;
 use vaccel_proto::error::Detail;
 use vaccel_proto::limits::{IMAGES_PER_CALL_MAX, MESSAGE_BYTES_MAX};
 use vaccel_proto::tensor::{Aligned, check_named};
-use vaccel_proto::v1::operations_client::OperationsClient;
 use vaccel_proto::v1::resources_client::ResourcesClient;
 use vaccel_proto::v1::run_reply::Outcome;
 use vaccel_proto::v1::run_request::Op;
@@ -29,6 +28,7 @@ use crate::large::Encoded;
 use crate::models::Family;
 use crate::read::ResourceReader;
 use crate::retry::Deadline;
+use crate::unary;
 use crate::upload::{self, Meter};
 use crate::wire::Wire;
 
@@ -402,16 +402,9 @@ impl Session {
 
     async fn operate_whole(&self, request: &RunRequest) -> Result<RunReply, Error> {
         self.call(|wire, time, session| {
-            let mut request = request.clone();
             // Ids have one length, so the tensors stay where they were aligned.
-            request.session = session;
-            async move {
-                OperationsClient::new(wire)
-                    .max_decoding_message_size(MESSAGE_BYTES_MAX)
-                    .max_encoding_message_size(MESSAGE_BYTES_MAX)
-                    .run(timed(request, time))
-                    .await
-            }
+            let request = RunRequest { session, ..request.clone() };
+            async move { unary::call(wire, "/vaccel.v1.Operations/Run", &request, time).await }
         })
         .await
     }

@@ -4,10 +4,11 @@ use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Instant;
 
 use bytes::Bytes;
+use http_body::Body;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::Sleep;
 use vaccel_guest::frame;
@@ -15,7 +16,7 @@ use vaccel_proto::{Error, Reason};
 
 use super::bell::{Bell, Place};
 use super::fields::Table;
-use super::incoming::Delivery;
+use super::incoming::{Delivery, lost};
 use super::input::Input;
 use super::output::Output;
 use super::receive::{Expect, Fault, Unfinished};
@@ -92,6 +93,8 @@ pub(crate) struct Connection<I, S: Service> {
     /// What the peer may still send, and what has come since it was told so, in bytes.
     pub(super) window: i64,
     pub(super) owed: u32,
+    /// What a peer may send on a new stream, in bytes.
+    pub(super) stream_window: u32,
     pub(super) streams: Vec<Option<Box<Stream<S>>>>,
     pub(super) places: Vec<Arc<Place>>,
     pub(super) bell: Arc<Bell>,
@@ -99,6 +102,8 @@ pub(crate) struct Connection<I, S: Service> {
     pub(super) queue: std::collections::VecDeque<usize>,
     pub(super) last: u32,
     pub(super) going: Going,
+    /// How the connection ended, while services still take what came before.
+    ended: Option<io::Result<()>>,
     is_heard: bool,
     is_asked: bool,
     tick: Pin<Box<Sleep>>,
@@ -138,12 +143,14 @@ impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
             peer_window: frame::WINDOW_DEFAULT,
             window: CONNECTION_WINDOW.into(),
             owed: 0,
+            stream_window: STREAM_WINDOW,
             streams: Vec::new(),
             places: Vec::new(),
             bell: Arc::default(),
             queue: std::collections::VecDeque::new(),
             last: 0,
             going: Going::On,
+            ended: None,
             is_heard: true,
             is_asked: false,
             tick: Box::pin(tokio::time::sleep(KEEP_ALIVE)),
@@ -193,9 +200,13 @@ impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.bell.listen(context.waker());
         loop {
+            if self.ended.is_some() {
+                return self.poll_rest();
+            }
             self.poll_tick(context)?;
             if let Poll::Ready(ended) = self.poll_input(context) {
-                return self.end(ended, context);
+                self.end(ended, context);
+                continue;
             }
             let is_owing = self.is_owing();
             while let Some(place) = self.bell.next() {
@@ -214,10 +225,18 @@ impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
         }
     }
 
-    /// The connection ends: says why, if there is somebody to tell.
-    fn end(&mut self, ended: Result<(), Fault>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.streams.clear();
-        Poll::Ready(match ended {
+    /// The connection ends: says why, if there is somebody to tell. Nobody waits for replies any more; what came of an
+    /// upload is still taken.
+    fn end(&mut self, ended: Result<(), Fault>, context: &mut Context<'_>) {
+        for place in &mut self.streams {
+            match place {
+                Some(stream) if !stream.is_whole && !stream.delivery.is_taken() => {
+                    stream.delivery.end(Err(lost()));
+                }
+                _ => *place = None,
+            }
+        }
+        self.ended = Some(match ended {
             Ok(()) => Ok(()),
             Err(Fault::Lost(error)) => Err(error),
             Err(Fault::Broken { code, what }) => {
@@ -227,7 +246,22 @@ impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
                 let _ = self.output.poll_flush(context, &mut self.io);
                 Err(io::Error::new(io::ErrorKind::InvalidData, what))
             }
-        })
+        });
+    }
+
+    /// Lets services take what came before the end.
+    fn poll_rest(&mut self) -> Poll<io::Result<()>> {
+        while let Some(place) = self.bell.next() {
+            if let Some(stream) = self.streams.get_mut(place)
+                && stream.as_mut().is_none_or(|stream| stream.poll_answer(&self.places[place]).is_ready())
+            {
+                *stream = None;
+            }
+        }
+        if self.streams.iter().any(Option::is_some) {
+            return Poll::Pending;
+        }
+        Poll::Ready(self.ended.take().unwrap_or(Ok(())))
     }
 
     /// Whether the peer has to read before anything more is read of it.
@@ -296,7 +330,7 @@ impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
             id,
             delivery,
             is_whole: false,
-            window: STREAM_WINDOW.into(),
+            window: self.stream_window.into(),
             peer_window: self.peer.window,
             answer: Answer::Awaited(answer),
             is_queued: false,
@@ -310,6 +344,19 @@ impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
             self.streams[place] = None;
         }
         self.output.frame(frame::RST_STREAM, 0, id, |into| into.extend(code.to_be_bytes()));
+    }
+}
+
+impl<S: Service> Stream<S> {
+    /// The head of the answer, when it is there; the rest of it is to be sent.
+    pub(super) fn poll_answer(&mut self, place: &Arc<Place>) -> Poll<Option<(http::response::Parts, bool)>> {
+        let Answer::Awaited(answer) = &mut self.answer else { return Poll::Ready(None) };
+        let waker = Waker::from(Arc::clone(place));
+        let response = ready!(Pin::new(answer).poll(&mut Context::from_waker(&waker)));
+        let (head, body) = response.into_parts();
+        let is_over = body.is_end_stream();
+        self.answer = Answer::Sent(Reply { body, next: Bytes::new(), trailers: None, is_over });
+        Poll::Ready(Some((head, is_over)))
     }
 }
 

@@ -144,6 +144,7 @@ pub(super) struct Delivery {
     prefix_bytes: usize,
     /// The message that is arriving.
     message: Option<Buffer>,
+    is_prompt: bool,
     is_over: bool,
 }
 
@@ -151,9 +152,15 @@ impl Delivery {
     /// Both ends, for a body of gRPC's messages or of anything; `connection` wakes the connection for its stream.
     pub(super) fn new(is_messages: bool, connection: Arc<Place>) -> (Self, Incoming) {
         let inbox = Arc::new(Inbox { state: Mutex::default(), connection });
-        let (prefix, message) = ([0; GRPC_HEADER_BYTES], None);
-        let delivery =
-            Self { inbox: Arc::clone(&inbox), is_messages, prefix, prefix_bytes: 0, message, is_over: false };
+        let delivery = Self {
+            inbox: Arc::clone(&inbox),
+            is_messages,
+            prefix: [0; GRPC_HEADER_BYTES],
+            prefix_bytes: 0,
+            message: None,
+            is_prompt: false,
+            is_over: false,
+        };
         (delivery, Incoming { inbox, is_messages })
     }
 
@@ -229,13 +236,14 @@ impl Delivery {
             return;
         }
         state.ready.push_back(bytes);
-        self.tell(state);
+        self.is_prompt = state.reader.is_some();
+        drop(state);
+        self.tell();
     }
 
     /// Tells the service that there is something for it.
-    fn tell(&self, mut state: MutexGuard<'_, State>) {
-        let reader = state.reader.take();
-        drop(state);
+    fn tell(&self) {
+        let reader = self.inbox.state().reader.take();
         if let Some(reader) = reader {
             // Usually it is this very task that waits, and needs no waking.
             self.inbox.connection.light();
@@ -256,14 +264,23 @@ impl Delivery {
             return;
         }
         self.message = None;
-        let mut state = self.inbox.state();
-        state.end = Some(how);
-        self.tell(state);
+        self.inbox.state().end = Some(how);
+        self.tell();
     }
 
     /// Whether bytes that come are thrown away.
     pub(super) fn is_over(&self) -> bool {
         self.is_over
+    }
+
+    /// Bytes of the present message that have not come.
+    pub(super) fn missing(&mut self) -> usize {
+        self.message.as_mut().map_or(0, |message| message.room().len())
+    }
+
+    /// Whether the service was waiting for what came last.
+    pub(super) fn is_prompt(&self) -> bool {
+        self.is_prompt
     }
 
     /// Whether everything that arrived was taken; if not, the connection is woken when it is.
@@ -276,8 +293,13 @@ impl Delivery {
 
 impl Drop for Delivery {
     fn drop(&mut self) {
-        self.end(Err(Error::new(Reason::Cancelled, "the request ended before it was whole")));
+        self.end(Err(lost()));
     }
+}
+
+/// The peer left, or took the call back.
+pub(super) fn lost() -> Error {
+    Error::new(Reason::Cancelled, "the request ended before it was whole")
 }
 
 #[cfg(test)]

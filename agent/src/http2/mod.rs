@@ -52,10 +52,15 @@ const REQUEST_DURATION_MAX: Duration = Duration::from_secs(DEADLINE_MAX.as_secs(
 /// Streams of one connection. With the default cap of calls a tenant uses them all on one connection.
 const STREAMS_MAX: usize = bell::PLACES;
 
-/// What a peer may send before it is told to go on, by stream and by connection, in bytes. The largest message fits: a
-/// call never waits for the agent to say so, however far away its caller is. None of it is held without being charged.
-const STREAM_WINDOW: u32 = MESSAGE_BYTES_MAX as u32;
-const CONNECTION_WINDOW: u32 = 2 * STREAM_WINDOW;
+/// What a peer may send on a stream before it is told to go on, in bytes: at first, and at most. It grows with the
+/// messages that come, so that the next one need not wait for the agent to say so, and with streams whose service keeps
+/// up. One whose service does not is held up at its peer, not here.
+const STREAM_WINDOW: u32 = 1 << 20;
+const STREAM_WINDOW_MAX: u32 = MESSAGE_BYTES_MAX as u32;
+
+/// The same for all streams, in bytes. It is given back as bytes come: what holds them is charged, each stream has its
+/// own window, and two of the largest messages can be under way.
+const CONNECTION_WINDOW: u32 = 2 * STREAM_WINDOW_MAX;
 
 /// What part of a window has arrived when the peer is told to go on: three quarters are on their way meanwhile, which
 /// is a gigabit per second over 100 ms.

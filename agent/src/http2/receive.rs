@@ -15,7 +15,7 @@ use super::incoming::Delivery;
 use super::input;
 use super::{
     BLOCK_BYTES_MAX, BLOCK_FRAMES_MAX, CONNECTION_WINDOW, FRAME_BYTES_MAX, HEADER_BYTES_MAX, SETTINGS_MAX,
-    STREAM_WINDOW, Service, WINDOW_PART,
+    STREAM_WINDOW_MAX, Service, WINDOW_PART,
 };
 
 /// Why a connection cannot go on.
@@ -165,6 +165,9 @@ impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
     fn took(&mut self, data: Data, count: usize) {
         let rest = data.rest - count;
         self.expect = Expect::Data(Data { rest, ..data });
+        if let Some(place) = data.place {
+            self.make_way(place, rest);
+        }
         if rest > 0 {
             return;
         }
@@ -271,19 +274,57 @@ impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
         }
     }
 
+    /// A message that is longer than its stream's window must not wait for one. `coming` bytes of it have been announced
+    /// by their frame.
+    fn make_way(&mut self, place: usize, coming: usize) {
+        let Some(stream) = &mut self.streams[place] else { return };
+        let missing = stream.delivery.missing();
+        if missing.saturating_sub(coming) as i64 > stream.window {
+            self.widen_all((missing as u32).next_power_of_two());
+            self.grant(place, missing - coming);
+        }
+    }
+
+    /// Lets streams have a larger window from now on, as far as there is one.
+    fn widen_all(&mut self, window: u32) {
+        let window = window.min(STREAM_WINDOW_MAX);
+        if window <= self.stream_window {
+            return;
+        }
+        let more = window - std::mem::replace(&mut self.stream_window, window);
+        for stream in self.streams.iter_mut().flatten() {
+            stream.window += i64::from(more);
+        }
+        self.output.frame(frame::SETTINGS, 0, 0, |into| {
+            into.extend(frame::INITIAL_WINDOW_SIZE.to_be_bytes());
+            into.extend(window.to_be_bytes());
+        });
+    }
+
+    /// Lets the peer send at least so many bytes on a stream.
+    fn grant(&mut self, place: usize, bytes: usize) {
+        let Some(stream) = &mut self.streams[place] else { return };
+        let more = bytes as i64 - stream.window;
+        if more > 0 {
+            stream.window += more;
+            let id = stream.id;
+            self.output.frame(frame::WINDOW_UPDATE, 0, id, |into| into.extend((more as u32).to_be_bytes()));
+        }
+    }
+
     /// Tells the peer to go on with a stream, when it is time and its service keeps up.
     pub(super) fn credit(&mut self, place: usize) {
         let Some(stream) = &mut self.streams[place] else { return };
-        if stream.is_whole || stream.delivery.is_over() {
+        let used = i64::from(self.stream_window) - stream.window;
+        let is_due = used >= i64::from(self.stream_window / WINDOW_PART);
+        if stream.is_whole || stream.delivery.is_over() || !is_due || !stream.delivery.is_taken() {
             return;
         }
-        // What of the window is not there any more has come, and was not answered for.
-        let owed = i64::from(STREAM_WINDOW) - stream.window;
-        if owed >= i64::from(STREAM_WINDOW / WINDOW_PART) && stream.delivery.is_taken() {
-            stream.window += owed;
-            let id = stream.id;
-            self.output.frame(frame::WINDOW_UPDATE, 0, id, |into| into.extend((owed as u32).to_be_bytes()));
+        if stream.delivery.is_prompt() {
+            // Its service waits for the peer, and maybe the peer for its window.
+            self.widen_all(2 * self.stream_window);
         }
+        self.grant(place, self.stream_window as usize);
     }
 
     /// A frame that is no DATA.

@@ -10,7 +10,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use vaccel_guest::frame;
 
 use super::Service;
-use super::connection::{Answer, Connection, Reply};
+use super::connection::{Answer, Connection};
 use super::fields;
 
 /// What a stream can do next.
@@ -29,17 +29,11 @@ impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
     /// Looks at a stream that was woken.
     pub(super) fn attend(&mut self, place: usize) {
         let Some(stream) = self.streams.get_mut(place).and_then(Option::as_mut) else { return };
-        if let Answer::Awaited(answer) = &mut stream.answer {
-            let waker = Waker::from(Arc::clone(&self.places[place]));
-            if let Poll::Ready(response) = Pin::new(answer).poll(&mut Context::from_waker(&waker)) {
-                let (head, body) = response.into_parts();
-                let (id, is_over) = (stream.id, body.is_end_stream());
-                stream.answer =
-                    Answer::Sent(Reply { body, next: bytes::Bytes::new(), trailers: None, is_over });
-                self.write_block(id, is_over, |into| fields::write_head(head.status, &head.headers, into));
-                if is_over {
-                    return self.over(place);
-                }
+        let id = stream.id;
+        if let Poll::Ready(Some((head, is_over))) = stream.poll_answer(&self.places[place]) {
+            self.write_block(id, is_over, |into| fields::write_head(head.status, &head.headers, into));
+            if is_over {
+                return self.over(place);
             }
         }
         self.enqueue(place);

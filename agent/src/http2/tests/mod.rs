@@ -1,5 +1,7 @@
 //! Conversations with peers that do what the protocol allows, and what it does not.
 
+mod windows;
+
 use std::collections::VecDeque;
 use std::io;
 use std::pin::Pin;
@@ -43,10 +45,11 @@ fn whole(bytes: impl Into<Bytes>) -> Response<Pieces> {
 /// Bytes that `/large` sends.
 const LARGE: usize = 300_000;
 
-/// By path: `/echo` sends back what it got, or why it did not get all of it; `/large` sends [`LARGE`] bytes; `/never`
-/// does not answer; others answer without waiting for a body. Counts calls that are not answered.
+/// By path: `/echo` sends back what it got, or why it did not get all of it; `/slow` takes its time with every message;
+/// `/large` sends [`LARGE`] bytes; `/never` does not answer; others answer without waiting for a body. Counts calls that
+/// are not answered, and messages that `/slow` took.
 #[derive(Clone, Default)]
-struct Echo(Arc<AtomicUsize>);
+struct Echo(Arc<AtomicUsize>, Arc<AtomicUsize>);
 
 struct Awaited(Arc<AtomicUsize>);
 
@@ -62,10 +65,18 @@ impl Service for Echo {
 
     fn call(&self, request: Request<Incoming>) -> Self::Answer {
         self.0.fetch_add(1, Ordering::SeqCst);
-        let awaited = Awaited(Arc::clone(&self.0));
+        let (awaited, taken) = (Awaited(Arc::clone(&self.0)), Arc::clone(&self.1));
         Box::pin(async move {
             let _awaited = awaited;
             match request.uri().path() {
+                "/slow" => {
+                    let mut body = request.into_body();
+                    while let Some(Ok(_)) = body.frame().await {
+                        tokio::task::yield_now().await;
+                        taken.fetch_add(1, Ordering::SeqCst);
+                    }
+                    whole("slow")
+                }
                 "/echo" => match request.into_body().collect().await {
                     Ok(body) => whole(body.to_bytes()),
                     Err(error) => whole(error.message().to_owned()),
@@ -83,6 +94,7 @@ struct Peer {
     io: DuplexStream,
     agent: JoinHandle<io::Result<()>>,
     calls: Arc<AtomicUsize>,
+    taken: Arc<AtomicUsize>,
 }
 
 /// What came on one stream.
@@ -119,14 +131,14 @@ impl Peer {
     fn silent() -> Self {
         let (io, far) = tokio::io::duplex(1 << 20);
         let service = Echo::default();
-        let calls = Arc::clone(&service.0);
+        let (calls, taken) = (Arc::clone(&service.0), Arc::clone(&service.1));
         let agent = tokio::spawn(async move {
             let mut connection = Connection::new(far, service, Pool::default());
             let ended = connection.run().await;
             let _ = connection.into_io().shutdown().await;
             ended
         });
-        Self { io, agent, calls }
+        Self { io, agent, calls, taken }
     }
 
     async fn new() -> Self {
@@ -267,29 +279,6 @@ async fn messages_that_are_cut_are_told() {
 }
 
 #[tokio::test]
-async fn a_reply_waits_for_both_windows_and_goes_on() {
-    let mut peer = Peer::silent();
-    let window = [&frame::INITIAL_WINDOW_SIZE.to_be_bytes()[..], &1000_u32.to_be_bytes()].concat();
-    peer.send(frame::SETTINGS, 0, 0, &window).await;
-    peer.call(1, "/large", &[]).await;
-    peer.call(3, "/early", &[]).await;
-    assert_eq!(peer.reply(3).await.data, b"early", "the other stream's window is its own");
-    // 1000 bytes came before; a larger window for all streams, and for the one.
-    let window = [&frame::INITIAL_WINDOW_SIZE.to_be_bytes()[..], &2500_u32.to_be_bytes()].concat();
-    peer.send(frame::SETTINGS, 0, 0, &window).await;
-    let (header, _) = peer.wait(frame::DATA).await;
-    assert_eq!((header.stream, header.length), (1, 1500));
-    peer.send(frame::WINDOW_UPDATE, 0, 1, &(LARGE as u32).to_be_bytes()).await;
-    let mut came = 2500;
-    while came < 65_535 - b"early".len() {
-        came += peer.wait(frame::DATA).await.0.length;
-    }
-    assert_eq!(came, 65_535 - b"early".len(), "the window of the connection");
-    peer.send(frame::WINDOW_UPDATE, 0, 0, &(LARGE as u32).to_be_bytes()).await;
-    assert_eq!(peer.reply(1).await.data.len(), LARGE - came);
-}
-
-#[tokio::test]
 async fn replies_take_turns() {
     let mut peer = Peer::silent();
     let window = [&frame::INITIAL_WINDOW_SIZE.to_be_bytes()[..], &(1_u32 << 20).to_be_bytes()].concat();
@@ -321,41 +310,17 @@ async fn an_upload_that_nobody_waits_for_is_told_to_stop() {
 }
 
 #[tokio::test]
-async fn windows_are_given_back_as_they_are_used() {
+async fn what_came_of_an_upload_is_taken_although_the_peer_has_left() {
     let mut peer = Peer::new().await;
-    peer.call(1, "/echo", &[("content-type", "application/grpc")]).await;
-    let length = MESSAGE_BYTES_MAX - 5;
-    let (mut by_stream, mut by_connection) = (0, 0);
-    peer.send(frame::DATA, 0, 1, &message(&vec![0; length])[..5]).await;
-    let piece = vec![3; FRAME_BYTES_MAX];
-    let mut left = length;
-    while left > 0 {
-        let part = left.min(piece.len());
-        peer.send(frame::DATA, 0, 1, &piece[..part]).await;
-        left -= part;
-        // Whatever the agent has said meanwhile; one that said nothing is asked.
-        peer.send(frame::PING, 0, 0, &[7; 8]).await;
-        loop {
-            let (header, content) = peer.next().await.expect("the connection goes on");
-            match (header.kind, header.stream) {
-                (frame::PING, _) => break,
-                (frame::WINDOW_UPDATE, 0) => {
-                    by_connection += u32::from_be_bytes(content.try_into().expect("four"))
-                }
-                (frame::WINDOW_UPDATE, _) => {
-                    by_stream += u32::from_be_bytes(content.try_into().expect("four"))
-                }
-                _ => {}
-            }
-        }
+    peer.call(1, "/slow", &[("content-type", "application/grpc")]).await;
+    for number in 0..5 {
+        peer.send(frame::DATA, 0, 1, &message(&[number; 100])).await;
     }
-    let used = MESSAGE_BYTES_MAX as u32;
-    assert!(by_stream >= used - STREAM_WINDOW / WINDOW_PART, "{by_stream}");
-    let widened = CONNECTION_WINDOW - frame::WINDOW_DEFAULT as u32;
-    assert!(by_connection >= widened + used - CONNECTION_WINDOW / WINDOW_PART, "{by_connection}");
-    peer.end(1, &[]).await;
-    peer.send(frame::RST_STREAM, 0, 1, &frame::CANCEL.to_be_bytes()).await;
-    peer.works(3).await;
+    peer.call(3, "/never", &[]).await;
+    let Peer { io, agent, calls, taken } = peer;
+    drop(io);
+    let _ = agent.await.expect("no panic");
+    assert_eq!((taken.load(Ordering::SeqCst), calls.load(Ordering::SeqCst)), (5, 0));
 }
 
 #[tokio::test]
@@ -509,27 +474,12 @@ async fn blocks_that_do_not_end_are_not_gathered() {
 }
 
 #[tokio::test]
-async fn more_than_a_stream_s_window_ends_the_stream() {
-    let mut peer = Peer::new().await;
-    // The service takes nothing, so nothing is given back.
-    peer.call(1, "/never", &[]).await;
-    let piece = vec![0; FRAME_BYTES_MAX];
-    for _ in 0..=STREAM_WINDOW as usize / FRAME_BYTES_MAX {
-        peer.send(frame::DATA, 0, 1, &piece).await;
-    }
-    // A stream that is over is given nothing back, either; the service has dropped the body.
-    let reset = peer.reply(1).await.reset;
-    assert_eq!(reset, Some(frame::FLOW_CONTROL_ERROR));
-    peer.works(3).await;
-}
-
-#[tokio::test]
 async fn a_peer_that_leaves_takes_its_calls_along() {
     let mut peer = Peer::new().await;
     peer.call(1, "/never", &[]).await;
     peer.works(3).await;
     assert_eq!(peer.calls.load(Ordering::SeqCst), 1);
-    let Peer { io, agent, calls } = peer;
+    let Peer { io, agent, calls, .. } = peer;
     drop(io);
     let _ = agent.await.expect("no panic");
     assert_eq!(calls.load(Ordering::SeqCst), 0);
@@ -539,7 +489,7 @@ async fn a_peer_that_leaves_takes_its_calls_along() {
 fn closing() -> (Peer, tokio::sync::oneshot::Sender<()>) {
     let (io, far) = tokio::io::duplex(1 << 20);
     let service = Echo::default();
-    let calls = Arc::clone(&service.0);
+    let (calls, taken) = (Arc::clone(&service.0), Arc::clone(&service.1));
     let (close, closed) = tokio::sync::oneshot::channel();
     let agent = tokio::spawn(async move {
         let mut connection = Connection::new(far, service, Pool::default());
@@ -549,7 +499,7 @@ fn closing() -> (Peer, tokio::sync::oneshot::Sender<()>) {
         }
         connection.run().await
     });
-    (Peer { io, agent, calls }, close)
+    (Peer { io, agent, calls, taken }, close)
 }
 
 #[tokio::test]

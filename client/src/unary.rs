@@ -1,0 +1,214 @@
+//! The call that is made most, without what others need: one message there, one back.
+//!
+//! tonic copies a message into a buffer to send it, and another time to read it. Here a request's tensors are sent from
+//! where they are, and a reply is gathered once, in a buffer of its length.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::{CONTENT_TYPE, HeaderMap, HeaderValue, TE};
+use http_body::{Frame, SizeHint};
+use http_body_util::BodyExt;
+use prost::Message;
+use tonic::body::Body;
+use tonic::{Code, Response, Status};
+use tower_service::Service;
+use vaccel_proto::limits::MESSAGE_BYTES_MAX;
+use vaccel_proto::tensor::GRPC_HEADER_BYTES;
+use vaccel_proto::{Error, Reason, gather};
+
+use crate::client::timed;
+use crate::wire::Wire;
+
+/// Makes a call.
+///
+/// # Errors
+/// The agent's status; what failed below it is its source.
+pub(crate) async fn call<R: Message + Default>(
+    mut wire: Wire,
+    path: &'static str,
+    message: &impl Message,
+    time: Duration,
+) -> Result<Response<R>, Status> {
+    let body = Body::new(Pieces(gather::framed(message)?.into()));
+    let mut request = http::Request::new(body);
+    *request.method_mut() = http::Method::POST;
+    *request.uri_mut() = http::Uri::from_static(path);
+    *request.headers_mut() = timed((), time).into_parts().0.into_headers();
+    request.headers_mut().insert(TE, HeaderValue::from_static("trailers"));
+    request.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+    let below = |failure| Status::from_error(Box::new(failure));
+    let (head, body) = wire.call(request).await.map_err(below)?.into_parts();
+    if let Some(status) = Status::from_header_map(&head.headers) {
+        return answered(status).and(Err(broken("has no message")));
+    }
+    if head.status != http::StatusCode::OK {
+        return Err(Status::new(of_http(head.status), format!("the answer is HTTP status {}", head.status)));
+    }
+    let (message, trailers) = receive(body).await?;
+    let status = trailers.and_then(|trailers| Status::from_header_map(&trailers));
+    answered(status.ok_or_else(|| broken("ends without a status"))?)?;
+    let message = message.ok_or_else(|| broken("has no message"))?;
+    Ok(Response::new(R::decode(message).map_err(|_| broken("is no message of the contract"))?))
+}
+
+fn answered(status: Status) -> Result<(), Status> {
+    if status.code() == Code::Ok { Ok(()) } else { Err(status) }
+}
+
+fn broken(how: &str) -> Status {
+    Error::new(Reason::BackendFailed, format!("the agent's reply {how}")).to_status()
+}
+
+/// What stands between client and agent answers by HTTP alone.
+///
+/// *Source:* gRPC's "HTTP to gRPC Status Code Mapping".
+fn of_http(status: http::StatusCode) -> Code {
+    match status.as_u16() {
+        400 => Code::Internal,
+        401 => Code::Unauthenticated,
+        403 => Code::PermissionDenied,
+        404 => Code::Unimplemented,
+        429 | 502..=504 => Code::Unavailable,
+        _ => Code::Unknown,
+    }
+}
+
+/// The message of a reply, and the trailers.
+async fn receive(mut body: Body) -> Result<(Option<Bytes>, Option<HeaderMap>), Status> {
+    let mut message = Gathered::default();
+    while let Some(frame) = body.frame().await.transpose()? {
+        match frame.into_data() {
+            Ok(data) => message.add(data)?,
+            Err(frame) => return Ok((message.finish()?, frame.into_trailers().ok())),
+        }
+    }
+    Ok((message.finish()?, None))
+}
+
+/// A message as far as it has come.
+#[derive(Default)]
+struct Gathered {
+    /// One that came in one piece stays there.
+    whole: Option<Bytes>,
+    bytes: Vec<u8>,
+}
+
+impl Gathered {
+    fn add(&mut self, data: Bytes) -> Result<(), Status> {
+        if self.bytes.is_empty() && self.whole.is_none() {
+            match framed_length(&data)? {
+                Some(length) if length == data.len() => {
+                    self.whole = Some(data);
+                    return Ok(());
+                }
+                length => self.bytes.reserve_exact(length.unwrap_or(0).max(data.len())),
+            }
+        }
+        self.bytes.extend_from_slice(&data);
+        let length = framed_length(&self.bytes)?;
+        let is_more = self.whole.is_some() && !data.is_empty()
+            || length.is_some_and(|length| self.bytes.len() > length);
+        if is_more { Err(broken("is more than one message")) } else { Ok(()) }
+    }
+
+    fn finish(self) -> Result<Option<Bytes>, Status> {
+        let bytes = self.whole.unwrap_or_else(|| self.bytes.into());
+        if bytes.is_empty() {
+            return Ok(None);
+        }
+        if framed_length(&bytes)? != Some(bytes.len()) {
+            return Err(broken("ends in the middle of a message"));
+        }
+        Ok(Some(bytes.slice(GRPC_HEADER_BYTES..)))
+    }
+}
+
+/// Bytes of a message and its framing, once its beginning is there.
+fn framed_length(bytes: &[u8]) -> Result<Option<usize>, Status> {
+    let Some(&[is_compressed, length @ ..]) = bytes.first_chunk::<GRPC_HEADER_BYTES>() else {
+        return Ok(None);
+    };
+    let (length, limit) = (u32::from_be_bytes(length) as usize, MESSAGE_BYTES_MAX);
+    if is_compressed != 0 {
+        return Err(broken("is compressed, which was not asked for"));
+    }
+    if length > limit {
+        let (length, limit) = (length as u64, limit as u64);
+        return Err(Error::limit(Reason::MessageTooLarge, "the reply", limit, length, "bytes").to_status());
+    }
+    Ok(Some(GRPC_HEADER_BYTES + length))
+}
+
+/// The body of a request.
+struct Pieces(VecDeque<Bytes>);
+
+impl http_body::Body for Pieces {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        Poll::Ready(self.0.pop_front().map(|piece| Ok(Frame::data(piece))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.0.iter().map(|piece| piece.len() as u64).sum())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn framed(content: &[u8]) -> Vec<u8> {
+        [&[0][..], &u32::try_from(content.len()).unwrap().to_be_bytes(), content].concat()
+    }
+
+    fn gathered(bytes: &[u8], piece: usize) -> Result<Option<Bytes>, Status> {
+        let mut message = Gathered::default();
+        for part in bytes.chunks(piece) {
+            message.add(Bytes::copy_from_slice(part))?;
+        }
+        message.finish()
+    }
+
+    #[test]
+    fn a_message_is_gathered_however_it_is_cut() {
+        for length in [0, 1, 100, 5000] {
+            let content = vec![7; length];
+            for piece in [1, 4, 5, 6, 64, 5005] {
+                let message = gathered(&framed(&content), piece).unwrap();
+                assert_eq!(message.unwrap(), content, "{length} in {piece}");
+            }
+        }
+        assert_eq!(gathered(&[], 1).unwrap(), None);
+    }
+
+    #[test]
+    fn replies_that_are_none_say_so() {
+        let two = [framed(b"one"), framed(b"two")].concat();
+        for (bytes, why) in [
+            (&framed(b"cut")[..7], "ends in the middle"),
+            (&[0, 0], "ends in the middle"),
+            (&two, "more than one"),
+            (&[1, 0, 0, 0, 0], "compressed"),
+            (&[0, 0xff, 0, 0, 0], "at most"),
+        ] {
+            for piece in [1, 8, 100] {
+                let refusal = gathered(bytes, piece).expect_err(why);
+                assert!(refusal.message().contains(why), "{piece}: {refusal}");
+            }
+        }
+    }
+}
