@@ -274,8 +274,8 @@ impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
         }
     }
 
-    /// A message that is longer than its stream's window must not wait for one. `coming` bytes of it have been announced
-    /// by their frame.
+    /// A message that is longer than its stream's window must not wait for one. `coming` bytes of it have been
+    /// announced by their frame.
     fn make_way(&mut self, place: usize, coming: usize) {
         let Some(stream) = &mut self.streams[place] else { return };
         let missing = stream.delivery.missing();

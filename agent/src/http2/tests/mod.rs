@@ -46,8 +46,8 @@ fn whole(bytes: impl Into<Bytes>) -> Response<Pieces> {
 const LARGE: usize = 300_000;
 
 /// By path: `/echo` sends back what it got, or why it did not get all of it; `/slow` takes its time with every message;
-/// `/large` sends [`LARGE`] bytes; `/never` does not answer; others answer without waiting for a body. Counts calls that
-/// are not answered, and messages that `/slow` took.
+/// `/large` sends [`LARGE`] bytes; `/never` does not answer; others answer without waiting for a body. Counts calls
+/// that are not answered, and messages that `/slow` took.
 #[derive(Clone, Default)]
 struct Echo(Arc<AtomicUsize>, Arc<AtomicUsize>);
 
