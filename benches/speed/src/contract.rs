@@ -1,0 +1,5 @@
+//! What tonic, ttrpc and grpcio say to each other, made of `speed.proto`.
+
+#![allow(unreachable_pub, missing_debug_implementations, reason = "generated")]
+
+tonic::include_proto!("speed");
