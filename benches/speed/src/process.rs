@@ -10,7 +10,7 @@ use std::time::Duration;
 use tempfile::TempDir;
 
 use crate::Failure;
-use crate::peers::{Peer, Program, SOCKET};
+use crate::peers::{self, Peer, Program, SOCKET, TTRPC_NODELAY};
 use crate::shape::{Shape, Socket};
 use crate::usage::{self, Usage};
 
@@ -19,9 +19,6 @@ const PATIENCE: Duration = Duration::from_secs(90);
 
 /// Python's server and client.
 const GRPCIO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/grpcio.py");
-
-/// Makes ttrpc's TCP sockets send at once.
-const TTRPC_NODELAY: &str = "TTRPC_TCP_NODELAY_ENABLED";
 
 /// What every server says before each of its addresses.
 const LISTENING: &str = "listening on ";
@@ -228,9 +225,10 @@ impl Pairs {
 
     /// The most memory that each server had, in bytes.
     pub(crate) fn peaks(&self) -> Vec<(&'static str, i64)> {
-        let peak = |(name, pair): (&&'static str, &Result<Pair, String>)| {
-            Some((*name, pair.as_ref().ok()?.peak_bytes().ok()?))
+        let peak = |peer: &'static Peer| {
+            let pair = self.0.get(peer.name)?.as_ref().ok()?;
+            Some((peer.name, pair.peak_bytes().ok()?))
         };
-        self.0.iter().filter_map(peak).collect()
+        peers::ALL.iter().filter_map(peak).collect()
     }
 }

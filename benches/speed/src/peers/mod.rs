@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
+pub(crate) use ttrpc::NODELAY as TTRPC_NODELAY;
+
 use crate::Failure;
 use crate::shape::{Shape, Socket};
 

@@ -4,8 +4,6 @@
 pub(super) mod blocking;
 pub(super) mod tasks;
 
-use std::net::{Ipv4Addr, TcpListener};
-
 use prost::Message;
 use ttrpc::proto::{Request, Response};
 
@@ -18,14 +16,12 @@ use crate::shape::{DOWN_BYTES_MAX, Shape};
 pub(super) const MESSAGE_BYTES_MAX: usize = ttrpc::proto::MESSAGE_LENGTH_MAX;
 pub(super) const LIMIT: &str = "ttrpc's messages are at most 4 MiB with all that is around the payload";
 
+/// Makes TCP sockets send at once.
+pub(crate) const NODELAY: &str = "TTRPC_TCP_NODELAY_ENABLED";
+
 const SERVICE: &str = "speed.Speed";
 const CUT: &str = "Cut";
 const ECHO: &str = "Echo";
-
-/// A port that nobody has: ttrpc does not say which one it got.
-fn free_port() -> Result<u16, Failure> {
-    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
-}
 
 fn request(shape: Shape, source: &mut Source) -> Request {
     let payload = Payload { data: source.bytes(shape.up) }.encode_to_vec();

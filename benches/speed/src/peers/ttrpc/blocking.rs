@@ -1,12 +1,13 @@
 //! ttrpc with threads.
 
 use std::collections::HashMap;
+use std::net::{Ipv4Addr, TcpListener};
 use std::path::Path;
 
 use ttrpc::proto::Request;
 use ttrpc::{Client, MethodHandler, Server, TtrpcContext};
 
-use super::{CUT, ECHO, SERVICE, answer, check, free_port, request};
+use super::{CUT, ECHO, SERVICE, answer, check, request};
 use crate::Failure;
 use crate::peers::Source;
 use crate::shape::Shape;
@@ -19,6 +20,11 @@ impl MethodHandler for Method {
     fn handler(&self, context: TtrpcContext, request: Request) -> ttrpc::Result<()> {
         context.respond(context.mh.stream_id, answer(self.is_echo, &request.payload)?)
     }
+}
+
+/// A port that nobody has: ttrpc does not say which one it got.
+fn free_port() -> Result<u16, Failure> {
+    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
 }
 
 pub(in crate::peers) fn serve(path: &Path) -> Result<(), Failure> {

@@ -1,16 +1,24 @@
 //! ttrpc on tokio.
+//!
+//! Its own TCP sockets do not know the setting that makes those of threads send at once; these are made as it says.
 
 use std::collections::HashMap;
+use std::net::Ipv4Addr;
 use std::path::Path;
 
+use tokio::net::{TcpListener, TcpSocket, UnixListener};
 use tokio::runtime::{Builder, Runtime};
+use ttrpc::asynchronous::transport::{Listener, Socket};
 use ttrpc::asynchronous::{Client, MethodHandler, Server, Service, TtrpcContext};
 use ttrpc::proto::{Request, Response};
 
-use super::{CUT, ECHO, SERVICE, answer, check, free_port, request};
+use super::{CUT, ECHO, NODELAY, SERVICE, answer, check, request};
 use crate::Failure;
 use crate::peers::Source;
 use crate::shape::Shape;
+
+/// Connections that wait to be accepted.
+const BACKLOG: u32 = 128;
 
 struct Method {
     is_echo: bool,
@@ -32,15 +40,39 @@ pub(in crate::peers) fn serve(path: &Path) -> Result<(), Failure> {
         let methods = HashMap::from([method(CUT, false), method(ECHO, true)]);
         HashMap::from([(SERVICE.to_owned(), Service { methods, streams: HashMap::new() })])
     };
-    let tcp = format!("127.0.0.1:{}", free_port()?);
     let runtime = Builder::new_multi_thread().enable_all().build()?;
-    let mut servers = Vec::new();
-    for address in [format!("tcp://{tcp}"), format!("unix://{}", path.display())] {
-        let mut server = Server::new().bind(&address)?.register_service(service());
-        runtime.block_on(server.start())?;
-        servers.push(server);
+    runtime.block_on(async {
+        let tcp = listener()?;
+        let address = tcp.local_addr()?.to_string();
+        let unix = UnixListener::bind(path)?;
+        let mut servers = [Listener::from(tcp), Listener::from(unix)]
+            .map(|listener| Server::new().add_listener(listener).register_service(service()));
+        for server in &mut servers {
+            server.start().await?;
+        }
+        // The runtime's other threads serve meanwhile.
+        crate::peers::listening(&address, path)
+    })
+}
+
+/// A TCP socket that sends at once or not; what a listener accepts does as the listener.
+fn socket() -> Result<TcpSocket, Failure> {
+    let socket = TcpSocket::new_v4()?;
+    socket.set_nodelay(std::env::var_os(NODELAY).is_some())?;
+    Ok(socket)
+}
+
+fn listener() -> Result<TcpListener, Failure> {
+    let socket = socket()?;
+    socket.bind((Ipv4Addr::LOCALHOST, 0).into())?;
+    Ok(socket.listen(BACKLOG)?)
+}
+
+async fn connect(address: &str) -> Result<Client, Failure> {
+    match address.strip_prefix("tcp://") {
+        Some(address) => Ok(Client::new(Socket::from(socket()?.connect(address.parse()?).await?))),
+        None => Ok(Client::connect(address).await?),
     }
-    crate::peers::listening(&tcp, path)
 }
 
 /// A client that waits for each call, on its own thread.
@@ -53,7 +85,7 @@ pub(in crate::peers) struct Caller {
 impl Caller {
     pub(in crate::peers) fn new(address: &str) -> Result<Self, Failure> {
         let runtime = Builder::new_current_thread().enable_all().build()?;
-        let client = runtime.block_on(Client::connect(address))?;
+        let client = runtime.block_on(connect(address))?;
         Ok(Self { runtime, client, source: Source::default() })
     }
 }
