@@ -1,7 +1,7 @@
 //! The client's side of a process: makes calls on command and says how long they took.
 //!
-//! A command is a line, `call SOCKET BYTES cut|echo CALLS` or `crowd SOCKET BYTES cut|echo CALLERS CALLS`; the answer is
-//! a line of nanoseconds, by call or for the whole crowd, or `failed:` and why. `grpcio.py` does the same.
+//! A command is a line, `call SOCKET BYTES cut|echo CALLS` or `crowd SOCKET BYTES cut|echo CALLERS CALLS`; the answer
+//! is a line of nanoseconds, by call or for the whole crowd, or `failed:` and why. `grpcio.py` takes calls as well.
 
 use std::collections::HashMap;
 use std::io::Write;

@@ -1,5 +1,5 @@
-//! What a call costs: this project's guests and clients on the agent beside raw sockets, tonic, ttrpc and Python's gRPC,
-//! every client and every server a process of its own, over TCP and unix sockets.
+//! What a call costs: this project's guests and clients on the agent beside raw sockets, tonic, ttrpc and Python's
+//! gRPC, every client and every server a process of its own, over TCP and unix sockets.
 //!
 //! `benches/speed/run` builds all there is to build, prints tables and writes `target/bench-speed.json` and
 //! `target/bench-speed.svg`. Rounds interleave all rows, a few calls of each in turn, so that a change of the machine's

@@ -5,7 +5,7 @@ use crate::rows::Row;
 use crate::shape::{Shape, Socket};
 
 const WIDTH: f64 = 1080.0;
-const HEIGHT: f64 = 560.0;
+const HEIGHT: f64 = 552.0;
 /// Left and right of each panel, and top and bottom of both.
 const PANELS: [[f64; 2]; 2] = [[64.0, 528.0], [592.0, 1056.0]];
 const TOP: f64 = 120.0;
@@ -17,7 +17,8 @@ const ENTRIES: usize = 4;
 /// Text and axes: as far from white as from black, for pages of either kind.
 const INK: &str = "#7f7f7f";
 /// Ratios with a line across.
-const TICKS: [f64; 13] = [0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0];
+const TICKS: [f64; 15] =
+    [0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10_000.0];
 /// Where an empty call is on an axis of logarithms, as bytes; and an echo, which is behind all that only goes up.
 const EMPTY_AT: f64 = 128.0;
 const ECHO_AT: f64 = 128.0 * 1024.0 * 1024.0;
@@ -77,7 +78,7 @@ pub(crate) fn svg(report: &Report) -> String {
     let title = "Time of a call as a multiple of a raw blocking socket's, by bytes that go up";
     svg += &format!("<title>{title}</title>\n");
     svg += &text([LEGEND[0], 20.0], "start", "font-size=\"14\"", title);
-    svg += &text([WIDTH - 24.0, HEIGHT - 8.0], "end", "", &report.machine.to_string());
+    svg += &text([PANELS[1][1], 20.0], "end", "", &report.machine.to_string());
     svg += &legend();
     let y = ratios(report);
     for (socket, paper) in Socket::ALL.into_iter().zip(PANELS) {

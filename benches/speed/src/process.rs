@@ -14,7 +14,7 @@ use crate::peers::{self, Peer, Program, SOCKET, TTRPC_NODELAY};
 use crate::shape::{Shape, Socket};
 use crate::usage::{self, Usage};
 
-/// A process that says nothing for so long hangs. A call ends by itself before that.
+/// A process that says nothing for so long hangs: calls on the agent have ended by themselves before.
 const PATIENCE: Duration = Duration::from_secs(90);
 
 /// Python's server and client.

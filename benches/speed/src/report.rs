@@ -13,10 +13,10 @@ const LEGEND: &str = "\
 p50: median of the rounds' medians; p99: of all calls; x raw: median of the rounds' ratios to the raw socket.
 Of client/server, by call: CPU, user and system, all threads; rw: calls of read, readv, write and writev, the only ones
 that the kernel counts (tokio reads sockets by recv, ttrpc by recv and send, gRPC's core by recvmsg and sendmsg: those
-are not in it, wake-ups by eventfd are); faults: minor page faults. What being told to make the calls costs is taken off.
-Payloads of the agent: exec on its engine that computes nothing, an echo is a model run on it; \"model\" is a Slice by
-tract. Sinks are HTTP/2 servers that read and answer, with frames of so much. tonic, ttrpc and grpcio with their defaults,
-but that messages may be long; grpcio's payloads are bytes without a message around them.
+are not in it, wake-ups by eventfd are); faults: minor page faults. What being told to make calls costs is taken off.
+Bytes up, and at most 4096 down unless it is an echo. On the agent: exec on its engine that computes nothing, an echo is
+a model run on it; \"model\" is a Slice by tract. Sinks are HTTP/2 servers that read and answer, with frames of so much.
+tonic, ttrpc and grpcio with their defaults, but that messages may be long; grpcio's are bytes without a message around.
 ";
 
 /// All that was measured.
@@ -128,7 +128,8 @@ impl Report {
                 Err(failure) => format!("{failure};"),
             };
             *text += &format!(
-                "\nmost memory of a fresh agent with {} calls of 16 MiB in flight, {}: {peak} 2 x payload + 32 MiB = {} MiB",
+                "\nmost memory of a fresh agent with {} calls of 16 MiB in flight, {}: {peak} 2 x payload + 32 MiB \
+                 = {} MiB",
                 crowd::CALLERS,
                 socket.name(),
                 mib(bound)

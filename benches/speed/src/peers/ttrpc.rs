@@ -1,5 +1,5 @@
-//! ttrpc, both of its servers and clients as its own generated code uses them: messages are encoded into the payload of a
-//! request and decoded out of it.
+//! ttrpc, both of its servers and clients as its own generated code uses them: messages are encoded into the payload of
+//! a request and decoded out of it.
 
 pub(super) mod blocking;
 pub(super) mod tasks;
