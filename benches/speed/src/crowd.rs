@@ -88,14 +88,14 @@ pub(crate) fn payload_bytes() -> i64 {
     (CALLERS * Shape::LARGE.up) as i64
 }
 
-/// Starts an agent for each wanted socket and calls it.
-pub(crate) fn memory(programs: &Programs, wanted: &dyn Fn(&str) -> bool) -> Vec<Memory> {
-    let sockets = Socket::ALL.into_iter().filter(|socket| wanted(&format!("memory, {}", socket.name())));
-    let of = |socket| {
-        let peak_bytes = peak(programs, socket).map_err(|failure| failure.to_string());
-        Memory { socket, peak_bytes }
-    };
-    sockets.map(of).collect()
+/// The sockets over which memory is wanted.
+pub(crate) fn memory_sockets(wanted: &dyn Fn(&str) -> bool) -> Vec<Socket> {
+    Socket::ALL.into_iter().filter(|socket| wanted(&format!("memory, {}", socket.name()))).collect()
+}
+
+/// Starts an agent and calls it.
+pub(crate) fn memory(programs: &Programs, socket: Socket) -> Memory {
+    Memory { socket, peak_bytes: peak(programs, socket).map_err(|failure| failure.to_string()) }
 }
 
 fn peak(programs: &Programs, socket: Socket) -> Result<i64, Failure> {

@@ -91,20 +91,25 @@ fn main() -> ExitCode {
 fn measure(flags: &Flags) -> Result<bool, Failure> {
     let effort = Effort { rounds: if flags.test { 1 } else { ROUNDS }, tiny: flags.test };
     let wanted = |name: &str| flags.only.iter().all(|word| name.contains(word.as_str()));
-    let machine = machine::Machine::this();
-    println!("{machine}");
-
     let mut rows = rows::all(&wanted);
     let mut crowds = crowd::all(&wanted);
+    let sockets = crowd::memory_sockets(&wanted);
+    if rows.is_empty() && crowds.is_empty() && sockets.is_empty() {
+        return Err("nothing has all of these words in its name".into());
+    }
+    if flags.programs.python.is_none() {
+        let of_python = rows.iter_mut().filter(|row| row.peer.is_python());
+        of_python.for_each(|row| row.leave_out(process::NO_PYTHON));
+    }
     let kinds = rows.iter().map(|row| row.peer).chain(crowds.iter().map(|crowd| crowd.peer));
     let mut pairs = process::Pairs::start(&flags.programs, kinds);
     rows::measure(&mut rows, &mut pairs, effort);
     let peaks = pairs.peaks();
     crowd::measure(&mut crowds, &mut pairs, effort);
     drop(pairs);
-    let memory = crowd::memory(&flags.programs, &wanted);
+    let memory = sockets.into_iter().map(|socket| crowd::memory(&flags.programs, socket)).collect();
 
-    let report = report::Report { machine, effort, rows, peaks, crowds, memory };
+    let report = report::Report { machine: machine::Machine::this(), effort, rows, peaks, crowds, memory };
     print!("{}", report.text());
     std::fs::create_dir_all(&flags.out)?;
     std::fs::write(flags.out.join("bench-speed.json"), format!("{:#}\n", report.json()))?;

@@ -20,6 +20,9 @@ const PATIENCE: Duration = Duration::from_secs(90);
 /// Python's server and client.
 const GRPCIO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/grpcio.py");
 
+/// Why peers in Python are left out.
+pub(crate) const NO_PYTHON: &str = "grpcio is not installed, for python3-venv is missing";
+
 /// What every server says before each of its addresses.
 const LISTENING: &str = "listening on ";
 
@@ -91,8 +94,7 @@ fn program(programs: &Programs, peer: &Peer, program: Program) -> Result<Command
         Program::Own(_) => Command::new(std::env::current_exe()?),
         Program::Agent(_) => Command::new(&programs.agent),
         Program::Python => {
-            let python =
-                programs.python.as_ref().ok_or("grpcio is not installed: python3-venv is missing")?;
+            let python = programs.python.as_ref().ok_or(NO_PYTHON)?;
             let mut command = Command::new(python);
             command.arg(GRPCIO);
             command

@@ -34,7 +34,7 @@ pub(crate) struct Report {
 impl Report {
     /// Whether everything that can be measured was.
     pub(crate) fn is_whole(&self) -> bool {
-        let rows = self.rows.iter().all(|row| row.failure.is_none() || row.is_beyond);
+        let rows = self.rows.iter().all(|row| row.failure.is_none() || row.is_left_out);
         let crowds = self.crowds.iter().all(|row| row.failure.is_none());
         rows && crowds && self.memory.iter().all(|memory| memory.peak_bytes.is_ok())
     }

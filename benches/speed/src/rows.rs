@@ -21,8 +21,8 @@ pub(crate) struct Row {
     pub(crate) shape: Shape,
     /// Why there are no figures, or not all.
     pub(crate) failure: Option<String>,
-    /// The peer cannot carry these calls, which is no fault of the measurement's.
-    pub(crate) is_beyond: bool,
+    /// They were not even to be measured.
+    pub(crate) is_left_out: bool,
     /// Medians of the rounds, in microseconds.
     pub(crate) medians: Vec<f64>,
     /// All calls, in microseconds.
@@ -41,14 +41,21 @@ pub(crate) struct Each {
 
 impl Row {
     fn new(peer: &'static Peer, socket: Socket, shape: Shape) -> Option<Self> {
-        let failure = match peer.covers(socket, shape) {
-            Cover::Yes => None,
-            Cover::Above(limit) => Some(format!("not measured: {limit}")),
-            Cover::No => return None,
-        };
-        let is_beyond = failure.is_some();
+        let cover = peer.covers(socket, shape);
         let (medians, times, used) = (Vec::new(), Vec::new(), [Usage::default(); 2]);
-        Some(Self { peer, socket, shape, failure, is_beyond, medians, times, used })
+        let mut row = Self { peer, socket, shape, failure: None, is_left_out: false, medians, times, used };
+        match cover {
+            Cover::Yes => {}
+            Cover::Above(limit) => row.leave_out(limit),
+            Cover::No => return None,
+        }
+        Some(row)
+    }
+
+    /// Says that there will be no figures, and why: that the measurement cannot have them is no failure of it.
+    pub(crate) fn leave_out(&mut self, why: &str) {
+        self.failure = Some(format!("not measured: {why}"));
+        self.is_left_out = true;
     }
 
     /// By which people choose rows.

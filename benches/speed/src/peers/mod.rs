@@ -106,6 +106,10 @@ impl Peer {
         self.name == RAW
     }
 
+    pub(crate) fn is_python(&self) -> bool {
+        matches!(self.server, Program::Python)
+    }
+
     /// Whether it is measured with callers at the same time.
     pub(crate) fn is_crowd(&self) -> bool {
         matches!(self.client, Program::Own("raw" | "guest" | "client" | "tonic"))
