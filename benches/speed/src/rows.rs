@@ -80,6 +80,13 @@ impl Row {
         median(self.medians.iter().zip(&other.medians).map(|(own, other)| own / other).collect())
     }
 
+    /// Ratio of the best rounds: whether the kernel keeps client and server on one core decides about a short call and
+    /// stays for a round or more, and the best rounds had the same luck.
+    pub(crate) fn best_ratio(&self, other: &Self) -> Option<f64> {
+        let best = |row: &Self| row.medians.iter().copied().min_by(f64::total_cmp);
+        Some(best(self)? / best(other)?)
+    }
+
     /// What one call takes of client and server.
     pub(crate) fn each(&self) -> Option<[Each; 2]> {
         let calls = self.times.len() as f64;
