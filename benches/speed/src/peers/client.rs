@@ -1,0 +1,129 @@
+//! The async client.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use tokio::runtime::{Builder, Runtime};
+use tokio::task::JoinSet;
+use vaccel_client::{
+    ArgType, Client, DType, Resource, ResourceFiles, Session, SessionOptions, Tensor, arg, named,
+};
+
+use super::guest::{EXEC, NOTHING};
+use super::{Source, model};
+use crate::Failure;
+use crate::shape::Shape;
+
+/// A session over a connection of its own.
+struct Caller {
+    session: Session,
+    models: HashMap<Shape, Resource>,
+    source: Source,
+}
+
+impl Caller {
+    async fn new(address: &str) -> Result<Self, Failure> {
+        let client = Client::builder(address.parse()?).connect().await?;
+        let session = client.open_session(SessionOptions::default()).await?;
+        Ok(Self { session, models: HashMap::new(), source: Source::default() })
+    }
+
+    /// Makes a call as the thin guest does.
+    async fn call(&mut self, shape: Shape) -> Result<(), Failure> {
+        let data = self.source.bytes(shape.up);
+        let came = if shape.up == 0 {
+            self.session.noop().await?;
+            0
+        } else if shape.echo {
+            self.run(shape, data).await?
+        } else {
+            let before = arg(ArgType::Buffer, data.slice(..shape.down()));
+            let read = vec![
+                arg(ArgType::Uint8, vec![EXEC]),
+                arg(ArgType::String, NOTHING),
+                arg(ArgType::String, NOTHING),
+                arg(ArgType::Buffer, data.slice(shape.down()..)),
+            ];
+            let (written, _) = self.session.genop(read, vec![before]).await?;
+            written.iter().map(|arg| arg.data.len()).sum()
+        };
+        super::check(came, shape)
+    }
+
+    async fn run(&mut self, shape: Shape, data: Bytes) -> Result<usize, Failure> {
+        let Self { session, models, .. } = self;
+        let model = match models.get(&shape) {
+            Some(model) => model,
+            None => {
+                let files = ResourceFiles::model("model.onnx", model::cut(shape));
+                let model = session.register(files).await?;
+                &*models.entry(shape).or_insert(model)
+            }
+        };
+        let input = Tensor::from_bytes(DType::F32, &[model::elements(shape.up)], data);
+        let run = session.run(model, vec![named("x", input)], &[]).await?;
+        Ok(run
+            .outputs
+            .iter()
+            .filter_map(|output| output.tensor.as_ref())
+            .map(|tensor| tensor.data.len())
+            .sum())
+    }
+}
+
+/// A caller that waits for each call, on its own thread.
+pub(super) struct Single {
+    runtime: Runtime,
+    caller: Caller,
+}
+
+impl Single {
+    pub(super) fn new(address: &str) -> Result<Self, Failure> {
+        let runtime = Builder::new_current_thread().enable_all().build()?;
+        let caller = runtime.block_on(Caller::new(address))?;
+        Ok(Self { runtime, caller })
+    }
+}
+
+impl super::Caller for Single {
+    fn call(&mut self, shape: Shape) -> Result<(), Failure> {
+        self.runtime.block_on(self.caller.call(shape))
+    }
+}
+
+/// Callers that are tasks of one runtime of as many threads as there are cores.
+pub(super) struct Tasks {
+    runtime: Runtime,
+    callers: Vec<Caller>,
+}
+
+impl Tasks {
+    pub(super) fn new(address: &str, count: usize) -> Result<Self, Failure> {
+        let runtime = Builder::new_multi_thread().enable_all().build()?;
+        let callers = (0..count).map(|_| runtime.block_on(Caller::new(address))).collect::<Result<_, _>>()?;
+        Ok(Self { runtime, callers })
+    }
+}
+
+impl super::Crowd for Tasks {
+    fn call(&mut self, shape: Shape, calls: usize) -> Result<Duration, Failure> {
+        let Self { runtime, callers } = self;
+        runtime.block_on(async {
+            let begun = Instant::now();
+            let mut tasks = JoinSet::new();
+            for mut caller in callers.drain(..) {
+                tasks.spawn(async move {
+                    for _ in 0..calls {
+                        caller.call(shape).await?;
+                    }
+                    Ok::<_, Failure>(caller)
+                });
+            }
+            while let Some(done) = tasks.join_next().await {
+                callers.push(done??);
+            }
+            Ok(begun.elapsed())
+        })
+    }
+}
