@@ -147,6 +147,11 @@ impl Buffer {
         count
     }
 
+    /// Bytes it is for.
+    pub(crate) fn capacity(&self) -> usize {
+        self.capacity
+    }
+
     pub(crate) fn is_full(&self) -> bool {
         self.filled == self.capacity
     }

@@ -273,9 +273,11 @@ impl Delivery {
         self.is_over
     }
 
-    /// Bytes of the present message that have not come.
-    pub(super) fn missing(&mut self) -> usize {
-        self.message.as_mut().map_or(0, |message| message.room().len())
+    /// Bytes of the message that is arriving: those that have not come, and all of them.
+    pub(super) fn missing(&self) -> (usize, usize) {
+        self.message
+            .as_ref()
+            .map_or((0, 0), |message| (message.capacity() - message.filled().len(), message.capacity()))
     }
 
     /// Whether the service was waiting for what came last.

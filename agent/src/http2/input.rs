@@ -10,17 +10,28 @@ use vaccel_guest::frame::{self, Header};
 use super::AHEAD_BYTES;
 use crate::pool::{Buffer, Pool};
 
+/// The first read of what comes at once, in bytes: heads, small messages, and the beginning of a large one, whose rest
+/// is better read to its place. When there is more and no such place, it is read by whole buffers.
+const FIRST_BYTES: usize = 4096;
+
 /// Bytes in the order in which they came. Holds memory only while there are some, or a read is going on.
 #[derive(Default)]
 pub(super) struct Input {
     buffer: Option<Buffer>,
     begin: usize,
+    /// More came than was asked for.
+    is_more: bool,
 }
 
 impl Input {
     /// What is there.
     pub(super) fn ahead(&self) -> &[u8] {
         self.buffer.as_ref().map_or(&[], |buffer| &buffer.filled()[self.begin..])
+    }
+
+    /// What came was read to its place: what comes after it may have one, too.
+    pub(super) fn passed_by(&mut self) {
+        self.is_more = false;
     }
 
     /// Forgets the first bytes.
@@ -44,10 +55,14 @@ impl Input {
     ) -> Poll<io::Result<usize>> {
         let mut buffer = self.buffer.take().unwrap_or_else(|| pool.take(AHEAD_BYTES));
         buffer.consume(std::mem::take(&mut self.begin));
-        let read = poll_read(context, stream, buffer.room());
+        let room = buffer.room();
+        let room = if self.is_more { room } else { room.split_at_mut(FIRST_BYTES.min(room.len())).0 };
+        let length = room.len();
+        let read = poll_read(context, stream, room);
         if let Poll::Ready(Ok(count)) = read {
             buffer.advance(count);
         }
+        self.is_more = matches!(read, Poll::Ready(Ok(count)) if count == length);
         if !buffer.filled().is_empty() {
             self.buffer = Some(buffer);
         }

@@ -158,6 +158,7 @@ impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
         if let Some(stream) = data.place.and_then(|place| self.streams[place].as_mut()) {
             stream.delivery.placed(count);
         }
+        self.input.passed_by();
         self.took(data, count);
     }
 
@@ -278,10 +279,11 @@ impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
     /// announced by their frame.
     fn make_way(&mut self, place: usize, coming: usize) {
         let Some(stream) = &mut self.streams[place] else { return };
-        let missing = stream.delivery.missing();
-        if missing.saturating_sub(coming) as i64 > stream.window {
-            self.widen_all((missing as u32).next_power_of_two());
-            self.grant(place, missing - coming);
+        let (missing, whole) = stream.delivery.missing();
+        let unannounced = missing.saturating_sub(coming);
+        if unannounced as i64 > stream.window {
+            self.widen_all((whole as u32).next_power_of_two());
+            self.grant(place, unannounced);
         }
     }
 

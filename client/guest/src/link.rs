@@ -190,6 +190,10 @@ impl<T: Transport> Link<T> {
             if call.is_over() {
                 return Ok(());
             }
+            if !blocked && call.is_held_up() {
+                // The rest goes when the agent's windows allow it, as a packet behind one that it has not confirmed.
+                self.transport.hurry();
+            }
             answer_by = match self.connection.owes_answer() {
                 true => answer_by.min(now.saturating_add(ANSWER_DELAY_MS)),
                 false => u64::MAX,

@@ -1,7 +1,7 @@
 //! TCP, unix and vsock sockets, by the calls of the platform's C library.
 //!
 //! What is used was seen to work in every guest kernel this was tried in: `socket`, `connect`, `send`, `read`, `poll`,
-//! `close`, the clock; `readv` and `writev` where they do, and nothing that has to. Time limits are `poll`'s. No
+//! `close`, the clock; `readv` and `writev` where they do, `setsockopt` for requests in pieces, and nothing that has to. Time limits are `poll`'s. No
 //! signal is ever raised by a connection that broke.
 
 use core::ffi::c_int;
@@ -40,6 +40,8 @@ pub struct Posix {
     writes_many: bool,
     /// Reads in two pieces work.
     reads_two: bool,
+    /// TCP was told not to wait.
+    hurries: bool,
 }
 
 impl Posix {
@@ -48,7 +50,7 @@ impl Posix {
         let is_vsock = matches!(address, Address::Vsock { .. });
         // Vectored calls on vsock lose their first piece in some guests.
         let (writes_many, reads_two) = (!is_vsock, !is_vsock);
-        Self { address, fd: -1, sigpipe_ignored: SIGPIPE_IGNORED, writes_many, reads_two }
+        Self { address, fd: -1, sigpipe_ignored: SIGPIPE_IGNORED, writes_many, reads_two, hurries: false }
     }
 
     /// Says whether the program ignores SIGPIPE: then `write` and `writev` are used, the latter for all there is to
@@ -149,6 +151,7 @@ impl Transport for Posix {
 
     fn connect(&mut self, until: u64) -> Result<(), Fault> {
         self.close();
+        self.hurries = false;
         loop {
             self.fd = sys::socket(&self.address)?;
             let pending = match sys::connect(self.fd, &self.address) {
@@ -214,6 +217,12 @@ impl Transport for Posix {
 
     fn wait(&mut self, write: bool, until: u64) -> Result<Ready, Fault> {
         self.wait_for(write, until).map(|(ready, _)| ready)
+    }
+
+    fn hurry(&mut self) {
+        if matches!(self.address, Address::Tcp { .. }) && !core::mem::replace(&mut self.hurries, true) {
+            sys::set_no_delay(self.fd);
+        }
     }
 
     fn pause(&mut self, until: u64) {
@@ -363,6 +372,14 @@ mod sys {
         let flags = NO_SIGNAL | if more { MORE } else { 0 };
         // SAFETY: `bytes` can be read over their whole length.
         moved(unsafe { libc::send(fd, bytes.as_ptr().cast(), bytes.len(), flags) })
+    }
+
+    /// Where that is not to be had it is slower, and that is all.
+    pub(super) fn set_no_delay(fd: c_int) {
+        let on: c_int = 1;
+        let (value, length) = ((&raw const on).cast(), size_of::<c_int>() as libc::socklen_t);
+        // SAFETY: `value` points to as many bytes as `length` says.
+        unsafe { libc::setsockopt(fd, libc::IPPROTO_TCP, libc::TCP_NODELAY, value, length) };
     }
 
     pub(super) fn write(fd: c_int, bytes: &[u8]) -> Result<usize, Fault> {

@@ -118,6 +118,11 @@ impl<'a> Call<'a> {
         self.answered
     }
 
+    /// Whether some of the request has to wait for the peer's windows.
+    pub(crate) fn is_held_up(&self) -> bool {
+        self.unframed > 0
+    }
+
     /// Whether bytes of a message came.
     pub(crate) fn has_message(&self) -> bool {
         self.prefix_length > 0
