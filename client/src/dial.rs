@@ -3,6 +3,7 @@
 use std::io;
 use std::path::Path;
 
+use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 use tokio_vsock::{VsockAddr, VsockStream};
@@ -69,9 +70,9 @@ impl Dialer {
 
     async fn connect(&self) -> io::Result<Box<dyn Stream>> {
         Ok(match &self.endpoint {
-            Endpoint::Unix(path) => Box::new(UnixStream::connect(path).await?),
+            Endpoint::Unix(path) => Box::new(unix(path).await?),
             // To tokio a leading NUL means the abstract namespace, as to the kernel.
-            Endpoint::UnixAbstract(name) => Box::new(UnixStream::connect(format!("\0{name}")).await?),
+            Endpoint::UnixAbstract(name) => Box::new(unix(Path::new(&format!("\0{name}"))).await?),
             Endpoint::HybridVsock { path, port } => Box::new(hybrid_vsock(path, *port).await?),
             Endpoint::Vsock { cid, port } => {
                 let stream = VsockStream::connect(VsockAddr::new(*cid, *port)).await?;
@@ -124,6 +125,17 @@ fn advice(endpoint: &Endpoint, kind: io::ErrorKind) -> &'static str {
         (Endpoint::Tcp(_) | Endpoint::Tls(_), K::ConnectionRefused) => "; no agent listens there",
         _ => "",
     }
+}
+
+/// What a unix socket should take at once, in bytes; the system may allow less. Each time that it is full costs two
+/// changes of processes.
+const UNIX_BUFFER_BYTES: usize = 4 << 20;
+
+async fn unix(path: &Path) -> io::Result<UnixStream> {
+    let stream = UnixStream::connect(path).await?;
+    // Where there is no such it is slower without, and that is all.
+    let _ = SockRef::from(&stream).set_send_buffer_size(UNIX_BUFFER_BYTES);
+    Ok(stream)
 }
 
 async fn tcp(authority: &Authority) -> io::Result<TcpStream> {

@@ -190,8 +190,7 @@ impl<T: Transport> Link<T> {
             if call.is_over() {
                 return Ok(());
             }
-            if !blocked && call.is_held_up() {
-                // The rest goes when the agent's windows allow it, as a packet behind one that it has not confirmed.
+            if blocked || call.is_held_up() {
                 self.transport.hurry();
             }
             answer_by = match self.connection.owes_answer() {

@@ -25,6 +25,10 @@ const CID_HOST: u32 = 2;
 /// Pause before connecting again to a unix socket whose queue is full, in milliseconds.
 const QUEUE_PAUSE_MS: u64 = 10;
 
+/// What a unix socket should take at once, in bytes; the system may allow less. Each time that it is full costs two
+/// changes of processes.
+const UNIX_BUFFER_BYTES: c_int = 4 << 20;
+
 /// The standard library ignores SIGPIPE in every program of its own; what C programs do with it is not this library's
 /// to change.
 const SIGPIPE_IGNORED: bool = cfg!(feature = "std");
@@ -40,7 +44,7 @@ pub struct Posix {
     writes_many: bool,
     /// Reads in two pieces work.
     reads_two: bool,
-    /// TCP was told not to wait.
+    /// The socket was told that requests go out in pieces.
     hurries: bool,
 }
 
@@ -220,8 +224,13 @@ impl Transport for Posix {
     }
 
     fn hurry(&mut self) {
-        if matches!(self.address, Address::Tcp { .. }) && !core::mem::replace(&mut self.hurries, true) {
-            sys::set_no_delay(self.fd);
+        if core::mem::replace(&mut self.hurries, true) {
+            return;
+        }
+        match self.address {
+            Address::Tcp { .. } => sys::set(self.fd, libc::IPPROTO_TCP, libc::TCP_NODELAY, 1),
+            Address::Unix { .. } => sys::set(self.fd, libc::SOL_SOCKET, libc::SO_SNDBUF, UNIX_BUFFER_BYTES),
+            Address::Vsock { .. } => {}
         }
     }
 
@@ -374,12 +383,11 @@ mod sys {
         moved(unsafe { libc::send(fd, bytes.as_ptr().cast(), bytes.len(), flags) })
     }
 
-    /// Where that is not to be had it is slower, and that is all.
-    pub(super) fn set_no_delay(fd: c_int) {
-        let on: c_int = 1;
-        let (value, length) = ((&raw const on).cast(), size_of::<c_int>() as libc::socklen_t);
-        // SAFETY: `value` points to as many bytes as `length` says.
-        unsafe { libc::setsockopt(fd, libc::IPPROTO_TCP, libc::TCP_NODELAY, value, length) };
+    /// Sets an option. Where there is no such it is slower without, and that is all.
+    pub(super) fn set(fd: c_int, level: c_int, option: c_int, value: c_int) {
+        let (place, length) = ((&raw const value).cast(), size_of::<c_int>() as libc::socklen_t);
+        // SAFETY: `place` points to as many bytes as `length` says.
+        unsafe { libc::setsockopt(fd, level, option, place, length) };
     }
 
     pub(super) fn write(fd: c_int, bytes: &[u8]) -> Result<usize, Fault> {

@@ -55,8 +55,8 @@ pub trait Transport {
     /// [`Fault::Late`] and [`Fault::Broken`].
     fn wait(&mut self, write: bool, until: u64) -> core::result::Result<Ready, Fault>;
 
-    /// From now on small packets are sent at once, also behind others that the peer has not confirmed. Called when a
-    /// request goes out in more than one piece; one that goes at once needs no such thing.
+    /// A request goes out in more than one piece: from now on, small packets should be sent at once although others
+    /// before them were not confirmed, and as much as can be should be taken in one write. There may be no such thing.
     fn hurry(&mut self) {}
 
     /// Does nothing until the clock shows `until`.
