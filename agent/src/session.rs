@@ -4,7 +4,8 @@
 //!
 //! **Invariant:** there is no look-up without a tenant, and another tenant's session answers exactly as an absent one.
 
-use std::collections::{HashMap, HashSet};
+use std::borrow::Borrow;
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -38,6 +39,12 @@ impl SessionId {
     }
 }
 
+impl Borrow<str> for SessionId {
+    fn borrow(&self) -> &str {
+        &self.0
+    }
+}
+
 /// Shown in logs by its first digits: the whole is a secret between guest and agent.
 impl fmt::Debug for SessionId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -46,7 +53,7 @@ impl fmt::Debug for SessionId {
 }
 
 /// One connection of the transport, for the time the agent runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct ConnectionId(pub(crate) u64);
 
 /// One session.
@@ -67,8 +74,8 @@ pub(crate) struct Session {
 struct Entry {
     tenant: Tenant,
     session: Arc<Session>,
-    /// Living connections that used it.
-    connections: HashSet<ConnectionId>,
+    /// Living connections that used it: one, as a rule.
+    connections: BTreeSet<ConnectionId>,
     /// When it ends; none while a connection is there.
     ends: Option<Instant>,
 }
@@ -118,7 +125,7 @@ impl Sessions {
         let mut entry = Entry {
             tenant: tenant.clone(),
             session: Arc::clone(&session),
-            connections: HashSet::new(),
+            connections: BTreeSet::new(),
             ends: None,
         };
         let mut table = self.table();
@@ -140,7 +147,7 @@ impl Sessions {
         let mut table = self.table();
         let Table { sessions, connections } = &mut *table;
         let entry = sessions
-            .get_mut(&SessionId(id.into()))
+            .get_mut(id)
             .filter(|entry| entry.tenant == *tenant)
             .ok_or_else(|| Error::not_found("session", id))?;
         self.renew(entry, connection, connections);
@@ -148,6 +155,10 @@ impl Sessions {
     }
 
     fn renew(&self, entry: &mut Entry, connection: ConnectionId, living: &HashSet<ConnectionId>) {
+        // One that is not there any more is in nobody's set.
+        if entry.connections.contains(&connection) {
+            return;
+        }
         // The connection may have been lost while its call was on the way here.
         if living.contains(&connection) {
             entry.connections.insert(connection);
@@ -164,10 +175,9 @@ impl Sessions {
     /// `NOT_FOUND`, also for another tenant's.
     pub(crate) fn close(&self, id: &str, tenant: &Tenant) -> Result<(), Error> {
         let mut table = self.table();
-        let id_key = SessionId(id.into());
-        match table.sessions.get(&id_key) {
+        match table.sessions.get(id) {
             Some(entry) if entry.tenant == *tenant => {
-                let entry = table.sessions.remove(&id_key);
+                let entry = table.sessions.remove(id);
                 drop(table);
                 drop(entry);
                 Ok(())

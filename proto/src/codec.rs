@@ -56,8 +56,8 @@ where
 /// # Errors
 /// `MESSAGE_TOO_LARGE` for more than [`PARTS_MAX`] fields, or [`PACKED_BYTES_MAX`] of lists of numbers.
 pub fn check<M: Name>(bytes: &[u8]) -> Result<(), Error> {
-    match FIELDS.get(M::full_name().as_str()) {
-        Some(fields) => Count::default().message(bytes, fields, DEPTH_MAX),
+    match MESSAGES.named.get(&(M::PACKAGE, M::NAME)) {
+        Some(fields) => Count::default().message(bytes, &MESSAGES.fields[*fields], DEPTH_MAX),
         None => Ok(()),
     }
 }
@@ -86,42 +86,77 @@ impl<U: Message + Default + Name> Decoder for BoundedDecoder<U> {
 }
 
 /// What a field is, as far as it matters for what it takes when it is decoded.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 enum Field {
-    Message(String),
+    /// A message, by its place among all.
+    Message(usize),
     /// Numbers that take more room than they have on the wire, when there are many in one field.
     Numbers,
     Other,
 }
 
-type Fields = HashMap<u32, Field>;
+/// By number.
+type Fields = Vec<Field>;
 
-/// All messages of the contract, by their full names.
-static FIELDS: LazyLock<HashMap<String, Fields>> = LazyLock::new(|| {
-    let files = FileDescriptorSet::decode(crate::DESCRIPTORS).unwrap_or_default();
-    let mut all = HashMap::new();
-    for file in &files.file {
+/// All messages of the contract.
+#[derive(Debug, Default)]
+struct Messages {
+    /// Where those of packages are, by package and name.
+    named: HashMap<(&'static str, &'static str), usize>,
+    fields: Vec<Fields>,
+}
+
+static FILES: LazyLock<FileDescriptorSet> =
+    LazyLock::new(|| FileDescriptorSet::decode(crate::DESCRIPTORS).unwrap_or_default());
+
+static MESSAGES: LazyLock<Messages> = LazyLock::new(|| {
+    let mut all = Vec::new();
+    for file in &FILES.file {
         for message in &file.message_type {
             describe(file.package(), message, &mut all);
         }
     }
-    all
+    let places: HashMap<&str, usize> = all.iter().enumerate().map(|(at, (name, _))| (&**name, at)).collect();
+    let fields = all.iter().map(|(_, message)| fields(message, &places)).collect();
+    let in_packages = FILES.file.iter().flat_map(|file| {
+        let package = file.package();
+        file.message_type.iter().map(move |message| (package, message.name()))
+    });
+    let named = in_packages.map(|(package, name)| ((package, name), places[&*format!("{package}.{name}")]));
+    Messages { named: named.collect(), fields }
 });
 
-fn describe(scope: &str, message: &DescriptorProto, all: &mut HashMap<String, Fields>) {
+/// A message and those in it, by their full names.
+fn describe(
+    scope: &str,
+    message: &'static DescriptorProto,
+    all: &mut Vec<(String, &'static DescriptorProto)>,
+) {
     let name = format!("{scope}.{}", message.name());
     for nested in &message.nested_type {
         describe(&name, nested, all);
     }
-    let fields = message.field.iter().map(|field| {
+    all.push((name, message));
+}
+
+fn fields(message: &DescriptorProto, places: &HashMap<&str, usize>) -> Fields {
+    let mut fields = Fields::new();
+    for field in &message.field {
         let kind = match field.r#type() {
-            Type::Message => Field::Message(field.type_name().trim_start_matches('.').to_owned()),
+            Type::Message => {
+                let place = places.get(field.type_name().trim_start_matches('.'));
+                place.map_or(Field::Other, |place| Field::Message(*place))
+            }
             Type::String | Type::Bytes => Field::Other,
             _ => Field::Numbers,
         };
-        (field.number().unsigned_abs(), kind)
-    });
-    all.insert(name, fields.collect());
+        let number = field.number().unsigned_abs() as usize;
+        if fields.len() <= number {
+            fields.resize(number + 1, Field::Other);
+        }
+        fields[number] = kind;
+    }
+    fields
 }
 
 /// What was counted so far.
@@ -152,7 +187,7 @@ impl Count {
                 VARINT => varint(&mut bytes).map(|_| bytes),
                 LENGTH => match part(&mut bytes) {
                     Some(content) => {
-                        self.content(content, number(tag).and_then(|number| fields.get(&number)), depth)?;
+                        self.content(content, number(tag).and_then(|number| fields.get(number)), depth)?;
                         Some(bytes)
                     }
                     None => None,
@@ -169,10 +204,9 @@ impl Count {
 
     fn content(&mut self, content: &[u8], field: Option<&Field>, depth: usize) -> Result<(), Error> {
         match field {
-            Some(Field::Message(name)) if depth > 0 => match FIELDS.get(name.as_str()) {
-                Some(fields) => self.message(content, fields, depth - 1),
-                None => Ok(()),
-            },
+            Some(Field::Message(place)) if depth > 0 => {
+                self.message(content, &MESSAGES.fields[*place], depth - 1)
+            }
             Some(Field::Numbers) => {
                 self.packed += content.len();
                 if self.packed <= PACKED_BYTES_MAX {
@@ -186,8 +220,8 @@ impl Count {
     }
 }
 
-fn number(tag: u64) -> Option<u32> {
-    u32::try_from(tag >> 3).ok()
+fn number(tag: u64) -> Option<usize> {
+    usize::try_from(tag >> 3).ok()
 }
 
 fn varint(bytes: &mut &[u8]) -> Option<u64> {
@@ -214,7 +248,8 @@ mod tests {
     fn count<M: Message + Name>(message: &M) -> Result<Count, Error> {
         let mut count = Count::default();
         let bytes = message.encode_to_vec();
-        count.message(&bytes, &FIELDS[M::full_name().as_str()], DEPTH_MAX).map(|()| count)
+        let fields = &MESSAGES.fields[MESSAGES.named[&(M::PACKAGE, M::NAME)]];
+        count.message(&bytes, fields, DEPTH_MAX).map(|()| count)
     }
 
     #[test]
@@ -253,7 +288,7 @@ mod tests {
 
     #[test]
     fn what_is_no_message_is_left_to_the_decoder() {
-        let fields = &FIELDS["vaccel.v1.RunRequest"];
+        let fields = &MESSAGES.fields[MESSAGES.named[&("vaccel.v1", "RunRequest")]];
         for bytes in [&[0x0a][..], &[0x0a, 0x7f, 0], &[0xff; 12], &[0x0b], &[0x09, 1, 2]] {
             assert!(Count::default().message(bytes, fields, DEPTH_MAX).is_ok());
         }

@@ -42,7 +42,7 @@ impl Dispatch {
 
     /// Whether this agent takes work, and is not stopping.
     pub(crate) fn is_ready(&self) -> bool {
-        !self.draining.load(Ordering::SeqCst) && self.cold.load(Ordering::SeqCst) == 0
+        !self.in_flight.are_last.load(Ordering::SeqCst) && self.cold.load(Ordering::SeqCst) == 0
     }
 
     /// Loads the models that want to be warm, one after the other. One that cannot be loaded holds nobody up.

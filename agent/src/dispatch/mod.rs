@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use prost::Message;
-use tokio::sync::watch;
+use tokio::sync::Notify;
 use tokio::time::Instant;
 use vaccel_proto::codec;
 use vaccel_proto::error::Detail;
@@ -99,32 +99,43 @@ pub(crate) struct Dispatch {
     workshop: Arc<Workshop>,
     inference: Inference,
     policies: Arc<Policies>,
-    draining: AtomicBool,
     /// Models that are to be loaded before this agent takes work.
     cold: AtomicUsize,
-    in_flight: Arc<watch::Sender<usize>>,
+    in_flight: Arc<Calls>,
 }
 
 impl fmt::Debug for Dispatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Dispatch").field("in_flight", &*self.in_flight.borrow()).finish_non_exhaustive()
+        f.debug_struct("Dispatch").field("in_flight", &self.in_flight).finish_non_exhaustive()
     }
+}
+
+/// All calls that are there.
+#[derive(Debug, Default)]
+struct Calls {
+    count: AtomicUsize,
+    /// The agent stops: no new ones are taken.
+    are_last: AtomicBool,
+    none_left: Notify,
 }
 
 /// Counts a call for as long as it is there.
 #[derive(Debug)]
-struct InFlight(Arc<watch::Sender<usize>>);
+struct InFlight(Arc<Calls>);
 
 impl InFlight {
-    fn new(calls: &Arc<watch::Sender<usize>>) -> Self {
-        calls.send_modify(|calls| *calls += 1);
+    fn new(calls: &Arc<Calls>) -> Self {
+        calls.count.fetch_add(1, Ordering::SeqCst);
         Self(Arc::clone(calls))
     }
 }
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.0.send_modify(|calls| *calls -= 1);
+        let was_only_one = self.0.count.fetch_sub(1, Ordering::SeqCst) == 1;
+        if was_only_one && self.0.are_last.load(Ordering::SeqCst) {
+            self.0.none_left.notify_waiters();
+        }
     }
 }
 
@@ -161,9 +172,8 @@ impl Dispatch {
             workshop,
             inference,
             policies,
-            draining: AtomicBool::new(false),
             cold,
-            in_flight: Arc::new(watch::Sender::new(0)),
+            in_flight: Arc::default(),
         })
     }
 
@@ -183,14 +193,14 @@ impl Dispatch {
     pub(crate) fn arrive(
         &self,
         tenant: Tenant,
+        account: Arc<Account>,
         connection: ConnectionId,
         number: u64,
         deadline: Option<Instant>,
     ) -> Result<Caller, Error> {
-        let account = self.accounts.of(&tenant);
         // Counted before the look: a drain that begins now waits for this call, or this call sees the drain.
         let counted = (account.hold(Unit::Calls, 1)?, InFlight::new(&self.in_flight));
-        let in_time = !self.draining.load(Ordering::SeqCst);
+        let in_time = !self.in_flight.are_last.load(Ordering::SeqCst);
         Ok(Caller {
             tenant,
             connection,
@@ -205,15 +215,20 @@ impl Dispatch {
 
     /// Refuses new work from now on.
     pub(crate) fn begin_drain(&self) {
-        self.draining.store(true, Ordering::SeqCst);
+        self.in_flight.are_last.store(true, Ordering::SeqCst);
         self.inference.repository.changed();
     }
 
     /// Waits until no call is in flight.
     pub(crate) async fn drained(&self) {
-        let mut calls = self.in_flight.subscribe();
-        // The sender lives as long as self: this cannot fail.
-        let _ = calls.wait_for(|calls| *calls == 0).await;
+        loop {
+            let mut none_left = std::pin::pin!(self.in_flight.none_left.notified());
+            none_left.as_mut().enable();
+            if self.in_flight.count.load(Ordering::SeqCst) == 0 {
+                return;
+            }
+            none_left.await;
+        }
     }
 
     /// Frees what ended sessions left behind, for ever.

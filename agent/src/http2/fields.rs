@@ -66,7 +66,21 @@ pub(super) struct Table {
     bytes: usize,
     /// What the peer made of [`TABLE_BYTES_MAX`], none as long as it says nothing.
     bytes_max: Option<usize>,
+    /// How often it changed.
+    changes: u64,
+    last: Option<Last>,
 }
+
+/// The last block and what it meant: most callers say the same thing again and again.
+#[derive(Debug)]
+struct Last {
+    block: Vec<u8>,
+    changes: u64,
+    request: Request<()>,
+}
+
+/// Longer blocks are read every time, in bytes: what is kept of them would be held for every connection.
+const LAST_BYTES_MAX: usize = 512;
 
 /// What a block is.
 #[derive(Debug)]
@@ -135,6 +149,23 @@ impl Table {
     /// # Errors
     /// A block after which nothing else can be read.
     pub(super) fn read(&mut self, block: &[u8], bytes_max: usize) -> Result<Block, Broken> {
+        if let Some(last) =
+            self.last.as_ref().filter(|last| last.changes == self.changes && last.block == block)
+        {
+            return Ok(Block::Request(Box::new(last.request.clone())));
+        }
+        let before = self.changes;
+        let read = self.read_anew(block, bytes_max)?;
+        if let Block::Request(request) = &read
+            && block.len() <= LAST_BYTES_MAX
+            && self.changes == before
+        {
+            self.last = Some(Last { block: block.to_vec(), changes: before, request: (**request).clone() });
+        }
+        Ok(read)
+    }
+
+    fn read_anew(&mut self, block: &[u8], bytes_max: usize) -> Result<Block, Broken> {
         let mut fields = Fields::new(block);
         let mut parts = Parts::default();
         while let Some(field) = fields.next()? {
@@ -157,6 +188,7 @@ impl Table {
                     parts.add(entry, bytes, bytes_max);
                 }
                 Field::Size(size) if size <= TABLE_BYTES_MAX => {
+                    self.changes += 1;
                     self.bytes_max = Some(size);
                     self.shrink(size);
                 }
@@ -187,6 +219,7 @@ impl Table {
     }
 
     fn keep(&mut self, name: Bytes, entry: Entry, bytes: usize) {
+        self.changes += 1;
         let limit = self.bytes_max.unwrap_or(TABLE_BYTES_MAX);
         self.shrink(limit.saturating_sub(bytes));
         // One that is larger than the table empties it, and that is all.
@@ -339,6 +372,21 @@ mod tests {
         // What is larger than the table is read, and not kept.
         assert_eq!(request(&mut table, &format!("{head} 4001 6301 33")).headers()["c"], "3");
         assert!(table.entries.is_empty());
+    }
+
+    #[test]
+    fn a_block_that_comes_again_means_what_the_table_says_now() {
+        let mut table = Table::default();
+        let head = "8286 84";
+        request(&mut table, &format!("{head} 4001 6101 31"));
+        let again = format!("{head} be");
+        for _ in 0..3 {
+            assert_eq!(request(&mut table, &again).headers()["a"], "1");
+        }
+        request(&mut table, &format!("{head} 4001 6101 32"));
+        assert_eq!(request(&mut table, &again).headers()["a"], "2");
+        request(&mut table, &format!("20 {head}"));
+        assert!(table.read(&hex(&again), LIMIT).is_err());
     }
 
     #[test]

@@ -39,7 +39,7 @@ use self::body::{CountedBody, HeldBytes, Kept};
 use crate::dispatch::{Caller, Dispatch};
 use crate::http2;
 use crate::identity::{Identity, Peer, Tenant};
-use crate::quota::Unit;
+use crate::quota::{Account, Unit};
 use crate::session::ConnectionId;
 
 /// From a call's headers to those of its reply: the longest deadline and some time to answer that it passed.
@@ -57,6 +57,8 @@ pub(crate) struct Connection {
     pub(crate) id: ConnectionId,
     pub(crate) peer: Peer,
     pub(crate) tenant: Tenant,
+    /// The tenant's.
+    pub(crate) account: Arc<Account>,
     pub(crate) calls: AtomicU64,
 }
 
@@ -131,8 +133,12 @@ impl Gate {
             return Err(Error::new(Reason::UnknownOperation, "this agent has no such service or method"));
         }
         let number = connection.calls.fetch_add(1, Ordering::Relaxed);
-        let caller =
-            self.dispatch.arrive(tenant, connection.id, number, deadline)?.of_user(connection.peer.uid());
+        // A call's credentials may make it another tenant's than its connection's.
+        let is_own = tenant == connection.tenant;
+        let account =
+            if is_own { Arc::clone(&connection.account) } else { self.dispatch.accounts().of(&tenant) };
+        let caller = self.dispatch.arrive(tenant, account, connection.id, number, deadline)?;
+        let caller = caller.of_user(connection.peer.uid());
         let counted = caller.account().hold(Unit::InFlightBytes, 0)?;
         // Over HTTP/1 a body is one whatever it says it is.
         let is_messages = is_grpc && request.version() == http::Version::HTTP_2;

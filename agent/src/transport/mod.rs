@@ -190,7 +190,8 @@ impl Entrance {
         let id = ConnectionId(self.next.fetch_add(1, Ordering::Relaxed));
         tracing::debug!(connection = id.0, listener = %endpoint, %tenant, ?peer, "connected");
         let _present = Present::new(&self.dispatch, id);
-        let connection = Arc::new(Connection { id, peer, tenant, calls: AtomicU64::new(0) });
+        let account = self.dispatch.accounts().of(&tenant);
+        let connection = Arc::new(Connection { id, peer, tenant, account, calls: AtomicU64::new(0) });
         let service = self.gate.of(connection);
         match http {
             Http::One => self.speak_one(stream, service).await.map_err(io::Error::other),
