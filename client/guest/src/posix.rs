@@ -1,8 +1,8 @@
 //! TCP, unix and vsock sockets, by the calls of the platform's C library.
 //!
 //! What is used was seen to work in every guest kernel this was tried in: `socket`, `connect`, `send`, `read`, `poll`,
-//! `close`, the clock; `readv`, `writev` and for requests in pieces `setsockopt` where they do, and nothing that has to. Time limits are `poll`'s. No
-//! signal is ever raised by a connection that broke.
+//! `close`, the clock; `readv`, `writev` and for requests in pieces `setsockopt` where they do, and nothing that has
+//! to. Time limits are `poll`'s. No signal is ever raised by a connection that broke.
 
 use core::ffi::c_int;
 use core::mem::size_of;
