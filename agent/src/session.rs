@@ -19,7 +19,7 @@ use crate::backend::Choice;
 use crate::identity::{Tenant, hex};
 use crate::profile::Profile;
 use crate::quota::Hold;
-use crate::resource::Holdings;
+use crate::resource::{Holdings, Resource};
 
 /// Unguessable name of a session: random bits in hexadecimal.
 #[derive(Clone, PartialEq, Eq, Hash)]
@@ -193,6 +193,11 @@ impl Sessions {
         let mut sessions: Vec<_> = own.map(|entry| Arc::clone(&entry.session)).collect();
         sessions.sort_by_key(|session| session.opened);
         sessions
+    }
+
+    /// A resource that a session of the tenant's holds.
+    pub(crate) fn holding(&self, tenant: &Tenant, resource: &str) -> Option<Arc<Resource>> {
+        self.list(tenant).iter().find_map(|session| session.holdings.resource(resource).ok())
     }
 
     /// A connection is there.

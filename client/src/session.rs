@@ -76,6 +76,12 @@ pub struct Resource {
 }
 
 impl Resource {
+    /// A model of the agent's repository, as one that sessions need not register: `run` and the like take it by its
+    /// name.
+    pub fn of_repository(name: impl Into<String>) -> Self {
+        Self { id: name.into(), kind: ResourceKind::Model }
+    }
+
     /// Its name, made from its content: the same files have the same name on every agent.
     pub fn id(&self) -> &str {
         &self.id

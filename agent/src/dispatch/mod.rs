@@ -94,7 +94,7 @@ pub(crate) struct Dispatch {
     limits: Limits,
     call_deadline: Duration,
     accounts: Accounts,
-    sessions: Sessions,
+    sessions: Arc<Sessions>,
     store: Store,
     workshop: Arc<Workshop>,
     inference: Inference,
@@ -151,7 +151,10 @@ impl Dispatch {
         let (workshop, policies) = (Arc::new(workshop), Arc::new(policies));
         let (weights, models) = (Arc::clone(&policies), Arc::clone(&policies));
         let may = move |tenant: &Tenant, name: &str| models.allows_model(tenant, name);
-        let repository = Repository::open(&config.repository, Arc::clone(&workshop), may)?;
+        let sessions = Arc::new(Sessions::new(config.session_lease));
+        let holders = Arc::clone(&sessions);
+        let held = move |tenant: &Tenant, id: &str| holders.holding(tenant, id);
+        let repository = Repository::open(&config.repository, Arc::clone(&workshop), may, held)?;
         let cold = AtomicUsize::new(repository.to_warm().len());
         let inference = Inference::new(repository, Arc::clone(&workshop), Arc::clone(&policies));
         let limits = Limits {
@@ -167,7 +170,7 @@ impl Dispatch {
             limits,
             call_deadline: config.call_deadline,
             accounts: Accounts::new(config.tenant.clone(), move |tenant| weights.weight(tenant)),
-            sessions: Sessions::new(config.session_lease),
+            sessions,
             store,
             workshop,
             inference,
@@ -520,7 +523,9 @@ impl Dispatch {
         let name = ops::name(&op);
         self.policies.check(&caller.tenant, name)?;
         let workshop = &self.workshop;
-        let context = Context { workshop, session: &session, account, deadline, reply_bytes_max };
+        let (tenant, repository) = (&caller.tenant, &self.inference.repository);
+        let context =
+            Context { workshop, repository, tenant, session: &session, account, deadline, reply_bytes_max };
         let begun = Instant::now();
         let done = ops::run(op, &context).await;
         let stages = done.as_ref().ok().map(|done| [done.spans.queue, done.spans.run]);

@@ -38,8 +38,10 @@ use vaccel_proto::v1::{
 use vaccel_proto::{Error, Reason, v1};
 
 use crate::backend::{Load, Model, NOOP, Origin, Reader, RunRules, Workshop};
+use crate::identity::Tenant;
 use crate::quota::Account;
-use crate::resource::Resource;
+use crate::repository::Repository;
+use crate::resource::{self, Resource};
 use crate::scheduler::{Asker, Call, Cancel, Timed};
 use crate::session::Session;
 
@@ -152,6 +154,8 @@ ops! {
 #[derive(Debug)]
 pub(crate) struct Context<'a> {
     pub(crate) workshop: &'a Arc<Workshop>,
+    pub(crate) repository: &'a Arc<Repository>,
+    pub(crate) tenant: &'a Tenant,
     pub(crate) session: &'a Arc<Session>,
     pub(crate) account: &'a Arc<Account>,
     pub(crate) deadline: Instant,
@@ -210,15 +214,21 @@ impl Context<'_> {
         Err(Error::field(path, format!("a resource of kind {}", name(kind)), name(resource.kind)))
     }
 
-    /// The loaded model of a resource of the session, or with an empty name the embedded one. The first use loads it;
-    /// how long that took is in the result.
-    pub(crate) async fn model(&self, resource: &str) -> Result<(Arc<Model>, Duration), Error> {
+    /// The loaded model of a resource of the session, or of a name in the tenant's repository, or with an empty name the
+    /// embedded one. The first use loads it; how long that took is in the result.
+    pub(crate) async fn model(&self, id: &str) -> Result<(Arc<Model>, Duration), Error> {
         let choice = &self.session.choice;
-        let (slot, origin, files) = if resource.is_empty() {
+        let (slot, origin, files) = if id.is_empty() {
             let read: Reader = Box::new(|_| Ok(Bytes::from_static(EMBEDDED_MODEL)));
             (self.workshop.embedded.slot(choice), Origin::Host, vec![(EMBEDDED_NAME.to_owned(), read)])
         } else {
-            let resource = self.resource("model", resource, ResourceKind::Model)?;
+            let resource = match self.resource("model", id, ResourceKind::Model) {
+                // Another session's stays its own.
+                Err(error) if error.reason() == Reason::NotFound && !resource::is_id(id) => {
+                    return self.named_model(id, error).await;
+                }
+                found => found?,
+            };
             (resource.loaded.slot(choice), Origin::Guest, resource.readers())
         };
         if let Some(model) = slot.get() {
@@ -231,6 +241,28 @@ impl Context<'_> {
         };
         let model = slot.get_or_try_init(load).await?;
         Ok((Arc::clone(model), begun.elapsed()))
+    }
+
+    /// The loaded model of a name in the tenant's repository; one that is not there is `absent`.
+    async fn named_model(&self, name: &str, absent: Error) -> Result<(Arc<Model>, Duration), Error> {
+        let version = match self.repository.find(self.tenant, name, "").await {
+            Err(error) if error.reason() == Reason::NotFound => return Err(absent),
+            found => found?,
+        };
+        // What the model's configuration says of engines goes before what the session wishes.
+        let wish = version.wish();
+        let choice = if wish.engine.is_empty() {
+            self.session.choice.clone()
+        } else {
+            self.workshop.engines.choose(wish, 0)?
+        };
+        let begun = Instant::now();
+        let served = self.repository.served(self.tenant, &version, &choice, &self.asker()).await?;
+        if !served.runs_alone() {
+            let expected = "a model without sequences and without a device of its own";
+            return Err(Error::field("model", expected, vaccel_proto::error::shown(name)));
+        }
+        Ok((Arc::clone(&served.model), begun.elapsed()))
     }
 }
 

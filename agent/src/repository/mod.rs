@@ -1,8 +1,9 @@
 //! Models by name: those in the host's folders, and those that a tenant brought.
 //!
-//! Every tenant has a namespace of its own: the host's models that it may use, and over them its own. Unloading a model
-//! takes it out of the tenant's namespace and of nobody else's. What no tenant uses any more, and what was not used for
-//! longest when memory is short, is unloaded from memory; the next call loads it again.
+//! Every tenant has a namespace of its own: the host's models that it may use, over them those it brought, and by their
+//! ids the resources that its sessions hold. Unloading a model takes it out of the tenant's namespace and of nobody
+//! else's. What no tenant uses any more, and what was not used for longest when memory is short, is unloaded from
+//! memory; the next call loads it again.
 //!
 //! `folder` is the disk, `config` what a person wrote, `version` what was made of both, `stats` what its runs took.
 //!
@@ -24,12 +25,13 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use vaccel_proto::inference::repository_index_response::ModelIndex;
+use vaccel_proto::v1::ResourceKind;
 use vaccel_proto::{Error, Reason};
 
 use crate::backend::{Choice, Origin, Workshop};
 use crate::config::{ConfigError, RepositoryConfig};
 use crate::identity::Tenant;
-use crate::resource::Resource;
+use crate::resource::{self, Resource};
 use crate::scheduler::Asker;
 use version::Files;
 
@@ -68,6 +70,9 @@ struct Table {
 /// Whether a tenant may use a model of the host's.
 type May = Box<dyn Fn(&Tenant, &str) -> bool + Send + Sync>;
 
+/// What a tenant's sessions hold under an id.
+type HeldBy = Box<dyn Fn(&Tenant, &str) -> Option<Arc<Resource>> + Send + Sync>;
+
 /// All models by name.
 pub(crate) struct Repository {
     /// Names and folders of the host's models, or of folders that have them.
@@ -78,6 +83,7 @@ pub(crate) struct Repository {
     workshop: Arc<Workshop>,
     /// Which of the host's models a tenant may use.
     may: May,
+    held: HeldBy,
     table: Mutex<Table>,
     clock: AtomicU64,
     changes: watch::Sender<u64>,
@@ -104,6 +110,7 @@ impl Repository {
         config: &RepositoryConfig,
         workshop: Arc<Workshop>,
         may: impl Fn(&Tenant, &str) -> bool + Send + Sync + 'static,
+        held: impl Fn(&Tenant, &str) -> Option<Arc<Resource>> + Send + Sync + 'static,
     ) -> Result<Arc<Self>, ConfigError> {
         let repository = Self {
             folders: config.folders.clone(),
@@ -111,6 +118,7 @@ impl Repository {
             bytes_max: config.bytes_max,
             workshop,
             may: Box::new(may),
+            held: Box::new(held),
             table: Mutex::default(),
             clock: AtomicU64::new(0),
             changes: watch::Sender::new(0),
@@ -184,7 +192,10 @@ impl Repository {
         name: &str,
         version: &str,
     ) -> Result<Arc<Version>, Error> {
-        let mut entry = self.entry(tenant, name);
+        let mut entry = match self.in_session(tenant, name) {
+            Some(entry) => Ok(entry),
+            None => self.entry(tenant, name),
+        };
         let is_stale = || self.table().looked.is_none_or(|looked| looked.elapsed() > LOOK_AGAIN_AFTER);
         if entry.is_err() && is_stale() {
             // It may have come since the folders were looked through.
@@ -221,6 +232,20 @@ impl Repository {
         Ok(Arc::clone(version))
     }
 
+    /// What a resource of a session is as a model: one version, which the resource has and frees.
+    fn in_session(&self, tenant: &Tenant, id: &str) -> Option<Arc<Entry>> {
+        if !resource::is_id(id) {
+            return None;
+        }
+        let resource = (self.held)(tenant, id).filter(|resource| resource.kind == ResourceKind::Model)?;
+        let version = resource.named.get_or_init(|| {
+            let files = Files::InSession(Arc::downgrade(&resource));
+            Arc::new(Version::new(id, 1, Origin::Guest, files, None, BTreeMap::new()))
+        });
+        let version = Arc::clone(version).downcast::<Version>().ok()?;
+        Some(Arc::new(Entry { versions: BTreeMap::from([(1, version)]), failed: None }))
+    }
+
     fn entry(&self, tenant: &Tenant, name: &str) -> Result<Arc<Entry>, Error> {
         let table = self.table();
         if let Some(entry) = table.own.get(tenant).and_then(|own| own.get(name)) {
@@ -247,7 +272,8 @@ impl Repository {
     /// # Errors
     /// `NOT_FOUND`.
     pub(crate) fn versions(&self, tenant: &Tenant, name: &str) -> Result<Vec<u64>, Error> {
-        Ok(self.entry(tenant, name)?.versions.keys().copied().collect())
+        let entry = self.in_session(tenant, name).map_or_else(|| self.entry(tenant, name), Ok)?;
+        Ok(entry.versions.keys().copied().collect())
     }
 
     /// A version, loaded. The first call loads it.
@@ -283,7 +309,8 @@ impl Repository {
                 users.insert(tenant.clone());
             }
         }
-        if !was_loaded {
+        // What a session holds is limited with the session.
+        if !was_loaded && !version.is_in_session() {
             self.make_room(version);
         }
         Ok(served)
@@ -475,6 +502,9 @@ impl Repository {
 
     /// Where a tenant's runs of a version are counted.
     pub(crate) fn stats(&self, tenant: &Tenant, version: &Version) -> Arc<Stats> {
+        if version.is_in_session() {
+            return Arc::clone(&version.stats);
+        }
         let mut table = self.table();
         let own = table.stats.entry(tenant.clone()).or_default();
         let key = (version.name.clone(), version.number);

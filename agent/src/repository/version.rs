@@ -3,16 +3,18 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::sync::OnceCell;
 use vaccel_proto::inference::ModelConfig;
+use vaccel_proto::inference::model_config::SchedulingChoice;
 use vaccel_proto::v1::DType;
 use vaccel_proto::{Error, Reason};
 
 use super::config::{self, Engine};
 use super::folder::{self, FileMark};
+use super::stats::Stats;
 use super::warmup;
 use crate::backend::{Choice, Cost, Load, Model, Origin, Port, Workshop, identity};
 use crate::resource::Resource;
@@ -24,6 +26,8 @@ pub(super) enum Files {
     OnDisk(Vec<FileMark>),
     /// Those a guest brought.
     Held(Arc<Resource>),
+    /// Those of a resource that is a session's, and ends with it.
+    InSession(Weak<Resource>),
 }
 
 /// One version.
@@ -40,6 +44,8 @@ pub(crate) struct Version {
     pub(super) used: AtomicU64,
     /// Why it could not be loaded the last time.
     failed: Mutex<Option<String>>,
+    /// What its runs took, when it is a session's; others' outlive them and are the repository's.
+    pub(super) stats: Arc<Stats>,
 }
 
 impl fmt::Debug for Version {
@@ -92,7 +98,8 @@ impl Version {
     ) -> Self {
         let name = name.to_owned();
         let (made, used, failed) = (Mutex::default(), AtomicU64::new(0), Mutex::default());
-        Self { name, number, origin, files, given, labels, made, used, failed }
+        let stats = Arc::default();
+        Self { name, number, origin, files, given, labels, made, used, failed, stats }
     }
 
     /// Whether it is made of the same files in the same way.
@@ -105,7 +112,13 @@ impl Version {
         match &self.files {
             Files::OnDisk(files) => files.iter().map(|file| file.bytes).sum(),
             Files::Held(resource) => resource.files.iter().map(|(file, _)| file.size).sum(),
+            Files::InSession(_) => 0,
         }
+    }
+
+    /// Whether it is a session's, and counted and limited there.
+    pub(super) fn is_in_session(&self) -> bool {
+        matches!(self.files, Files::InSession(_))
     }
 
     fn made(&self) -> MutexGuard<'_, HashMap<Choice, Arc<OnceCell<Arc<Served>>>>> {
@@ -182,12 +195,19 @@ impl Version {
                 identity(inputs, outputs, cost(given).map_err(rejected)?, &rules)?
             }
             _ => {
-                let files = match &self.files {
-                    Files::OnDisk(files) => folder::readers(files),
-                    Files::Held(resource) => resource.readers(),
-                };
-                let load = Load { choice: choice.clone(), origin: self.origin, rules, files };
-                workshop.load(asker, load).await?
+                let load = |files| Load { choice: choice.clone(), origin: self.origin, rules, files };
+                match &self.files {
+                    Files::OnDisk(files) => workshop.load(asker, load(folder::readers(files))).await?,
+                    Files::Held(resource) => workshop.load(asker, load(resource.readers())).await?,
+                    Files::InSession(resource) => {
+                        let gone = || Error::not_found("resource", &self.name);
+                        let resource = resource.upgrade().ok_or_else(gone)?;
+                        // The model that the session's own calls run on.
+                        let slot = resource.loaded.slot(choice);
+                        let loading = || workshop.load(asker, load(resource.readers()));
+                        Arc::clone(slot.get_or_try_init(loading).await?)
+                    }
+                }
             }
         };
         let config = config::complete(&self.name, self.given.as_ref(), &model).map_err(rejected)?;
@@ -235,6 +255,12 @@ impl Served {
     /// Whether answers may be kept and given again.
     pub(crate) fn is_cached(&self) -> bool {
         self.config.response_cache.is_some_and(|cache| cache.enable)
+    }
+
+    /// Whether a run is its tensors and nothing else.
+    pub(crate) fn runs_alone(&self) -> bool {
+        let sequences = matches!(self.config.scheduling_choice, Some(SchedulingChoice::SequenceBatching(_)));
+        self.lanes.is_none() && !sequences
     }
 
     fn new(

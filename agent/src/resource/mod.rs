@@ -16,9 +16,10 @@ mod tests;
 mod threads;
 mod upload;
 
+use std::any::Any;
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use sha2::{Digest, Sha256};
 use vaccel_proto::Error;
@@ -77,7 +78,14 @@ pub(crate) struct Resource {
     pub(crate) files: Vec<(File, Arc<Object>)>,
     /// What engines made of it.
     pub(crate) loaded: LoadedModels,
+    /// What it is to those who call models by name; it lasts as long as the resource.
+    pub(crate) named: OnceLock<Arc<dyn Any + Send + Sync>>,
     _counted: Hold,
+}
+
+/// Whether a name can be a resource's.
+pub(crate) fn is_id(name: &str) -> bool {
+    name.len() == 2 * Sha256::output_size() && name.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
 impl Resource {
@@ -311,8 +319,8 @@ impl Index {
         if self.resources.len() as u64 > 2 * OBJECTS_MAX {
             self.resources.retain(|_, resource| resource.strong_count() > 0);
         }
-        let loaded = LoadedModels::default();
-        let resource = Arc::new(Resource { id: id.to_owned(), kind, files, loaded, _counted });
+        let (loaded, named) = (LoadedModels::default(), OnceLock::new());
+        let resource = Arc::new(Resource { id: id.to_owned(), kind, files, loaded, named, _counted });
         self.resources.insert(id.to_owned(), Arc::downgrade(&resource));
         Ok(resource)
     }

@@ -9,6 +9,10 @@ use vaccel_client::proto::inference::{
     RepositoryModelUnloadRequest, SystemSharedMemoryStatusRequest,
 };
 
+use vaccel_client::{Error, Reason, Resource, ResourceFiles, SessionOptions, Tensor, named};
+
+use crate::support::connect;
+
 use super::{Inference, add, floats, inference, numbers, request, start, tensor};
 
 async fn names(client: &mut Inference) -> Vec<String> {
@@ -94,4 +98,38 @@ async fn a_rule_says_which_of_the_hosts_models_a_tenant_sees() {
     assert_eq!(sum(&mut far, "public").await.unwrap(), [2.0, 3.0]);
     let load = RepositoryModelLoadRequest { model_name: "private".into(), ..Default::default() };
     assert_eq!(far.repository_model_load(load).await.expect_err("not for it").code(), Code::Internal);
+}
+
+/// A resource of a session is a model by its id, for its tenant and as long as a session holds it; and the calls of
+/// sessions take models of the repository by their names.
+#[tokio::test]
+async fn sessions_and_the_repository_are_one_namespace() {
+    let fill = |models: &super::Models| {
+        models.version("shared", 1, &add(1.0)).version("shared", 2, &add(2.0));
+    };
+    let agent = start(fill, &[]);
+    let (mut own, mut other) = (inference(&agent.addresses[0]).await, inference(&agent.addresses[1]).await);
+    let client = connect(&agent.addresses[0]).await;
+    let session = client.open_session(SessionOptions::default()).await.unwrap();
+    let held = session.register(ResourceFiles::model("m.onnx", add(10.0))).await.unwrap();
+    assert_eq!(sum(&mut own, held.id()).await.unwrap(), [11.0, 12.0]);
+    assert_eq!(sum(&mut other, held.id()).await.expect_err("not its own").code(), Code::NotFound);
+
+    let call = async |model: &Resource| {
+        let input = named("in", Tensor::new(&[1, 2], &[1.0_f32, 2.0]).unwrap());
+        let run = session.run(model, vec![input], &[]).await?;
+        Ok::<_, Error>(run.outputs[0].tensor.as_ref().unwrap().elements::<f32>().unwrap().into_owned())
+    };
+    assert_eq!(call(&held).await.unwrap(), [11.0, 12.0]);
+    assert_eq!(call(&Resource::of_repository("shared")).await.unwrap(), [3.0, 4.0], "the latest version");
+    let refusal = call(&Resource::of_repository("absent")).await.expect_err("is nowhere");
+    assert_eq!(refusal.reason(), Reason::NotFound);
+    let refusal = call(&Resource::of_repository("addone")).await.expect_err("has a device of its own");
+    assert_eq!(refusal.reason(), Reason::BadArgument, "{refusal}");
+    let stats = ModelStatisticsRequest { name: held.id().into(), ..Default::default() };
+    let stats = own.model_statistics(stats).await.unwrap().into_inner().model_stats;
+    assert_eq!((stats.len(), stats[0].inference_count), (1, 1), "by the protocol's own calls");
+
+    session.close().await.unwrap();
+    assert_eq!(sum(&mut own, held.id()).await.expect_err("nobody holds it").code(), Code::NotFound);
 }
