@@ -8,7 +8,8 @@
 //! The figures hold for the test profile. They hold on other processors, too: whatever the processor is, valgrind
 //! shows the same one to the program, without AVX-512 and what else it cannot emulate, and so the C library and this
 //! program choose the same variants of what they have several of. Only one without AVX2 would be shown as another.
-//! A new compiler or C library may change them, and then they are to be recorded anew, as after a change that was meant:
+//! A new compiler or C library may change them, and then they are to be recorded anew, as after a change that was
+//! meant:
 //!
 //! ```console
 //! $ VACCEL_RECORD_INSTRUCTIONS=1 ./test instructions

@@ -8,6 +8,7 @@ use crate::Effort;
 use crate::crowd::{self, Memory, Row as CrowdRow};
 use crate::machine::Machine;
 use crate::rows::{Row, median};
+use crate::scale::Scale;
 
 const LEGEND: &str = "\
 p50: median of the rounds' medians; p99: of all calls; x raw: median of the rounds' ratios to the raw socket;
@@ -30,6 +31,7 @@ pub(crate) struct Report {
     pub(crate) peaks: Vec<(&'static str, i64)>,
     pub(crate) crowds: Vec<CrowdRow>,
     pub(crate) memory: Vec<Memory>,
+    pub(crate) scale: Scale,
 }
 
 impl Report {
@@ -37,7 +39,7 @@ impl Report {
     pub(crate) fn is_whole(&self) -> bool {
         let rows = self.rows.iter().all(|row| row.failure.is_none() || row.is_left_out);
         let crowds = self.crowds.iter().all(|row| row.failure.is_none());
-        rows && crowds && self.memory.iter().all(|memory| memory.peak_bytes.is_ok())
+        rows && crowds && self.memory.iter().all(|memory| memory.peak_bytes.is_ok()) && self.scale.is_whole()
     }
 
     /// The row of the raw socket that a row is compared with.
@@ -78,7 +80,7 @@ impl Report {
             group.iter().for_each(|row| self.write_row(&mut text, row));
         }
         self.write_rest(&mut text);
-        text
+        text + &self.scale.text()
     }
 
     fn write_row(&self, text: &mut String, row: &Row) {
@@ -169,6 +171,7 @@ impl Report {
             "peaks": peaks.collect::<Vec<_>>(),
             "concurrency": crowds.collect::<Vec<_>>(),
             "memory": memory.collect::<Vec<_>>(),
+            "scale": self.scale.json(),
         })
     }
 
@@ -191,6 +194,7 @@ impl Report {
     }
 }
 
-fn mib(bytes: i64) -> f64 {
+/// So many bytes in MiB.
+pub(crate) fn mib(bytes: i64) -> f64 {
     bytes as f64 / f64::from(1 << 20)
 }
