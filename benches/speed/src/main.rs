@@ -19,6 +19,7 @@ mod rows;
 mod scale;
 mod shape;
 mod usage;
+mod wan;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -100,7 +101,9 @@ fn measure(flags: &Flags) -> Result<bool, Failure> {
     let mut crowds = crowd::all(&wanted);
     let sockets = crowd::memory_sockets(&wanted);
     let scale = scale::Wanted::new(&wanted);
-    if rows.is_empty() && crowds.is_empty() && sockets.is_empty() && scale.is_nothing() {
+    let mut wan = wan::all(&wanted);
+    let is_nothing = rows.is_empty() && crowds.is_empty() && sockets.is_empty();
+    if is_nothing && scale.is_nothing() && wan.is_nothing() {
         return Err("nothing has all of these words in its name".into());
     }
     if flags.programs.python.is_none() {
@@ -109,15 +112,18 @@ fn measure(flags: &Flags) -> Result<bool, Failure> {
     }
     let kinds = rows.iter().map(|row| row.peer).chain(crowds.iter().map(|crowd| crowd.peer));
     let mut pairs = process::Pairs::start(&flags.programs, kinds);
-    rows::measure(&mut rows, &mut pairs, effort);
+    if !rows.is_empty() {
+        rows::measure(&mut rows, &mut pairs, effort);
+    }
     let peaks = pairs.peaks();
     crowd::measure(&mut crowds, &mut pairs, effort);
     drop(pairs);
     let memory = sockets.into_iter().map(|socket| crowd::memory(&flags.programs, socket)).collect();
     let scale = scale::measure(&flags.programs, &scale, effort);
+    wan::measure(&mut wan, &flags.programs, effort);
 
     let machine = machine::Machine::this();
-    let report = report::Report { machine, effort, rows, peaks, crowds, memory, scale };
+    let report = report::Report { machine, effort, rows, peaks, crowds, memory, scale, wan };
     print!("{}", report.text());
     std::fs::create_dir_all(&flags.out)?;
     std::fs::write(flags.out.join("bench-speed.json"), format!("{:#}\n", report.json()))?;

@@ -5,11 +5,10 @@ mod active;
 mod idle;
 mod report;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::peers;
 use crate::process::{Pair, Programs};
-use crate::rows::median;
 use crate::shape::{Shape, Socket};
 use crate::usage::kernel_bytes;
 use crate::{Effort, Failure};
@@ -32,9 +31,12 @@ const ACTIVE: usize = 1000;
 const ACTIVE_TIME: Duration = Duration::from_secs(20);
 const ACTIVE_TIME_LONG: Duration = Duration::from_secs(60);
 
-/// Calls of one turn, and turns of a round: a hundredth of a round's calls must be some.
+/// Calls of one turn.
 const CALLS: usize = 100;
-const TURNS: usize = 8;
+
+/// How long the turns of a round are taken: in all rounds together the agent asks every idle connection more than once
+/// whether somebody is there.
+const ROUND_TIME: Duration = Duration::from_millis(2500);
 
 /// What is wanted, by its name.
 #[derive(Debug)]
@@ -89,27 +91,46 @@ impl Crowded {
     }
 }
 
-/// Calls of a guest on an agent of its own, and on one with idle connections, each in microseconds.
+/// Calls of a guest, on an agent of its own and on one with idle connections.
 #[derive(Debug)]
 pub(crate) struct Among {
     pub(crate) shape: Shape,
-    /// Medians of the rounds, and what is above 99 of 100 calls in each.
-    pub(crate) alone: [Vec<f64>; 2],
-    pub(crate) among: [Vec<f64>; 2],
+    /// How long they took, in microseconds and, in the end, in order.
+    times: [Vec<f64>; 2],
 }
 
 impl Among {
-    /// Median of the rounds, of the medians or of the slow calls.
-    pub(crate) fn figures(&self) -> Option<[[f64; 2]; 2]> {
-        let of = |[p50, p99]: &[Vec<f64>; 2]| Some([median(p50.clone())?, median(p99.clone())?]);
-        Some([of(&self.alone)?, of(&self.among)?])
+    /// Makes one round's calls on two agents, in turns.
+    fn measure(&mut self, mut pairs: [&mut Pair; 2], socket: Socket, effort: Effort) -> Result<(), Failure> {
+        let begun = Instant::now();
+        let mut is_first = true;
+        while is_first || (begun.elapsed() < ROUND_TIME && !effort.tiny) {
+            for (pair, times) in pairs.iter_mut().zip(&mut self.times) {
+                // The first one after a pause finds nothing in the caches, here as there.
+                pair.call(socket, self.shape, 1)?;
+                times.extend(pair.call(socket, self.shape, CALLS)?);
+            }
+            is_first = false;
+        }
+        Ok(())
+    }
+
+    /// What so many of a hundred calls were not above, alone and among others, in microseconds.
+    pub(crate) fn percentiles(&self, percent: usize) -> Option<[f64; 2]> {
+        let [alone, among] = &self.times;
+        Some([percentile(alone, percent)?, percentile(among, percent)?])
     }
 
     /// How many times as long the slow calls take among others.
     pub(crate) fn slower(&self) -> Option<f64> {
-        let [[_, alone], [_, among]] = self.figures()?;
+        let [alone, among] = self.percentiles(99)?;
         Some(among / alone)
     }
+}
+
+/// What so many of a hundred times, which are in order, are not above.
+fn percentile(times: &[f64], percent: usize) -> Option<f64> {
+    times.get(times.len() * percent / 100).copied()
 }
 
 /// An agent that many guests call.
@@ -129,8 +150,7 @@ impl Active {
 
     /// What so many of a hundred calls were not above, in microseconds.
     pub(crate) fn percentile(&self, percent: usize) -> Option<f64> {
-        let times = &self.outcome.times;
-        times.get(times.len() * percent / 100).copied()
+        percentile(&self.outcome.times, percent)
     }
 }
 
@@ -164,20 +184,14 @@ fn crowded(programs: &Programs, socket: Socket, effort: Effort) -> Result<Crowde
     let (before, kernel_before) = (agent.resident_bytes()?, kernel_bytes()?);
     let idle = idle::Idle::open(agent.address(socket), connections)?;
     let (after, kernel_after) = (agent.resident_bytes()?, kernel_bytes()?);
-    let mut among = Vec::new();
-    for shape in Shape::SHORT {
-        among.push(Among { shape, alone: Default::default(), among: Default::default() });
-    }
+    let mut among = Shape::SHORT.map(|shape| Among { shape, times: Default::default() });
     for round in 0..effort.rounds {
         for row in &mut among {
-            let times = together([&mut alone, &mut agent], socket, row.shape, effort)?;
-            let [own, others] = times.map(percentiles);
-            for (kept, figures) in [(&mut row.alone, own), (&mut row.among, others)] {
-                kept.iter_mut().zip(figures).for_each(|(kept, figure)| kept.extend(figure));
-            }
+            row.measure([&mut alone, &mut agent], socket, effort)?;
         }
         eprintln!("among idle ones, {}: round {} of {}", socket.name(), round + 1, effort.rounds);
     }
+    among.iter_mut().flat_map(|row| &mut row.times).for_each(|times| times.sort_by(f64::total_cmp));
     if idle.lost() > 0 {
         return Err(format!("{} of {connections} idle connections ended", idle.lost()).into());
     }
@@ -185,33 +199,8 @@ fn crowded(programs: &Programs, socket: Socket, effort: Effort) -> Result<Crowde
         connections,
         resident_bytes: [before, after],
         kernel_bytes: [0, 1].map(|kind| kernel_after[kind] - kernel_before[kind]),
-        among,
+        among: among.into(),
     })
-}
-
-/// Times of calls on two agents, in turns.
-fn together(
-    [alone, agent]: [&mut Pair; 2],
-    socket: Socket,
-    shape: Shape,
-    effort: Effort,
-) -> Result<[Vec<f64>; 2], Failure> {
-    let mut times = [Vec::new(), Vec::new()];
-    for turn in 0..if effort.tiny { 1 } else { TURNS } {
-        // Neither is always the second.
-        for second in [turn % 2, (turn + 1) % 2] {
-            let pair = if second == 0 { &mut *alone } else { &mut *agent };
-            pair.call(socket, shape, 1)?;
-            times[second].extend(pair.call(socket, shape, CALLS)?);
-        }
-    }
-    Ok(times)
-}
-
-/// The median, and what 99 of 100 are not above.
-fn percentiles(mut times: Vec<f64>) -> [Option<f64>; 2] {
-    times.sort_by(f64::total_cmp);
-    [50, 99].map(|percent| times.get(times.len() * percent / 100).copied())
 }
 
 fn active(programs: &Programs, effort: Effort) -> Result<Active, Failure> {

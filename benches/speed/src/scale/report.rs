@@ -85,25 +85,23 @@ impl Crowded {
 impl Among {
     fn text(&self) -> String {
         let name = self.shape.to_string();
-        let (Some([alone, among]), Some(slower)) = (self.figures(), self.slower()) else {
+        let ([Some([alone, among]), Some([alone_slow, among_slow])], Some(slower)) =
+            (PERCENTILES.map(|percent| self.percentiles(percent)), self.slower())
+        else {
             return format!("  {name:<22} no calls\n");
         };
         format!(
-            "  {name:<22} {:>9.1} {:>9.1}   {:>9.1} {:>9.1}   {slower:>7.2} {} {SLOWER_MAX}\n",
-            alone[0],
-            among[0],
-            alone[1],
-            among[1],
+            "  {name:<22} {alone:>9.1} {among:>9.1}   {alone_slow:>9.1} {among_slow:>9.1}   {slower:>7.2} {} \
+             {SLOWER_MAX}\n",
             verdict(slower <= SLOWER_MAX),
         )
     }
 
     fn json(&self) -> Value {
-        let [[alone_p50, alone_p99], [among_p50, among_p99]] = self.figures().unwrap_or([[f64::NAN; 2]; 2]);
+        let [p50, p99] = PERCENTILES.map(|percent| self.percentiles(percent));
         json!({
-            "shape": self.shape.to_string(), "alone_p50_us": alone_p50, "alone_p99_us": alone_p99,
-            "among_p50_us": among_p50, "among_p99_us": among_p99, "x_p99": self.slower(),
-            "alone_rounds_p99_us": self.alone[1], "among_rounds_p99_us": self.among[1],
+            "shape": self.shape.to_string(), "calls": self.times.each_ref().map(Vec::len),
+            "alone_among_p50_us": p50, "alone_among_p99_us": p99, "x_p99": self.slower(),
         })
     }
 }
@@ -115,9 +113,9 @@ impl Active {
         let errors = outcome.errors.len();
         let first = outcome.errors.first().map_or(String::new(), |error| format!(", the first: {error}"));
         format!(
-            "\n{} guests that call once a second each for {} s, half over TCP, half over unix, half of the calls empty, \
-             half of 64 KiB\n  {:.0} calls/s, p50 {p50:.1} µs, p99 {p99:.1} µs, {errors} errors{first}; the agent's \
-             memory {:.1} -> {:.1} MiB\n",
+            "\n{} guests that call once a second each for {} s, half over TCP, half over unix, half of the calls \
+             empty, half of 64 KiB\n  {:.0} calls/s, p50 {p50:.1} µs, p99 {p99:.1} µs, {errors} errors{first}; \
+             the agent's memory {:.1} -> {:.1} MiB\n",
             self.guests,
             self.time.as_secs(),
             outcome.rate,
