@@ -134,8 +134,16 @@ impl Wan {
         self.0.iter().find(|row| row.is_raw() && row.shape == shape)?.p50_us()
     }
 
+    /// What the shortest call takes.
+    fn round_trip_us(&self) -> f64 {
+        self.raw(Shape::EMPTY).unwrap_or(2e6 * relay::DELAY.as_secs_f64())
+    }
+
     pub(crate) fn text(&self) -> String {
-        let Some(round_trip) = self.raw(Shape::EMPTY) else { return String::new() };
+        if self.is_nothing() {
+            return String::new();
+        }
+        let round_trip = self.round_trip_us();
         let mut text = format!(
             "\na long line, TCP: a relay in user space of {} ms each way and {:.0} MB/s; a round trip is {:.1} ms; \
              {} rounds\n\
@@ -172,9 +180,9 @@ impl Wan {
     }
 
     pub(crate) fn json(&self) -> Value {
-        let round_trip = self.raw(Shape::EMPTY);
+        let round_trip = self.round_trip_us();
         let rows = self.0.iter().map(|row| {
-            let rate = round_trip.and_then(|round_trip| row.rate(round_trip)).filter(|_| row.is_long());
+            let rate = row.rate(round_trip).filter(|_| row.is_long());
             json!({
                 "row": row.peer.name, "shape": row.shape.to_string(),
                 "up_bytes": row.shape.up, "down_bytes": row.shape.down(), "first_us": row.first, "p50_us": row.p50_us(),
