@@ -1,4 +1,4 @@
-//! What the calls of a session took: per operation and stage a count, a sum and a histogram, in memory of fixed size.
+//! What the calls of a session took: per operation and stage a count, a sum and a histogram, in memory of bounded size.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
@@ -17,18 +17,14 @@ const OCTAVES: usize = 30;
 const BUCKETS: usize = STEPS + (OCTAVES - STEP_BITS as usize) * STEPS;
 
 /// How often something took how long.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Histogram {
-    buckets: Box<[u32; BUCKETS]>,
+    /// As far as times have come: most calls are far from the longest there can be, and a session that is idle is to
+    /// take next to nothing.
+    buckets: Vec<u32>,
     count: u64,
     total_us: u64,
     max_us: u64,
-}
-
-impl Default for Histogram {
-    fn default() -> Self {
-        Self { buckets: Box::new([0; BUCKETS]), count: 0, total_us: 0, max_us: 0 }
-    }
 }
 
 fn bucket(micros: u64) -> usize {
@@ -50,8 +46,13 @@ fn highest(bucket: usize) -> u64 {
 impl Histogram {
     fn add(&mut self, took: Duration) {
         let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
-        let place = &mut self.buckets[bucket(micros)];
-        *place = place.saturating_add(1);
+        let bucket = bucket(micros);
+        if bucket >= self.buckets.len() {
+            let length = (bucket + 1).next_multiple_of(STEPS);
+            self.buckets.reserve_exact(length - self.buckets.len());
+            self.buckets.resize(length, 0);
+        }
+        self.buckets[bucket] = self.buckets[bucket].saturating_add(1);
         self.count += 1;
         self.total_us = self.total_us.saturating_add(micros);
         self.max_us = self.max_us.max(micros);
@@ -90,9 +91,9 @@ struct Calls {
     run: Histogram,
 }
 
-/// The calls of one session.
+/// The calls of one session. They are boxed, because the map has room for eleven as soon as it has one.
 #[derive(Debug, Default)]
-pub(crate) struct Profile(Mutex<BTreeMap<&'static str, Calls>>);
+pub(crate) struct Profile(Mutex<BTreeMap<&'static str, Box<Calls>>>);
 
 impl Profile {
     /// A call of an operation is over. One that failed has no stages.
@@ -151,6 +152,9 @@ mod tests {
         let shown = histogram.shown();
         assert_eq!((shown.count, shown.total_us, shown.max_us), (10_000, 50_005_000, 10_000));
         assert_eq!(Histogram::default().shown(), StageProfile::default());
+        assert!(histogram.buckets.len() < BUCKETS / 2);
+        histogram.add(Duration::MAX);
+        assert_eq!((histogram.buckets.len(), histogram.quantile(100)), (BUCKETS, highest(BUCKETS - 1)));
     }
 
     #[test]

@@ -173,7 +173,8 @@ impl Entrance {
         let opening = async {
             let (stream, peer, tenant) = match (&self.acceptor, endpoint, &peer) {
                 (Some(acceptor), Endpoint::Tls(_), Peer::Tcp { ip }) => {
-                    let (stream, certificate) = secure(acceptor, stream).await?;
+                    // Boxed, as HTTP/1 is below: only connections that need its state have room for it.
+                    let (stream, certificate) = Box::pin(secure(acceptor, stream)).await?;
                     let peer = Peer::Tls { ip: *ip, certificate };
                     let tenant = identity::of_connection(endpoint, &peer);
                     (stream, peer, tenant)
@@ -194,7 +195,7 @@ impl Entrance {
         let connection = Arc::new(Connection { id, peer, tenant, account, calls: AtomicU64::new(0) });
         let service = self.gate.of(connection);
         match http {
-            Http::One => self.speak_one(stream, service).await.map_err(io::Error::other),
+            Http::One => Box::pin(self.speak_one(stream, service)).await.map_err(io::Error::other),
             Http::Two => self.speak_two(stream, service).await,
         }
     }

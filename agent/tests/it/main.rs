@@ -16,6 +16,7 @@ mod guest;
 mod guest_programs;
 mod hostile;
 mod inference;
+mod instructions;
 mod large;
 mod life;
 mod lifecycle;

@@ -16,8 +16,10 @@ mod plot;
 mod process;
 mod report;
 mod rows;
+mod scale;
 mod shape;
 mod usage;
+mod wan;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -29,7 +31,7 @@ pub(crate) type Failure = Box<dyn std::error::Error + Send + Sync>;
 const ROUNDS: usize = 9;
 
 const USAGE: &str =
-    "usage: vaccel-speed --agent PROGRAM --out FOLDER [--python PROGRAM] [--test] [--only WORD]...";
+    "usage: vaccel-speed --agent PROGRAM --out FOLDER [--python PROGRAM] [--test] [--long] [--only WORD]...";
 
 /// How much is measured.
 #[derive(Clone, Copy, Debug)]
@@ -37,6 +39,8 @@ pub(crate) struct Effort {
     rounds: usize,
     /// One turn of few calls in each round.
     tiny: bool,
+    /// More time where time is what counts.
+    long: bool,
 }
 
 /// What the command line says.
@@ -45,6 +49,7 @@ struct Flags {
     programs: process::Programs,
     out: PathBuf,
     test: bool,
+    long: bool,
     only: Vec<String>,
 }
 
@@ -59,6 +64,7 @@ impl Flags {
                 "--out" => flags.out = value()?.into(),
                 "--only" => flags.only.push(value()?),
                 "--test" => flags.test = true,
+                "--long" => flags.long = true,
                 _ => return Err(USAGE.into()),
             }
         }
@@ -89,12 +95,15 @@ fn main() -> ExitCode {
 
 /// Measures and reports. Returns whether everything that was asked for was measured.
 fn measure(flags: &Flags) -> Result<bool, Failure> {
-    let effort = Effort { rounds: if flags.test { 1 } else { ROUNDS }, tiny: flags.test };
+    let effort = Effort { rounds: if flags.test { 1 } else { ROUNDS }, tiny: flags.test, long: flags.long };
     let wanted = |name: &str| flags.only.iter().all(|word| name.contains(word.as_str()));
     let mut rows = rows::all(&wanted);
     let mut crowds = crowd::all(&wanted);
     let sockets = crowd::memory_sockets(&wanted);
-    if rows.is_empty() && crowds.is_empty() && sockets.is_empty() {
+    let scale = scale::Wanted::new(&wanted);
+    let mut wan = wan::all(&wanted);
+    let is_nothing = rows.is_empty() && crowds.is_empty() && sockets.is_empty();
+    if is_nothing && scale.is_nothing() && wan.is_nothing() {
         return Err("nothing has all of these words in its name".into());
     }
     if flags.programs.python.is_none() {
@@ -103,13 +112,18 @@ fn measure(flags: &Flags) -> Result<bool, Failure> {
     }
     let kinds = rows.iter().map(|row| row.peer).chain(crowds.iter().map(|crowd| crowd.peer));
     let mut pairs = process::Pairs::start(&flags.programs, kinds);
-    rows::measure(&mut rows, &mut pairs, effort);
+    if !rows.is_empty() {
+        rows::measure(&mut rows, &mut pairs, effort);
+    }
     let peaks = pairs.peaks();
     crowd::measure(&mut crowds, &mut pairs, effort);
     drop(pairs);
     let memory = sockets.into_iter().map(|socket| crowd::memory(&flags.programs, socket)).collect();
+    let scale = scale::measure(&flags.programs, &scale, effort);
+    wan::measure(&mut wan, &flags.programs, effort);
 
-    let report = report::Report { machine: machine::Machine::this(), effort, rows, peaks, crowds, memory };
+    let machine = machine::Machine::this();
+    let report = report::Report { machine, effort, rows, peaks, crowds, memory, scale, wan };
     print!("{}", report.text());
     std::fs::create_dir_all(&flags.out)?;
     std::fs::write(flags.out.join("bench-speed.json"), format!("{:#}\n", report.json()))?;

@@ -108,7 +108,7 @@ fn program(programs: &Programs, peer: &Peer, program: Program) -> Result<Command
     Ok(command)
 }
 
-fn server(programs: &Programs, peer: &Peer, folder: &Path) -> Result<Command, Failure> {
+fn server(programs: &Programs, peer: &Peer, folder: &Path, flags: &[String]) -> Result<Command, Failure> {
     let mut command = program(programs, peer, peer.server)?;
     match peer.server {
         Program::Own(kind) => command.args(["--serve", kind]).arg(folder),
@@ -117,7 +117,8 @@ fn server(programs: &Programs, peer: &Peer, folder: &Path) -> Result<Command, Fa
             let unix = format!("unix://{}", folder.join(SOCKET).display());
             command.args(["--engine", engine, "--log", "warn", "--store"]).arg(folder.join("store"));
             // Guests that have no turn do not answer whether they are still there, and must find their sessions again.
-            command.args(["--session-lease", "3600", "--address", "tcp://127.0.0.1:0", "--address", &unix])
+            command.args(["--session-lease", "3600", "--address", "tcp://127.0.0.1:0", "--address", &unix]);
+            command.args(flags)
         }
     };
     Ok(command)
@@ -140,21 +141,44 @@ pub(crate) struct Pair {
     // In the order in which they go.
     client: Process,
     server: Process,
+    /// Where the server listens: over TCP, and on a unix socket.
+    addresses: [String; 2],
     _folder: TempDir,
 }
 
 impl Pair {
     pub(crate) fn start(programs: &Programs, peer: &Peer) -> Result<Self, Failure> {
+        Self::start_with(programs, peer, &[], |_| Ok(()))
+    }
+
+    /// The same, an agent with further flags, and a client that is told where to go by `lead`.
+    pub(crate) fn start_with(
+        programs: &Programs,
+        peer: &Peer,
+        flags: &[String],
+        lead: impl FnOnce(&mut [String; 2]) -> Result<(), Failure>,
+    ) -> Result<Self, Failure> {
         let folder = tempfile::tempdir()?;
-        let server = Process::start(server(programs, peer, folder.path())?)?;
+        let server = Process::start(server(programs, peer, folder.path(), flags)?)?;
         let address = || -> Result<String, Failure> {
             let line = server.line()?;
             let address = line.strip_prefix(LISTENING).ok_or_else(|| format!("the server said: {line}"))?;
             Ok(address.to_owned())
         };
         let addresses = [address()?, address()?];
-        let client = Process::start(client(programs, peer, &addresses)?)?;
-        Ok(Self { client, server, _folder: folder })
+        let mut known = addresses.clone();
+        lead(&mut known)?;
+        let client = Process::start(client(programs, peer, &known)?)?;
+        Ok(Self { client, server, addresses, _folder: folder })
+    }
+
+    /// Where the server listens.
+    pub(crate) fn address(&self, socket: Socket) -> &str {
+        let [tcp, unix] = &self.addresses;
+        match socket {
+            Socket::Tcp => tcp,
+            Socket::Unix => unix,
+        }
     }
 
     fn ask(&mut self, question: &str) -> Result<String, Failure> {
@@ -184,6 +208,11 @@ impl Pair {
     /// What client and server have used.
     pub(crate) fn usage(&self) -> Result<[Usage; 2], Failure> {
         Ok([Usage::of(self.client.child.id())?, Usage::of(self.server.child.id())?])
+    }
+
+    /// The memory the server has, in bytes.
+    pub(crate) fn resident_bytes(&self) -> Result<i64, Failure> {
+        usage::resident_bytes(self.server.child.id())
     }
 
     /// The most memory the server had, in bytes.

@@ -8,6 +8,8 @@ use crate::Effort;
 use crate::crowd::{self, Memory, Row as CrowdRow};
 use crate::machine::Machine;
 use crate::rows::{Row, median};
+use crate::scale::Scale;
+use crate::wan::Wan;
 
 const LEGEND: &str = "\
 p50: median of the rounds' medians; p99: of all calls; x raw: median of the rounds' ratios to the raw socket;
@@ -30,6 +32,8 @@ pub(crate) struct Report {
     pub(crate) peaks: Vec<(&'static str, i64)>,
     pub(crate) crowds: Vec<CrowdRow>,
     pub(crate) memory: Vec<Memory>,
+    pub(crate) scale: Scale,
+    pub(crate) wan: Wan,
 }
 
 impl Report {
@@ -37,7 +41,8 @@ impl Report {
     pub(crate) fn is_whole(&self) -> bool {
         let rows = self.rows.iter().all(|row| row.failure.is_none() || row.is_left_out);
         let crowds = self.crowds.iter().all(|row| row.failure.is_none());
-        rows && crowds && self.memory.iter().all(|memory| memory.peak_bytes.is_ok())
+        let memory = self.memory.iter().all(|memory| memory.peak_bytes.is_ok());
+        rows && crowds && memory && self.scale.is_whole() && self.wan.is_whole()
     }
 
     /// The row of the raw socket that a row is compared with.
@@ -61,7 +66,10 @@ impl Report {
 
     pub(crate) fn text(&self) -> String {
         let rounds = self.effort.rounds;
-        let mut text = format!("\n{}\n{rounds} interleaved rounds\n\n{LEGEND}", self.machine);
+        let mut text = format!("\n{}\n", self.machine);
+        if !(self.rows.is_empty() && self.crowds.is_empty()) {
+            text += &format!("{rounds} interleaved rounds\n\n{LEGEND}");
+        }
         for group in self.rows.chunk_by(|one, other| (one.shape, one.socket) == (other.shape, other.socket)) {
             let Row { shape, socket, .. } = &group[0];
             text += &format!(
@@ -78,7 +86,7 @@ impl Report {
             group.iter().for_each(|row| self.write_row(&mut text, row));
         }
         self.write_rest(&mut text);
-        text
+        text + &self.scale.text() + &self.wan.text()
     }
 
     fn write_row(&self, text: &mut String, row: &Row) {
@@ -142,7 +150,9 @@ impl Report {
                 mib(bound)
             );
         }
-        *text += "\n";
+        if !self.memory.is_empty() {
+            *text += "\n";
+        }
     }
 
     pub(crate) fn json(&self) -> Value {
@@ -169,6 +179,8 @@ impl Report {
             "peaks": peaks.collect::<Vec<_>>(),
             "concurrency": crowds.collect::<Vec<_>>(),
             "memory": memory.collect::<Vec<_>>(),
+            "scale": self.scale.json(),
+            "wan": self.wan.json(),
         })
     }
 
@@ -191,6 +203,7 @@ impl Report {
     }
 }
 
-fn mib(bytes: i64) -> f64 {
+/// So many bytes in MiB.
+pub(crate) fn mib(bytes: i64) -> f64 {
     bytes as f64 / f64::from(1 << 20)
 }

@@ -26,11 +26,20 @@ impl Shape {
         Self { up: 16 << 20, echo: true },
     ];
 
+    /// What a guest calls with that is one of many.
+    pub(crate) const SHORT: [Self; 2] = [Self::EMPTY, Self::up(64 << 10)];
+
+    /// Nothing.
+    pub(crate) const EMPTY: Self = Self::up(0);
+
     /// One image for a network of today: `f32[1, 3, 224, 224]`.
     pub(crate) const IMAGE: Self = Self::up(602_112);
 
     /// As large as a call in one message is meant to be.
     pub(crate) const LARGE: Self = Self::up(16 << 20);
+
+    /// More than one message may carry.
+    pub(crate) const HUGE: Self = Self::up(64 << 20);
 
     const fn up(up: usize) -> Self {
         Self { up, echo: false }

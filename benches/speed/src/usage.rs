@@ -7,6 +7,9 @@ use nix::unistd::Pid;
 
 use crate::Failure;
 
+/// In what the kernel counts buffers of TCP's sockets.
+const PAGE_BYTES: i64 = 4096;
+
 /// Counts of one process, all its threads together.
 ///
 /// They are signed, because what calls took is a difference of differences (see [`crate::rows`]).
@@ -37,8 +40,27 @@ impl Usage {
 
 /// The most memory a process had, in bytes.
 pub(crate) fn peak_bytes(process: u32) -> Result<i64, Failure> {
+    status_bytes(process, "VmHWM:")
+}
+
+/// The memory a process has, in bytes.
+pub(crate) fn resident_bytes(process: u32) -> Result<i64, Failure> {
+    status_bytes(process, "VmRSS:")
+}
+
+fn status_bytes(process: u32, name: &str) -> Result<i64, Failure> {
     let status = std::fs::read_to_string(format!("/proc/{process}/status"))?;
-    Ok(number(&status, "VmHWM:")? << 10)
+    Ok(number(&status, name)? << 10)
+}
+
+/// What the kernel has for itself in small pieces, sockets among them, and what is in the buffers of TCP's sockets: of
+/// the whole machine, in bytes.
+pub(crate) fn kernel_bytes() -> Result<[i64; 2], Failure> {
+    let slab = number(&std::fs::read_to_string("/proc/meminfo")?, "Slab:")? << 10;
+    let sockets = std::fs::read_to_string("/proc/net/sockstat")?;
+    let tcp = sockets.lines().find_map(|line| line.strip_prefix("TCP:")).ok_or("no TCP in sockstat")?;
+    let pages = tcp.rsplit("mem ").next().unwrap_or_default().trim();
+    Ok([slab, pages.parse::<i64>()? * PAGE_BYTES])
 }
 
 /// The number behind a name at the begin of a line.

@@ -56,7 +56,7 @@ impl Agent {
         Self::start_command(Command::new(program), folder, addresses, flags)
     }
 
-    fn start_command(
+    pub fn start_command(
         mut command: Command,
         folder: tempfile::TempDir,
         addresses: &[&str],

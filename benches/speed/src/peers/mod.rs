@@ -66,16 +66,22 @@ pub(crate) enum Cover {
     Above(&'static str),
 }
 
-const RAW: &str = "raw socket";
+const RAW_NAME: &str = "raw socket";
+
+/// Bytes and nothing else.
+pub(crate) const RAW: Peer = peer(RAW_NAME, Program::Own("raw"), Program::Own("raw"));
 
 /// The thin guest, with the agent's path of a call and no engine behind it.
 pub(crate) const GUEST: Peer = peer("guest, agent", Program::Agent("noop"), Program::Own("guest"));
 
+/// The async client, with the same behind it.
+pub(crate) const CLIENT: Peer = peer("async client, agent", Program::Agent("noop"), Program::Own("client"));
+
 /// All of them, what the others are compared with first.
 pub(crate) static ALL: [Peer; 12] = [
-    peer(RAW, Program::Own("raw"), Program::Own("raw")),
+    RAW,
     GUEST,
-    peer("async client, agent", Program::Agent("noop"), Program::Own("client")),
+    CLIENT,
     Peer {
         range: Range::Model,
         ..peer("guest, agent, model", Program::Agent("tract"), Program::Own("guest-model"))
@@ -103,7 +109,7 @@ const fn nodelay(name: &'static str, kind: &'static str) -> Peer {
 
 impl Peer {
     pub(crate) fn is_raw(&self) -> bool {
-        self.name == RAW
+        self.name == RAW_NAME
     }
 
     pub(crate) fn is_python(&self) -> bool {
