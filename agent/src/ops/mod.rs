@@ -214,8 +214,8 @@ impl Context<'_> {
         Err(Error::field(path, format!("a resource of kind {}", name(kind)), name(resource.kind)))
     }
 
-    /// The loaded model of a resource of the session, or of a name in the tenant's repository, or with an empty name the
-    /// embedded one. The first use loads it; how long that took is in the result.
+    /// The loaded model of a resource of the session, or of a name in the tenant's repository, or with an empty name
+    /// the embedded one. The first use loads it; how long that took is in the result.
     pub(crate) async fn model(&self, id: &str) -> Result<(Arc<Model>, Duration), Error> {
         let choice = &self.session.choice;
         let (slot, origin, files) = if id.is_empty() {

@@ -231,7 +231,11 @@ impl Scheduler {
             }
             Ok(Err(_)) if ticket.was_pushed_out() => Err(overloaded("too many calls wait", RETRY_AFTER_MIN)),
             Ok(Err(_)) if deadline <= Instant::now() => Err(past_deadline("queued", arrived)),
-            Ok(Err(_)) => Err(Error::new(Reason::BackendFailed, "the backend failed")),
+            Ok(Err(_)) => {
+                // It panicked, and is over: nobody has left a run that goes on.
+                ticket.answered();
+                Err(Error::new(Reason::BackendFailed, "the backend failed"))
+            }
             Err(_) => {
                 let stage = if ticket.is_running() { "running" } else { "queued" };
                 Err(past_deadline(stage, arrived))
