@@ -18,14 +18,13 @@
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use prost::encoding::{WireType, encode_key, encode_varint};
 use vaccel_agent::Network;
 use vaccel_agent::config::EngineConfig;
 use vaccel_client::proto::inference::ModelInferRequest;
-use vaccel_client::proto::inference::grpc_inference_service_client::GrpcInferenceServiceClient;
 use vaccel_client::proto::inference::model_infer_request::InferInputTensor;
 use vaccel_client::{Client, Link, Tensor};
 
@@ -242,7 +241,10 @@ impl Agent {
     }
 }
 
-async fn call(client: &mut GrpcInferenceServiceClient<Link>, name: &str, image: &Tensor) -> Bytes {
+/// What a call may take.
+const TIME: Duration = Duration::from_secs(60);
+
+async fn call(link: &Link, name: &str, image: &Tensor) -> Bytes {
     let (datatype, shape) = ("FP32".to_owned(), image.shape.clone());
     let input = InferInputTensor { name: "image".into(), datatype, shape, ..Default::default() };
     let request = ModelInferRequest {
@@ -251,7 +253,7 @@ async fn call(client: &mut GrpcInferenceServiceClient<Link>, name: &str, image: 
         raw_input_contents: vec![image.data.clone()],
         ..Default::default()
     };
-    client.model_infer(request).await.unwrap().into_inner().raw_output_contents.remove(0)
+    link.infer(&request, TIME).await.unwrap().raw_output_contents.remove(0)
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
@@ -274,7 +276,7 @@ fn machine() -> String {
 
 /// Medians of each round, in milliseconds: direct, over unix, over TCP.
 async fn measure(
-    agent: &mut [GrpcInferenceServiceClient<Link>],
+    agent: &[Link],
     network: &Network,
     name: &str,
     batch: usize,
@@ -292,7 +294,7 @@ async fn measure(
             let begun = Instant::now();
             network.run(image.clone()).unwrap();
             took[0].push(begun.elapsed().as_secs_f64() * 1e3);
-            for (client, took) in agent.iter_mut().zip(&mut took[1..]) {
+            for (client, took) in agent.iter().zip(&mut took[1..]) {
                 let begun = Instant::now();
                 let scores = call(client, name, &image).await;
                 took.push(begun.elapsed().as_secs_f64() * 1e3);
@@ -325,7 +327,7 @@ async fn main() {
     let mut clients = Vec::new();
     for address in &agent.addresses {
         let client = Client::builder(address.parse().unwrap()).connect().await.unwrap();
-        clients.push(GrpcInferenceServiceClient::new(client.link().clone()));
+        clients.push(client.link().clone());
     }
     let (rounds, calls) = if smoke { (1, 1) } else { (7, 5) };
     let commit = said("git", &["describe", "--always", "--dirty"]);
@@ -336,7 +338,7 @@ async fn main() {
     for (name, bytes) in networks {
         let network = Network::load(&config, bytes).unwrap();
         for batch in [1, 8] {
-            let all = measure(&mut clients, &network, name, batch, rounds, calls).await;
+            let all = measure(&clients, &network, name, batch, rounds, calls).await;
             let [direct, unix, tcp] =
                 [0, 1, 2].map(|way| median(all.iter().map(|round| round[way]).collect()));
             let ratio = |way: usize| median(all.iter().map(|round| round[way] / round[0]).collect());

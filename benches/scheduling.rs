@@ -26,12 +26,9 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use tokio::task::JoinSet;
 use vaccel_agent::Device;
-use vaccel_client::proto::inference::grpc_inference_service_client::GrpcInferenceServiceClient;
+use vaccel_client::proto::inference::ModelInferRequest;
 use vaccel_client::proto::inference::model_infer_request::InferInputTensor;
-use vaccel_client::proto::inference::{ModelInferRequest, ModelReadyRequest};
-use vaccel_client::{Client, Link};
-
-type Inference = GrpcInferenceServiceClient<Link>;
+use vaccel_client::{Client, Link, Reason, SessionOptions};
 
 /// Sockets of the agent, each a tenant.
 const TENANTS: usize = 4;
@@ -119,11 +116,11 @@ impl Agent {
     }
 
     /// Connections of a tenant, enough for so many calls at the same time.
-    async fn connections(&self, tenant: usize, calls: usize) -> Vec<Inference> {
+    async fn connections(&self, tenant: usize, calls: usize) -> Vec<Link> {
         let mut connections = Vec::new();
         for _ in 0..calls.div_ceil(PER_CONNECTION) {
             let client = Client::builder(self.sockets[tenant].parse().unwrap()).connect().await.unwrap();
-            connections.push(GrpcInferenceServiceClient::new(client.link().clone()));
+            connections.push(client.link().clone());
         }
         connections
     }
@@ -158,18 +155,21 @@ fn figures(mut took: Vec<f64>, seconds: f64) -> Figures {
     Figures { per_second: took.len() as f64 / seconds, median: at(0.5), p99: at(0.99) }
 }
 
+/// What a call may take.
+const TIME: Duration = Duration::from_secs(60);
+
 /// So many callers, each of which calls again when it has its answer.
-async fn closed_loop(connections: &[Inference], model: &str, callers: usize, seconds: f64) -> Figures {
+async fn closed_loop(connections: &[Link], model: &str, callers: usize, seconds: f64) -> Figures {
     let begin = Instant::now();
     let end = begin + Duration::from_secs_f64(seconds);
     let mut running = JoinSet::new();
     for caller in 0..callers {
-        let (mut client, request) = (connections[caller % connections.len()].clone(), request(model));
+        let (link, request) = (connections[caller % connections.len()].clone(), request(model));
         running.spawn(async move {
             let mut took = Vec::new();
             while Instant::now() < end {
                 let begun = Instant::now();
-                client.model_infer(request.clone()).await.unwrap();
+                link.infer(&request, TIME).await.unwrap();
                 took.push(begun.elapsed().as_secs_f64() * 1e6);
             }
             took
@@ -188,24 +188,22 @@ struct Flood {
 }
 
 /// Calls that come at fixed times, whatever becomes of them, and have so long.
-async fn open_loop(connections: &[Inference], model: &str, rate: f64, time: Duration, seconds: f64) -> Flood {
+async fn open_loop(connections: &[Link], model: &str, rate: f64, time: Duration, seconds: f64) -> Flood {
     let begin = tokio::time::Instant::now();
     let mut running = JoinSet::new();
     let count = (rate * seconds) as usize;
     for call in 0..count {
         tokio::time::sleep_until(begin + Duration::from_secs_f64(call as f64 / rate)).await;
-        let mut client = connections[call % connections.len()].clone();
-        let mut request = tonic::Request::new(request(model));
-        request.set_timeout(time);
+        let (link, request) = (connections[call % connections.len()].clone(), request(model));
         running.spawn(async move {
             let begun = Instant::now();
-            let outcome = client.model_infer(request).await.map(drop).map_err(|status| status.code());
+            let outcome = link.infer(&request, time).await.map(drop).map_err(|error| error.reason());
             (outcome, begun.elapsed())
         });
     }
     let all = running.join_all().await;
     let good = all.iter().filter(|(outcome, took)| outcome.is_ok() && *took <= time).count();
-    let is_refusal = |code: &tonic::Code| *code == tonic::Code::Unavailable;
+    let is_refusal = |reason: &Reason| *reason == Reason::Overloaded;
     let refused = all.iter().filter(|(outcome, _)| outcome.as_ref().is_err_and(is_refusal));
     let refused: Vec<f64> = refused.map(|(_, took)| took.as_secs_f64() * 1e6).collect();
     let late = all.len() - good - refused.len();
@@ -299,7 +297,8 @@ async fn network(agent: &Agent, effort: &Effort, report: &mut Report) {
 
 /// What a lone call takes that needs no lane, and one that does.
 async fn lone(agent: &Agent, effort: &Effort, report: &mut Report) {
-    let mut client = agent.connections(0, 1).await.remove(0);
+    let client = Client::builder(agent.sockets[0].parse().unwrap()).connect().await.unwrap();
+    let session = client.open_session(SessionOptions::default()).await.unwrap();
     let mut rounds = [Vec::new(), Vec::new()];
     let calls = (effort.seconds * 2000.0) as usize;
     for _ in 0..=effort.rounds {
@@ -308,10 +307,9 @@ async fn lone(agent: &Agent, effort: &Effort, report: &mut Report) {
             for _ in 0..calls {
                 let begun = Instant::now();
                 if kind == 0 {
-                    let ready = ModelReadyRequest { name: "nothing".into(), ..Default::default() };
-                    client.model_ready(ready).await.unwrap();
+                    session.noop().await.unwrap();
                 } else {
-                    client.model_infer(request("nothing")).await.unwrap();
+                    client.link().infer(&request("nothing"), TIME).await.unwrap();
                 }
                 took.push(begun.elapsed().as_secs_f64() * 1e6);
             }
@@ -320,7 +318,7 @@ async fn lone(agent: &Agent, effort: &Effort, report: &mut Report) {
     }
     let [bare, run] = rounds.map(|rounds| medians(&rounds[1..]));
     report.line("a lone call on an idle agent");
-    report.row("  that asks whether a model is ready", &bare);
+    report.row("  of nothing", &bare);
     report.row("  that runs a model which does nothing", &run);
     report.figure("  what tensors, scheduler and lane add", run.median - bare.median, "us");
     let mut alone = Vec::new();

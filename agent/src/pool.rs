@@ -54,6 +54,13 @@ impl fmt::Debug for Pool {
 }
 
 impl Pool {
+    /// A buffer for so many bytes that ends on the boundary, instead of beginning there.
+    pub(crate) fn take_to_end(&self, capacity: usize) -> Buffer {
+        let mut buffer = self.take(capacity);
+        buffer.begin += capacity.next_multiple_of(ALIGNMENT) - capacity;
+        buffer
+    }
+
     /// A buffer for so many bytes.
     pub(crate) fn take(&self, capacity: usize) -> Buffer {
         let size = size(capacity);
@@ -101,10 +108,11 @@ impl Pool {
     }
 }
 
-/// Bytes of the memory of a buffer: rounded up by at most an eighth, so that messages of about one size share buffers.
+/// Bytes of the memory of a buffer: rounded up by at most an eighth, so that messages of about one size share buffers,
+/// and two boundaries for where it begins and ends.
 fn size(capacity: usize) -> usize {
     let step = (capacity.next_power_of_two() / 8).max(ALIGNMENT);
-    capacity.div_ceil(step) * step + ALIGNMENT
+    capacity.div_ceil(step) * step + 2 * ALIGNMENT
 }
 
 /// A buffer, which goes back to its pool.
@@ -197,6 +205,10 @@ mod tests {
             assert_eq!(buffer.put(&vec![7; capacity + 1]), capacity);
             assert!(buffer.is_full() && buffer.memory.len() <= capacity + capacity / 4 + 3 * ALIGNMENT);
             assert_eq!(buffer.freeze(), vec![7; capacity]);
+            let mut buffer = pool.take_to_end(capacity);
+            assert_eq!(buffer.put(&vec![8; capacity + 1]), capacity);
+            assert_eq!(buffer.filled().as_ptr_range().end.align_offset(ALIGNMENT), 0);
+            assert_eq!(buffer.freeze(), vec![8; capacity]);
         }
     }
 

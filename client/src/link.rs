@@ -16,12 +16,14 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tonic::Status;
 use tonic::body::Body;
 use tower_service::Service;
+use vaccel_proto::inference::{ModelInferRequest, ModelInferResponse};
 use vaccel_proto::limits::MESSAGE_BYTES_MAX;
-use vaccel_proto::{Endpoint, Error};
+use vaccel_proto::{Endpoint, Error, Reason};
 
 use crate::backoff::Backoff;
 use crate::dial::Dialer;
-use crate::error::{Failure, chain};
+use crate::error::{Failure, chain, of_status};
+use crate::unary;
 use crate::wire::{Head, Wire};
 
 /// Bytes of one reply that may be under way before the client reads on: the longest there is, so that none waits for
@@ -110,6 +112,28 @@ impl Link {
                 Err(failure)
             }
         }
+    }
+}
+
+impl Link {
+    /// A run of a model by the Open Inference Protocol, sent once: as a generated client does it, but that tensors are
+    /// sent from where they are.
+    ///
+    /// # Errors
+    /// The agent's, and `DEADLINE` when there is no reply within `time`.
+    pub async fn infer(
+        &self,
+        request: &ModelInferRequest,
+        time: Duration,
+    ) -> Result<ModelInferResponse, Error> {
+        let call = async {
+            let wire = self.wire().await?;
+            let reply = unary::call(wire, "/inference.GRPCInferenceService/ModelInfer", request, time);
+            reply.await.map(tonic::Response::into_inner).map_err(|status| of_status(&status))
+        };
+        timeout(time, call).await.unwrap_or_else(|_| {
+            Err(Error::new(Reason::Deadline, format!("{} did not answer within {time:?}", self.endpoint())))
+        })
     }
 }
 

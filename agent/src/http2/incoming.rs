@@ -45,6 +45,7 @@ struct State {
     /// The service waits.
     reader: Option<Waker>,
     meter: Option<Arc<dyn Meter>>,
+    ends_aligned: bool,
     /// Bytes of the message that was taken last.
     taken: usize,
     /// The connection waits until everything is taken.
@@ -75,6 +76,12 @@ impl Incoming {
     /// Says who is charged. Without, nobody is.
     pub(crate) fn charge(&self, meter: Arc<dyn Meter>) {
         self.inbox.state().meter = Some(meter);
+    }
+
+    /// Says that messages end with what is to be aligned, and that its length is a multiple of the boundary. Without,
+    /// they begin on the boundary, and their senders can see to the rest.
+    pub(crate) fn align_ends(&self) {
+        self.inbox.state().ends_aligned = true;
     }
 }
 
@@ -201,7 +208,8 @@ impl Delivery {
                 let [_, length @ ..] = self.prefix;
                 let whole = GRPC_HEADER_BYTES + u32::from_be_bytes(length) as usize;
                 if self.claim(whole) {
-                    let mut message = pool.take(whole);
+                    let ends_aligned = self.inbox.state().ends_aligned;
+                    let mut message = if ends_aligned { pool.take_to_end(whole) } else { pool.take(whole) };
                     message.put(&self.prefix);
                     self.message = Some(message);
                     self.hand_over();
@@ -380,6 +388,16 @@ mod tests {
             assert!(matches!(next(&mut incoming), Poll::Ready(None)) && incoming.is_end_stream());
             assert_eq!(came, messages, "{cut}");
             assert_eq!(purse.held.load(Ordering::Relaxed), 0, "{cut}: all were given back");
+        }
+    }
+
+    #[test]
+    fn what_a_message_ends_with_is_aligned_where_that_is_asked_for() {
+        for length in [64, 100, 1024, 70_000] {
+            let (_, mut delivery, mut incoming) = body(true);
+            incoming.align_ends();
+            delivery.receive(&message(length), &Pool::default());
+            assert_eq!(taken(&mut incoming).as_ptr_range().end.align_offset(16), 0, "{length}");
         }
     }
 

@@ -207,6 +207,9 @@ impl http2::Service for ConnectionService {
         request.body().charge(Arc::clone(&held) as Arc<dyn http2::Meter>);
         match unary::Call::of(&request) {
             Some(call) => {
+                if call.ends_with_tensors() {
+                    request.body().align_ends();
+                }
                 let dispatch = Arc::clone(&self.gate.dispatch);
                 Box::pin(call.answer(dispatch, caller, held, request.into_body()))
             }

@@ -43,6 +43,12 @@ impl Call {
         Some(call).filter(|_| is_plain && request.method() == http::Method::POST)
     }
 
+    /// Whether its tensors, without anything before them that could move them, are the end of its message. Their lengths
+    /// are multiples of 16 bytes more often than not.
+    pub(super) fn ends_with_tensors(self) -> bool {
+        matches!(self, Self::ModelInfer)
+    }
+
     /// Makes it.
     pub(super) async fn answer(
         self,

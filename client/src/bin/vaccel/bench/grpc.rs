@@ -8,7 +8,6 @@ use vaccel_client::proto::inference::model_infer_request::InferInputTensor;
 use vaccel_client::proto::inference::{
     ModelConfigRequest, ModelInferRequest, ModelMetadataRequest, ModelStatisticsRequest,
 };
-use vaccel_client::proto::limits::MESSAGE_BYTES_MAX;
 use vaccel_client::{Error, Link, Reason};
 
 use super::counters::Counters;
@@ -17,13 +16,14 @@ use super::inputs::{Description, Input, Port};
 /// Calls over one connection, which clones share.
 #[derive(Clone)]
 pub(crate) struct Grpc {
+    link: Link,
     client: GrpcInferenceServiceClient<Link>,
 }
 
 impl Grpc {
     pub(crate) fn new(link: Link) -> Self {
-        let client = GrpcInferenceServiceClient::new(link).max_decoding_message_size(MESSAGE_BYTES_MAX);
-        Self { client }
+        let client = GrpcInferenceServiceClient::new(link.clone());
+        Self { link, client }
     }
 
     pub(crate) async fn describe(&mut self, model: &str, time: Duration) -> Result<Description, Error> {
@@ -45,9 +45,8 @@ impl Grpc {
         Ok(reply.map(|reply| Counters::of(&reply.model_stats)))
     }
 
-    pub(crate) async fn infer(&mut self, call: &ModelInferRequest, time: Duration) -> Result<(), Error> {
-        // The tensors are shared, not copied.
-        answer(self.client.model_infer(timed(call.clone(), time)).await).map(drop)
+    pub(crate) async fn infer(&self, call: &ModelInferRequest, time: Duration) -> Result<(), Error> {
+        self.link.infer(call, time).await.map(drop)
     }
 }
 
