@@ -43,8 +43,8 @@ impl Call {
         Some(call).filter(|_| is_plain && request.method() == http::Method::POST)
     }
 
-    /// Whether its tensors, without anything before them that could move them, are the end of its message. Their lengths
-    /// are multiples of 16 bytes more often than not.
+    /// Whether its tensors are the end of its message, and nothing before them says where they begin. Their lengths are
+    /// multiples of 16 bytes more often than not.
     pub(super) fn ends_with_tensors(self) -> bool {
         matches!(self, Self::ModelInfer)
     }
