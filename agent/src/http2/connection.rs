@@ -1,11 +1,12 @@
 //! The task of a connection.
 
 use std::future::poll_fn;
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http_body::Body;
@@ -153,7 +154,7 @@ impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
             ended: None,
             is_heard: true,
             is_asked: false,
-            tick: Box::pin(tokio::time::sleep(KEEP_ALIVE)),
+            tick: Box::pin(tokio::time::sleep(first_tick())),
         }
     }
 
@@ -345,6 +346,12 @@ impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
         }
         self.output.frame(frame::RST_STREAM, 0, id, |into| into.extend(code.to_be_bytes()));
     }
+}
+
+/// When a connection is looked at first: not together with all others that were opened when it was.
+fn first_tick() -> Duration {
+    let random = RandomState::new().build_hasher().finish();
+    KEEP_ALIVE / 2 + KEEP_ALIVE.mul_f64(random as f64 / u64::MAX as f64) / 2
 }
 
 impl<S: Service> Stream<S> {
