@@ -13,7 +13,6 @@ use http_body::Body;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::Sleep;
 use vaccel_guest::frame;
-use vaccel_proto::{Error, Reason};
 
 use super::bell::{Bell, Place};
 use super::fields::Table;
@@ -297,8 +296,7 @@ impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
             }
             for stream in self.streams.iter_mut().flatten() {
                 if !stream.is_whole && stream.begun.elapsed() > REQUEST_DURATION_MAX {
-                    let late = Error::new(Reason::Deadline, "the request was not whole in time");
-                    stream.delivery.end(Err(late));
+                    stream.delivery.end(Err(super::too_late()));
                 }
             }
         }

@@ -32,9 +32,11 @@ use std::future::Future;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{Request, Response};
+use http::header::CONTENT_TYPE;
+use http::{HeaderMap, Request, Response};
 use http_body::Body;
 use vaccel_proto::limits::{DEADLINE_MAX, MESSAGE_BYTES_MAX};
+use vaccel_proto::{Error, Reason};
 
 pub(crate) use connection::Connection;
 pub(crate) use incoming::{Incoming, Meter};
@@ -47,7 +49,7 @@ const KEEP_ALIVE: Duration = Duration::from_secs(20);
 const FAREWELL: Duration = Duration::from_millis(500);
 
 /// How long a request may take to arrive: the longest deadline and some time to answer that it passed.
-const REQUEST_DURATION_MAX: Duration = Duration::from_secs(DEADLINE_MAX.as_secs() + 30);
+pub(crate) const REQUEST_DURATION_MAX: Duration = Duration::from_secs(DEADLINE_MAX.as_secs() + 30);
 
 /// Streams of one connection. With the default cap of calls a tenant uses them all on one connection.
 const STREAMS_MAX: usize = bell::PLACES;
@@ -90,6 +92,16 @@ const QUEUE_BYTES_MAX: usize = 1 << 20;
 
 /// Answers to a peer's PINGs and the like that it does not read, in bytes; before it does, nothing more is read of it.
 const OWED_BYTES_MAX: usize = 64 << 10;
+
+/// Whether a request's body is gRPC's messages.
+pub(crate) fn is_grpc(headers: &HeaderMap) -> bool {
+    headers.get(CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"))
+}
+
+/// Why the body of one that did not arrive in time ends.
+pub(crate) fn too_late() -> Error {
+    Error::new(Reason::Deadline, "the request was not whole in time")
+}
 
 /// Whom requests are for.
 pub(crate) trait Service {

@@ -4,7 +4,6 @@ use std::io;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
-use http::header::CONTENT_TYPE;
 use http::{HeaderMap, Request, StatusCode};
 use tokio::io::{AsyncRead, AsyncWrite};
 use vaccel_guest::frame::{self, Header};
@@ -432,8 +431,7 @@ impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
 
     fn call(&mut self, id: u32, is_last: bool, request: Request<()>) {
         let Some(place) = self.free_place() else { return self.reset(id, frame::REFUSED_STREAM) };
-        let kind = request.headers().get(CONTENT_TYPE);
-        let is_messages = kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"));
+        let is_messages = super::is_grpc(request.headers());
         let (delivery, incoming) = Delivery::new(is_messages, Arc::clone(&self.places[place]));
         let answer = self.service.call(request.map(|()| incoming));
         self.start(place, id, delivery, answer);

@@ -18,16 +18,15 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
-use std::time::Duration;
 
-use http::header::{AUTHORIZATION, CONTENT_TYPE};
+use http::header::AUTHORIZATION;
 use http::{HeaderMap, HeaderValue, Request, Response};
 use tonic::body::Body;
 use tonic::service::Routes;
 use tonic_health::pb::health_server::HealthServer;
 use tower_service::Service;
 use vaccel_proto::inference::grpc_inference_service_server::GrpcInferenceServiceServer;
-use vaccel_proto::limits::{DEADLINE_MAX, MESSAGE_BYTES_MAX};
+use vaccel_proto::limits::MESSAGE_BYTES_MAX;
 use vaccel_proto::v1::agent_server::AgentServer;
 use vaccel_proto::v1::operations_server::OperationsServer;
 use vaccel_proto::v1::resources_server::ResourcesServer;
@@ -37,13 +36,10 @@ use vaccel_proto::{Error, Reason};
 pub(crate) use self::body::KeptBody;
 use self::body::{CountedBody, HeldBytes, Kept};
 use crate::dispatch::{Caller, Dispatch};
-use crate::http2;
+use crate::http2::{self, is_grpc};
 use crate::identity::{Identity, Peer, Tenant};
 use crate::quota::{Account, Unit};
 use crate::session::ConnectionId;
-
-/// From a call's headers to those of its reply: the longest deadline and some time to answer that it passed.
-const CALL_DURATION_MAX: Duration = Duration::from_secs(DEADLINE_MAX.as_secs() + 30);
 
 /// What the gate found out.
 fn caller<T>(request: &tonic::Request<T>) -> Result<Caller, Error> {
@@ -233,20 +229,14 @@ impl hyper::service::Service<Request<hyper::body::Incoming>> for ConnectionServi
         let answered = self.route(counted, caller, held);
         Box::pin(async move {
             // A request that never becomes whole ends here; whole ones have their own, shorter deadlines.
-            Ok(tokio::time::timeout(CALL_DURATION_MAX, answered).await.unwrap_or_else(|_| {
-                refused(&headers, &Error::new(Reason::Deadline, "the request was not whole in time"))
-            }))
+            let answered = tokio::time::timeout(http2::REQUEST_DURATION_MAX, answered).await;
+            Ok(answered.unwrap_or_else(|_| refused(&headers, &http2::too_late())))
         })
     }
 }
 
 fn grpc_refusal(error: &Error) -> Response<Body> {
     error.to_status().into_http()
-}
-
-/// Whether a call is one of gRPC's, and its answer must be, too.
-fn is_grpc(headers: &HeaderMap) -> bool {
-    headers.get(CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"))
 }
 
 /// Where the paths of the health service begin.

@@ -1,7 +1,7 @@
 //! The calls that are made most, without the routes of all others: one message in, one out.
 //!
-//! Their message came whole and is read where it lies; their reply leaves as pieces, tensors from where they were
-//! computed. What they do is `dispatch`'s, as for every call, and the wire is gRPC's as everywhere.
+//! Their message came whole and is read where it lies; their reply leaves as pieces, tensors from where they are.
+//! What they do is `dispatch`'s, as for every call, and the wire is gRPC's as everywhere.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use vaccel_proto::{Error, codec, gather};
 
 use super::body::{HeldBytes, Kept, KeptBody};
 use crate::dispatch::{Caller, Dispatch};
-use crate::http2::Incoming;
+use crate::http2::{Incoming, is_grpc};
 
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 const GRPC_ENCODING: HeaderName = HeaderName::from_static("grpc-encoding");
@@ -38,9 +38,10 @@ impl Call {
             "/inference.GRPCInferenceService/ModelInfer" => Self::ModelInfer,
             _ => return None,
         };
-        // What is said about compression, and to those that use another method, is the routes' business.
-        let is_plain = request.headers().get(GRPC_ENCODING).is_none_or(|encoding| encoding == "identity");
-        Some(call).filter(|_| is_plain && request.method() == http::Method::POST)
+        // What is said about compression, to other methods and to bodies of anything, is the routes' business.
+        let headers = request.headers();
+        let is_plain = headers.get(GRPC_ENCODING).is_none_or(|encoding| encoding == "identity");
+        Some(call).filter(|_| is_plain && is_grpc(headers) && request.method() == http::Method::POST)
     }
 
     /// Whether its tensors are the end of its message, and nothing before them says where they begin. Their lengths are
@@ -100,6 +101,7 @@ async fn message(mut body: Incoming) -> Result<Bytes, Error> {
     if framed.first() != Some(&0) {
         return Err(Error::field("message", "one that is not compressed, as the call says", "another"));
     }
+    // It came whole, with what is before it.
     Ok(framed.slice(GRPC_HEADER_BYTES..))
 }
 

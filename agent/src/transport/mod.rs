@@ -4,41 +4,6 @@
 //! process is out of file descriptors. A connection has [`OPENING_DEADLINE`] for its TLS handshake and HTTP/2 preface
 //! together. **Invariant:** knows no messages.
 
-/// Writes of a type go to its `stream`.
-macro_rules! writes_through {
-    ($type:ty) => {
-        impl tokio::io::AsyncWrite for $type {
-            fn poll_write(
-                mut self: Pin<&mut Self>,
-                context: &mut Context<'_>,
-                from: &[u8],
-            ) -> Poll<io::Result<usize>> {
-                Pin::new(&mut self.stream).poll_write(context, from)
-            }
-
-            fn poll_write_vectored(
-                mut self: Pin<&mut Self>,
-                context: &mut Context<'_>,
-                from: &[io::IoSlice<'_>],
-            ) -> Poll<io::Result<usize>> {
-                Pin::new(&mut self.stream).poll_write_vectored(context, from)
-            }
-
-            fn is_write_vectored(&self) -> bool {
-                self.stream.is_write_vectored()
-            }
-
-            fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-                Pin::new(&mut self.stream).poll_flush(context)
-            }
-
-            fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-                Pin::new(&mut self.stream).poll_shutdown(context)
-            }
-        }
-    };
-}
-
 mod listener;
 mod preface;
 mod tls;
@@ -232,9 +197,12 @@ impl Entrance {
                 connection.run().await
             }
         };
+        let mut stream = connection.into_io();
         if ended.is_err() {
             // The last word says what the peer did wrong.
-            linger(&mut connection.into_io()).await;
+            linger(&mut stream).await;
+        } else {
+            let _ = tokio::time::timeout(LINGER, stream.shutdown()).await;
         }
         ended
     }
@@ -263,8 +231,11 @@ async fn secure(
 /// Says that no more comes, and reads until the peer is done: closing with bytes of the peer unread would reset the
 /// connection, and could destroy the last thing that was said.
 async fn linger(stream: &mut Box<dyn Stream>) {
-    let _ = stream.shutdown().await;
-    let _ = tokio::time::timeout(LINGER, tokio::io::copy(stream, &mut tokio::io::sink())).await;
+    let parting = async {
+        let _ = stream.shutdown().await;
+        let _ = tokio::io::copy(stream, &mut tokio::io::sink()).await;
+    };
+    let _ = tokio::time::timeout(LINGER, parting).await;
 }
 
 /// Tells the sessions that a connection is there, for as long as it is.

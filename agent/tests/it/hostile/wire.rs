@@ -237,6 +237,24 @@ async fn calls_that_are_no_messages_end_with_a_status() {
     site.serves_others().await;
 }
 
+/// A body that is no gRPC's has no framing, whatever its path says, and is answered as any other path of HTTP.
+#[tokio::test]
+async fn paths_of_calls_with_bodies_of_anything_are_no_calls() {
+    let site = Site::start(&[]).await;
+    let attacker = site.attacker().await;
+    let link = attacker.link();
+    for path in [RUN, "/inference.GRPCInferenceService/ModelInfer"] {
+        for content in [&[0][..], &[0; 4], &[0; 5], b"{}"] {
+            let request = http::Request::post(path).header("content-type", "text/plain");
+            let request = request.body(Body::new(body([Bytes::copy_from_slice(content)]))).unwrap();
+            // Whatever the status: the connection goes on.
+            assert!(link.clone().call(request).await.is_ok(), "{path}: {content:?}");
+        }
+    }
+    attacker.session.noop().await.unwrap();
+    site.serves_others().await;
+}
+
 /// Messages that begin and never end hold a place each, and no more places than the tenant has.
 #[tokio::test]
 async fn messages_that_never_come_whole_hold_one_tenants_places_only() {
