@@ -45,6 +45,8 @@ pub(super) struct Stream<S: Service> {
     pub(super) is_whole: bool,
     /// What the peer may still send, in bytes.
     pub(super) window: i64,
+    /// When it was told so.
+    pub(super) granted: Instant,
     /// What may be sent to the peer, in bytes.
     pub(super) peer_window: i64,
     pub(super) answer: Answer<S>,
@@ -325,15 +327,17 @@ impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
     /// Puts a stream in its place.
     pub(super) fn start(&mut self, place: usize, id: u32, delivery: Delivery, answer: S::Answer) {
         self.places[place].light();
+        let begun = Instant::now();
         self.streams[place] = Some(Box::new(Stream {
             id,
             delivery,
             is_whole: false,
             window: self.stream_window.into(),
+            granted: begun,
             peer_window: self.peer.window,
             answer: Answer::Awaited(answer),
             is_queued: false,
-            begun: Instant::now(),
+            begun,
         }));
     }
 

@@ -35,7 +35,7 @@ use bytes::Bytes;
 use http::header::CONTENT_TYPE;
 use http::{HeaderMap, Request, Response};
 use http_body::Body;
-use vaccel_proto::limits::{DEADLINE_MAX, MESSAGE_BYTES_MAX};
+use vaccel_proto::limits::{CHUNK_BYTES_MAX, DEADLINE_MAX, MESSAGE_BYTES_MAX};
 use vaccel_proto::{Error, Reason};
 
 pub(crate) use connection::Connection;
@@ -51,13 +51,14 @@ const FAREWELL: Duration = Duration::from_millis(500);
 /// How long a request may take to arrive: the longest deadline and some time to answer that it passed.
 pub(crate) const REQUEST_DURATION_MAX: Duration = Duration::from_secs(DEADLINE_MAX.as_secs() + 30);
 
-/// Streams of one connection. With the default cap of calls a tenant uses them all on one connection.
+/// Streams of one connection: more than a tenant's calls by default, which are refused in words.
 const STREAMS_MAX: usize = bell::PLACES;
 
-/// What a peer may send on a stream before it is told to go on, in bytes: at first, and at most. It grows with the
-/// messages that come, so that the next one need not wait for the agent to say so, and with streams whose service keeps
-/// up. One whose service does not is held up at its peer, not here.
-const STREAM_WINDOW: u32 = 1 << 20;
+/// What a peer may send on a stream before it is told to go on, in bytes: at first, which is a piece of an upload with
+/// what is around it, and at most. It grows with longer messages, so that the next one need not wait for the agent to
+/// say so, and where the peer is far away and the service waits for it. A peer whose service does not keep up is held
+/// up there and not here: what has come of an upload and is not on disk is lost with the connection.
+const STREAM_WINDOW: u32 = (CHUNK_BYTES_MAX + (4 << 10)) as u32;
 const STREAM_WINDOW_MAX: u32 = MESSAGE_BYTES_MAX as u32;
 
 /// The same for all streams, in bytes. It is given back as bytes come: what holds them is charged, each stream has its
@@ -67,6 +68,10 @@ const CONNECTION_WINDOW: u32 = 2 * STREAM_WINDOW_MAX;
 /// What part of a window has arrived when the peer is told to go on: three quarters are on their way meanwhile, which
 /// is a gigabit per second over 100 ms.
 const WINDOW_PART: u32 = 4;
+
+/// How long a part of a window takes to come where a larger one would help: then the peer is 20 ms away, or slow, and
+/// nothing gathers here.
+const FAR: Duration = Duration::from_millis(5);
 
 /// Largest frame a peer may send, in bytes. Its contents go where they belong as they come; 16 KiB, the protocol's
 /// default, costs many times the system calls.

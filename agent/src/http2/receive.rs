@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::Instant;
 
 use http::{HeaderMap, Request, StatusCode};
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -13,8 +14,8 @@ use super::fields::{self, Block};
 use super::incoming::Delivery;
 use super::input;
 use super::{
-    BLOCK_BYTES_MAX, BLOCK_FRAMES_MAX, CONNECTION_WINDOW, FRAME_BYTES_MAX, HEADER_BYTES_MAX, SETTINGS_MAX,
-    STREAM_WINDOW_MAX, Service, WINDOW_PART,
+    BLOCK_BYTES_MAX, BLOCK_FRAMES_MAX, CONNECTION_WINDOW, FAR, FRAME_BYTES_MAX, HEADER_BYTES_MAX,
+    SETTINGS_MAX, STREAM_WINDOW_MAX, Service, WINDOW_PART,
 };
 
 /// Why a connection cannot go on.
@@ -274,13 +275,13 @@ impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
         }
     }
 
-    /// A message that is longer than its stream's window must not wait for one. `coming` bytes of it have been
-    /// announced by their frame.
+    /// A message that is longer than its stream's window must not wait for one, if its service has taken all others.
+    /// `coming` bytes of it have been announced by their frame.
     fn make_way(&mut self, place: usize, coming: usize) {
         let Some(stream) = &mut self.streams[place] else { return };
         let (missing, whole) = stream.delivery.missing();
         let unannounced = missing.saturating_sub(coming);
-        if unannounced as i64 > stream.window {
+        if unannounced as i64 > stream.window && stream.delivery.is_taken() {
             self.widen_all((whole as u32).next_power_of_two());
             self.grant(place, unannounced);
         }
@@ -308,6 +309,7 @@ impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
         let more = bytes as i64 - stream.window;
         if more > 0 {
             stream.window += more;
+            stream.granted = Instant::now();
             let id = stream.id;
             self.output.frame(frame::WINDOW_UPDATE, 0, id, |into| into.extend((more as u32).to_be_bytes()));
         }
@@ -321,7 +323,7 @@ impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
         if stream.is_whole || stream.delivery.is_over() || !is_due || !stream.delivery.is_taken() {
             return;
         }
-        if stream.delivery.is_prompt() {
+        if stream.delivery.is_prompt() && stream.granted.elapsed() >= FAR {
             // Its service waits for the peer, and maybe the peer for its window.
             self.widen_all(2 * self.stream_window);
         }

@@ -21,6 +21,8 @@ use std::task::{Context, Poll};
 
 use http::header::AUTHORIZATION;
 use http::{HeaderMap, HeaderValue, Request, Response};
+use http_body_util::BodyExt;
+use tonic::Status;
 use tonic::body::Body;
 use tonic::service::Routes;
 use tonic_health::pb::health_server::HealthServer;
@@ -209,7 +211,11 @@ impl http2::Service for ConnectionService {
                 let dispatch = Arc::clone(&self.gate.dispatch);
                 Box::pin(call.answer(dispatch, caller, held, request.into_body()))
             }
-            None => Box::pin(self.route(request.map(Body::new), caller, held)),
+            // The routes know errors as statuses.
+            None => {
+                let request = request.map(|body| Body::new(body.map_err(Status::from)));
+                Box::pin(self.route(request, caller, held))
+            }
         }
     }
 }

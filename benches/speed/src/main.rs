@@ -3,7 +3,7 @@
 //!
 //! `benches/speed/run` builds all there is to build, prints tables and writes `target/bench-speed.json` and
 //! `target/bench-speed.svg`. Rounds interleave all rows, a few calls of each in turn, so that a change of the machine's
-//! mood meets them alike. What it cannot know: what a network adds, and what more cores would change.
+//! mood meets them alike. What it cannot know: what a real network adds, and what more cores would change.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program for people")]
 

@@ -89,7 +89,7 @@ async fn a_message_never_waits_for_a_window() {
 }
 
 #[tokio::test]
-async fn a_stream_whose_service_keeps_up_gets_a_larger_window() {
+async fn a_peer_that_is_far_away_and_waited_for_gets_a_larger_window() {
     let mut peer = Peer::new().await;
     let window = frame::WINDOW_DEFAULT;
     let mut allowed = Allowed { initial: window, stream: window, connection: window };
@@ -102,6 +102,11 @@ async fn a_stream_whose_service_keeps_up_gets_a_larger_window() {
         peer.send(frame::DATA, 0, 1, &piece).await;
         allowed.stream -= piece.len() as i64;
         allowed.listen(&mut peer).await;
+        // As long as the way takes.
+        let sent = std::time::Instant::now();
+        while sent.elapsed() < FAR {
+            tokio::task::yield_now().await;
+        }
     }
     assert!(allowed.initial >= i64::from(4 * STREAM_WINDOW), "{}", allowed.initial);
 }

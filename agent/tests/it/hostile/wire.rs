@@ -237,6 +237,18 @@ async fn calls_that_are_no_messages_end_with_a_status() {
     site.serves_others().await;
 }
 
+/// A claim is refused with its reason in every call: those that tonic answers, too.
+#[tokio::test]
+async fn claims_beyond_the_limit_are_told_by_their_reason_everywhere() {
+    let site = Site::start(&[]).await;
+    let attacker = site.attacker().await;
+    for path in [RUN, "/vaccel.v1.Resources/Upload", "/vaccel.v1.Sessions/List"] {
+        let status = sent(&attacker.link(), request(path, &[], begun(&[0, 0xff, 0, 0, 0, 0x0a]))).await;
+        assert_eq!(Error::from_status(&status).reason(), Reason::MessageTooLarge, "{path}: {status:?}");
+    }
+    attacker.session.noop().await.unwrap();
+}
+
 /// A body that is no gRPC's has no framing, whatever its path says, and is answered as any other path of HTTP.
 #[tokio::test]
 async fn paths_of_calls_with_bodies_of_anything_are_no_calls() {
