@@ -13,6 +13,10 @@ use vaccel_proto::limits::{CHUNK_BYTES_MAX, FILES_PER_RESOURCE_MAX, NAME_BYTES_M
 use vaccel_proto::v1::{File, MissingFile, RegisterResourceRequest, ResourceKind};
 use vaccel_proto::{Error, Reason};
 
+/// Bytes of a piece of an upload: of one that has not come whole when the connection breaks, all are sent again.
+pub(crate) const PIECE_BYTES: usize = 256 << 10;
+const _: () = assert!(PIECE_BYTES <= CHUNK_BYTES_MAX);
+
 /// Told how many bytes of a resource the agent has, and how many it will have.
 pub(crate) type Progress = Arc<dyn Fn(u64, u64) + Send + Sync>;
 
@@ -207,7 +211,7 @@ impl Iterator for Pieces {
         if self.left == 0 {
             return None;
         }
-        let length = usize::try_from(self.left).map_or(CHUNK_BYTES_MAX, |left| left.min(CHUNK_BYTES_MAX));
+        let length = usize::try_from(self.left).map_or(PIECE_BYTES, |left| left.min(PIECE_BYTES));
         let piece = self.rest.next(length);
         self.left = if piece.is_err() { 0 } else { self.left - length as u64 };
         Some(piece)

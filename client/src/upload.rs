@@ -253,9 +253,8 @@ impl Stream for Messages {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::files::Source;
+    use crate::files::{PIECE_BYTES, Source};
     use tokio_stream::StreamExt;
-    use vaccel_proto::limits::CHUNK_BYTES_MAX;
 
     fn file(bytes: usize) -> NamedFile {
         NamedFile::new(("f".into(), Source::Memory(vec![7; bytes].into()))).unwrap()
@@ -269,10 +268,10 @@ mod tests {
 
     #[tokio::test]
     async fn pieces_are_bounded_and_the_first_names_the_file() {
-        let file = file(2 * CHUNK_BYTES_MAX + 3);
+        let file = file(2 * PIECE_BYTES + 3);
         let pieces = sent(&file, file.size - 5, &Failure::default()).await;
         let sizes: Vec<usize> = pieces.iter().map(|piece| piece.data.len()).collect();
-        assert_eq!(sizes, [CHUNK_BYTES_MAX, CHUNK_BYTES_MAX - 2]);
+        assert_eq!(sizes, [PIECE_BYTES, PIECE_BYTES - 2]);
         assert_eq!((pieces[0].offset, pieces[0].size, pieces[0].session.as_str()), (5, file.size, "s"));
         assert_eq!(pieces[0].sha256, file.sha256);
         assert!(pieces[1].session.is_empty() && pieces[1].sha256.is_empty());
@@ -288,11 +287,11 @@ mod tests {
     async fn a_file_that_cannot_be_read_any_more_ends_the_messages_and_says_why() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("f");
-        std::fs::write(&path, vec![7; CHUNK_BYTES_MAX + 1]).unwrap();
+        std::fs::write(&path, vec![7; PIECE_BYTES + 1]).unwrap();
         let file = NamedFile::new(("f".into(), Source::Path(path.clone()))).unwrap();
         let failure = Failure::default();
         assert_eq!(sent(&file, file.size, &failure).await.len(), 2);
-        std::fs::write(&path, vec![7; CHUNK_BYTES_MAX]).unwrap();
+        std::fs::write(&path, vec![7; PIECE_BYTES]).unwrap();
         assert_eq!(sent(&file, file.size, &failure).await.len(), 1);
         assert!(failure.lock().unwrap().as_ref().unwrap().message().contains("shorter"));
     }

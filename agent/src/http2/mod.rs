@@ -35,7 +35,7 @@ use bytes::Bytes;
 use http::header::CONTENT_TYPE;
 use http::{HeaderMap, Request, Response};
 use http_body::Body;
-use vaccel_proto::limits::{CHUNK_BYTES_MAX, DEADLINE_MAX, MESSAGE_BYTES_MAX};
+use vaccel_proto::limits::{DEADLINE_MAX, MESSAGE_BYTES_MAX};
 use vaccel_proto::{Error, Reason};
 
 pub(crate) use connection::Connection;
@@ -54,11 +54,11 @@ pub(crate) const REQUEST_DURATION_MAX: Duration = Duration::from_secs(DEADLINE_M
 /// Streams of one connection: more than a tenant's calls by default, which are refused in words.
 const STREAMS_MAX: usize = bell::PLACES;
 
-/// What a peer may send on a stream before it is told to go on, in bytes: at first, which is a piece of an upload with
-/// what is around it, and at most. It grows with longer messages, so that the next one need not wait for the agent to
-/// say so, and where the peer is far away and the service waits for it. A peer whose service does not keep up is held
-/// up there and not here: what has come of an upload and is not on disk is lost with the connection.
-const STREAM_WINDOW: u32 = (CHUNK_BYTES_MAX + (4 << 10)) as u32;
+/// What a peer may send on a stream before it is told to go on, in bytes: at first, and at most. It grows with longer
+/// messages, so that the next one need not wait for the agent to say so, and where the peer is far away and the service
+/// waits for it. A peer whose service does not keep up is held up there and not here: what has come of an upload and is
+/// not on disk may be lost with the connection.
+const STREAM_WINDOW: u32 = 512 << 10;
 const STREAM_WINDOW_MAX: u32 = MESSAGE_BYTES_MAX as u32;
 
 /// The same for all streams, in bytes. It is given back as bytes come: what holds them is charged, each stream has its
@@ -68,6 +68,9 @@ const CONNECTION_WINDOW: u32 = 2 * STREAM_WINDOW_MAX;
 /// What part of a window has arrived when the peer is told to go on: three quarters are on their way meanwhile, which
 /// is a gigabit per second over 100 ms.
 const WINDOW_PART: u32 = 4;
+
+/// What a window that grows with a message is a multiple of, in bytes.
+const WINDOW_STEP: u32 = 64 << 10;
 
 /// How long a part of a window takes to come where a larger one would help: then the peer is 20 ms away, or slow, and
 /// nothing gathers here.

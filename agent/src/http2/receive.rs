@@ -15,7 +15,7 @@ use super::incoming::Delivery;
 use super::input;
 use super::{
     BLOCK_BYTES_MAX, BLOCK_FRAMES_MAX, CONNECTION_WINDOW, FAR, FRAME_BYTES_MAX, HEADER_BYTES_MAX,
-    SETTINGS_MAX, STREAM_WINDOW_MAX, Service, WINDOW_PART,
+    SETTINGS_MAX, STREAM_WINDOW_MAX, Service, WINDOW_PART, WINDOW_STEP,
 };
 
 /// Why a connection cannot go on.
@@ -282,7 +282,7 @@ impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
         let (missing, whole) = stream.delivery.missing();
         let unannounced = missing.saturating_sub(coming);
         if unannounced as i64 > stream.window && stream.delivery.is_taken() {
-            self.widen_all((whole as u32).next_power_of_two());
+            self.widen_all((whole as u32).next_multiple_of(WINDOW_STEP));
             self.grant(place, unannounced);
         }
     }

@@ -96,8 +96,8 @@ async fn a_peer_that_is_far_away_and_waited_for_gets_a_larger_window() {
     allowed.listen(&mut peer).await;
     allowed.stream = allowed.initial;
     peer.call(1, "/echo", &[("content-type", "application/grpc")]).await;
-    let piece = message(&[1; 1 << 18]);
-    for _ in 0..32 {
+    let piece = message(&[1; 1 << 17]);
+    for _ in 0..48 {
         assert!(allowed.stream >= piece.len() as i64, "{}", allowed.stream);
         peer.send(frame::DATA, 0, 1, &piece).await;
         allowed.stream -= piece.len() as i64;
