@@ -1,4 +1,4 @@
-//! A client: one agent, one connection, and what can be asked without a session.
+//! A client: one agent, the connections to it, and what can be asked without a session.
 
 use std::fmt;
 use std::sync::Arc;
@@ -21,10 +21,13 @@ use crate::tls::Tls;
 
 /// How long a dial may take.
 const CONNECT_TIMEOUT_DEFAULT: Duration = Duration::from_secs(5);
+/// Connections of a client when nobody says: the one that everything can take, and more for long messages at the same
+/// time. More would keep no processor busier, and an agent allows a tenant only so many.
+const CONNECTIONS_DEFAULT: usize = 9;
 /// How long a call may take, repetitions included, when nobody says.
 pub const DEADLINE_DEFAULT: Duration = Duration::from_secs(60);
 
-/// A client of one agent. Clones share the connection.
+/// A client of one agent. Clones share its connections.
 #[derive(Clone, Debug)]
 pub struct Client {
     shared: Arc<Shared>,
@@ -43,6 +46,7 @@ pub struct Builder {
     tls: Tls,
     token: Option<String>,
     connect_timeout: Duration,
+    connections: usize,
     deadline: Duration,
 }
 
@@ -63,6 +67,7 @@ impl Client {
             tls: Tls::default(),
             token: None,
             connect_timeout: CONNECT_TIMEOUT_DEFAULT,
+            connections: CONNECTIONS_DEFAULT,
             deadline: DEADLINE_DEFAULT,
         }
     }
@@ -160,6 +165,14 @@ impl Builder {
         self
     }
 
+    /// How many connections the client may have at most; 9 if not said. The first one serves for everything. Where the
+    /// agent is near, runs take others beside it, which cost them less; these are dialed when there are runs.
+    #[must_use]
+    pub fn connections(mut self, most: usize) -> Self {
+        self.connections = most;
+        self
+    }
+
     /// How long a call may take, repetitions included; 60 seconds if not said, at most
     /// [`DEADLINE_MAX`](vaccel_proto::limits::DEADLINE_MAX).
     #[must_use]
@@ -185,7 +198,7 @@ impl Builder {
     /// `BAD_ARGUMENT`, as in [`Builder::connect`].
     pub fn build(self) -> Result<Client, Error> {
         let dialer = Dialer::new(self.endpoint, &self.tls, Protocol::HTTP2)?;
-        let link = Link::new(dialer, self.token.as_deref(), self.connect_timeout)?;
+        let link = Link::new(dialer, self.token.as_deref(), self.connect_timeout, self.connections)?;
         Ok(Client { shared: Arc::new(Shared { link, deadline: self.deadline }) })
     }
 
@@ -207,6 +220,7 @@ impl fmt::Debug for Builder {
             .field("tls", &self.tls)
             .field("token", &self.token.as_ref().map(|_| "…"))
             .field("connect_timeout", &self.connect_timeout)
+            .field("connections", &self.connections)
             .field("deadline", &self.deadline)
             .finish()
     }

@@ -30,6 +30,9 @@
 //! Every error is an [`Error`] with a [`Reason`] from one table.
 
 pub mod env;
+// Its queue of what is to be written is the agent's, too.
+#[doc(hidden)]
+pub mod http2;
 #[cfg(feature = "cli")]
 pub mod npy;
 pub mod vsock;

@@ -23,6 +23,7 @@ use vaccel_proto::{Endpoint, Error, Reason};
 use crate::backoff::Backoff;
 use crate::dial::Dialer;
 use crate::error::{Failure, chain, of_status};
+use crate::http2::{FRAME_BYTES_MAX, KEEP_ALIVE, Pool};
 use crate::unary;
 use crate::wire::{Head, Wire};
 
@@ -32,10 +33,9 @@ const STREAM_WINDOW_BYTES: u32 = 32 << 20;
 const _: () = assert!(STREAM_WINDOW_BYTES as usize == MESSAGE_BYTES_MAX);
 /// The same for all replies of the connection together.
 const CONNECTION_WINDOW_BYTES: u32 = 2 * STREAM_WINDOW_BYTES;
-/// Longest frame the agent may send, in bytes: the usual 16 KiB cost many times the system calls.
-const FRAME_BYTES_MAX: u32 = 1 << 20;
-/// An agent that vanished without a word is noticed after twice this time.
-const KEEP_ALIVE: Duration = Duration::from_secs(20);
+/// A dial that took less is to an agent nearby, where what a call costs is work and not waiting: there it pays to have
+/// connections beside this one. With TLS it takes some milliseconds on the same machine.
+const NEAR: Duration = Duration::from_millis(20);
 
 /// The connection to the agent, as a `tower` service: a generated client of any gRPC service runs over it. A
 /// request is sent once; what may be repeated is repeated by the methods of [`Client`](crate::Client) and
@@ -47,9 +47,11 @@ pub struct Link {
 
 #[derive(Debug)]
 struct Shared {
-    dialer: Dialer,
+    dialer: Arc<Dialer>,
     head: Arc<Head>,
     connect_timeout: Duration,
+    /// Connections at most.
+    connections: usize,
     /// Dials that failed.
     failures: AtomicU64,
     slot: Mutex<Slot>,
@@ -66,10 +68,15 @@ struct Slot {
 
 impl Link {
     /// A link that is not dialed yet.
-    pub(crate) fn new(dialer: Dialer, token: Option<&str>, connect_timeout: Duration) -> Result<Self, Error> {
+    pub(crate) fn new(
+        dialer: Dialer,
+        token: Option<&str>,
+        connect_timeout: Duration,
+        connections: usize,
+    ) -> Result<Self, Error> {
         let head = Arc::new(Head::new(dialer.endpoint(), token)?);
-        let (failures, slot) = Default::default();
-        Ok(Self { shared: Arc::new(Shared { dialer, head, connect_timeout, failures, slot }) })
+        let (dialer, failures, slot) = (Arc::new(dialer), Default::default(), Default::default());
+        Ok(Self { shared: Arc::new(Shared { dialer, head, connect_timeout, connections, failures, slot }) })
     }
 
     pub(crate) fn endpoint(&self) -> &Endpoint {
@@ -140,6 +147,7 @@ impl Link {
 impl Shared {
     /// A connection on which the agent has spoken.
     async fn open(&self) -> Result<Wire, Failure> {
+        let began = Instant::now();
         let (stream, opened) = self.dialer.dial().await?;
         let (sender, connection) = http2::Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
@@ -159,7 +167,13 @@ impl Shared {
             let _ = connection.await;
         });
         match opened.await {
-            Ok(Ok(())) => Ok(Wire::new(sender, Arc::clone(&self.head))),
+            Ok(Ok(())) => {
+                let (dialer, head) = (Arc::clone(&self.dialer), Arc::clone(&self.head));
+                let beside = self.connections.saturating_sub(1);
+                let pool = || Pool::new(beside, dialer, Arc::clone(&head), self.connect_timeout);
+                let pool = (beside > 0 && began.elapsed() < NEAR).then(pool);
+                Ok(Wire::new(sender, head, pool))
+            }
             Ok(Err(error)) => Err(self.dialer.failure(&error)),
             Err(_dropped) => Err(self.dialer.failure(&std::io::ErrorKind::UnexpectedEof.into())),
         }

@@ -1,7 +1,8 @@
 //! The call that is made most, without what others need: one message there, one back.
 //!
 //! tonic copies a message into a buffer to send it, and another time to read it. Here a request's tensors are sent from
-//! where they are, and a reply is gathered once, in a buffer of its length.
+//! where they are, and a reply is gathered once, in a buffer of its length. Such calls have connections of their own
+//! ([`http2`](crate::http2)) where the agent is near; elsewhere, and until there is one, they take the shared one.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -34,8 +35,22 @@ pub(crate) async fn call<R: Message + Default>(
     message: &impl Message,
     time: Duration,
 ) -> Result<Response<R>, Status> {
-    let body = Body::new(Pieces(gather::framed(message)?.into()));
-    let mut request = http::Request::new(body);
+    let pieces = gather::framed(message)?;
+    let message = match wire.beside(pieces.iter().map(Bytes::len).sum()) {
+        Some(connection) => connection.call(path, time, pieces).await?,
+        None => over(&mut wire, path, time, pieces).await?,
+    };
+    Ok(Response::new(R::decode(message).map_err(|_| broken("is no message of the contract"))?))
+}
+
+/// Makes it over the connection that all calls share.
+async fn over(
+    wire: &mut Wire,
+    path: &'static str,
+    time: Duration,
+    pieces: Vec<Bytes>,
+) -> Result<Bytes, Status> {
+    let mut request = http::Request::new(Body::new(Pieces(pieces.into())));
     *request.method_mut() = http::Method::POST;
     *request.uri_mut() = http::Uri::from_static(path);
     *request.headers_mut() = timed((), time).into_parts().0.into_headers();
@@ -47,35 +62,36 @@ pub(crate) async fn call<R: Message + Default>(
         return answered(status).and(Err(broken("has no message")));
     }
     if head.status != http::StatusCode::OK {
-        return Err(Status::new(of_http(head.status), format!("the answer is HTTP status {}", head.status)));
+        return Err(by_http(head.status.as_u16()));
     }
     let (message, trailers) = receive(body).await?;
     let status = trailers.and_then(|trailers| Status::from_header_map(&trailers));
     answered(status.ok_or_else(|| broken("ends without a status"))?)?;
-    let message = message.ok_or_else(|| broken("has no message"))?;
-    Ok(Response::new(R::decode(message).map_err(|_| broken("is no message of the contract"))?))
+    message.ok_or_else(|| broken("has no message"))
 }
 
 fn answered(status: Status) -> Result<(), Status> {
     if status.code() == Code::Ok { Ok(()) } else { Err(status) }
 }
 
-fn broken(how: &str) -> Status {
+/// A reply that is none.
+pub(crate) fn broken(how: &str) -> Status {
     Error::new(Reason::BackendFailed, format!("the agent's reply {how}")).to_status()
 }
 
 /// What stands between client and agent answers by HTTP alone.
 ///
 /// *Source:* gRPC's "HTTP to gRPC Status Code Mapping".
-fn of_http(status: http::StatusCode) -> Code {
-    match status.as_u16() {
+pub(crate) fn by_http(status: u16) -> Status {
+    let code = match status {
         400 => Code::Internal,
         401 => Code::Unauthenticated,
         403 => Code::PermissionDenied,
         404 => Code::Unimplemented,
         429 | 502..=504 => Code::Unavailable,
         _ => Code::Unknown,
-    }
+    };
+    Status::new(code, format!("the answer is HTTP status {status}"))
 }
 
 /// The message of a reply, and the trailers.
@@ -129,7 +145,7 @@ impl Gathered {
 }
 
 /// Bytes of a message and its framing, once its beginning is there.
-fn framed_length(bytes: &[u8]) -> Result<Option<usize>, Status> {
+pub(crate) fn framed_length(bytes: &[u8]) -> Result<Option<usize>, Status> {
     let Some(&[is_compressed, length @ ..]) = bytes.first_chunk::<GRPC_HEADER_BYTES>() else {
         return Ok(None);
     };

@@ -7,6 +7,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use http::header::{AUTHORIZATION, HeaderMap, HeaderValue, USER_AGENT};
 use http::uri::{Authority, Parts, Scheme};
@@ -14,11 +15,17 @@ use http_body_util::BodyExt;
 use hyper::client::conn::http2::SendRequest;
 use tonic::body::Body;
 use tower_service::Service;
+use vaccel_guest::hpack;
 use vaccel_proto::{Endpoint, Error, Reason};
 
+use crate::client::timed;
 use crate::error::{Failure, Reach, chain};
+use crate::http2::{Connection, Pool};
 
 const AGENT: HeaderValue = HeaderValue::from_static(concat!("vaccel-client/", env!("CARGO_PKG_VERSION")));
+
+/// Bytes of a header block that are neither path nor host nor token: names, lengths, and values that are ours.
+const HEAD_BYTES: usize = 256;
 
 /// What every request begins with.
 #[derive(Debug)]
@@ -52,6 +59,37 @@ impl Head {
             Ok::<_, Error>(value)
         });
         Ok(Self { endpoint: endpoint.clone(), scheme, authority, authorization: authorization.transpose()? })
+    }
+
+    pub(crate) fn endpoint(&self) -> &Endpoint {
+        &self.endpoint
+    }
+
+    /// Writes the header block of a call.
+    pub(crate) fn block(&self, path: &str, time: Duration, into: &mut Vec<u8>) {
+        let timeout = timed((), time).into_parts().0.into_headers().remove("grpc-timeout");
+        let scheme = if self.scheme == Scheme::HTTPS { hpack::SCHEME_HTTPS } else { hpack::SCHEME_HTTP };
+        let (authority, token) = (self.authority.as_str(), self.authorization.as_ref());
+        let own = path.len() + authority.len() + token.map_or(0, HeaderValue::len);
+        let begin = into.len();
+        into.resize(begin + own + HEAD_BYTES, 0);
+        let mut headers = hpack::Writer::new(&mut into[begin..]);
+        headers.indexed(hpack::METHOD_POST);
+        headers.indexed(scheme);
+        headers.named(hpack::PATH, path.as_bytes());
+        headers.named(hpack::AUTHORITY, authority.as_bytes());
+        headers.named(hpack::CONTENT_TYPE, b"application/grpc");
+        headers.literal(b"te", b"trailers");
+        headers.named(hpack::USER_AGENT, AGENT.as_bytes());
+        if let Some(timeout) = timeout {
+            headers.literal(b"grpc-timeout", timeout.as_bytes());
+        }
+        if let Some(token) = token {
+            headers.secret(hpack::AUTHORIZATION, [token.as_bytes(), b""]);
+        }
+        let length = headers.finish().unwrap_or(0);
+        debug_assert!(length > 0, "HEAD_BYTES is too little");
+        into.truncate(begin + length);
     }
 
     fn address(&self, request: &mut http::Request<Body>) {
@@ -105,6 +143,7 @@ pub(crate) struct Wire {
     sender: SendRequest<Body>,
     head: Arc<Head>,
     broken: Arc<AtomicBool>,
+    pool: Option<Pool>,
 }
 
 impl fmt::Debug for Wire {
@@ -117,8 +156,14 @@ impl fmt::Debug for Wire {
 }
 
 impl Wire {
-    pub(crate) fn new(sender: SendRequest<Body>, head: Arc<Head>) -> Self {
-        Self { sender, head, broken: Arc::default() }
+    /// A connection, and those beside it, if it pays to have them.
+    pub(crate) fn new(sender: SendRequest<Body>, head: Arc<Head>, pool: Option<Pool>) -> Self {
+        Self { sender, head, broken: Arc::default(), pool }
+    }
+
+    /// A connection beside it for a call of one message there and one back, the request of so many bytes.
+    pub(crate) fn beside(&self, bytes: usize) -> Option<Connection> {
+        self.pool.as_ref()?.choose(bytes)
     }
 
     /// Whether a new request has a chance on this connection.

@@ -18,13 +18,13 @@ use super::bell::{Bell, Place};
 use super::fields::Table;
 use super::incoming::{Delivery, lost};
 use super::input::Input;
-use super::output::Output;
 use super::receive::{Expect, Fault, Unfinished};
 use super::{
     CONNECTION_WINDOW, FAREWELL, FRAME_BYTES_MAX, HEADER_BYTES_MAX, KEEP_ALIVE, OWED_BYTES_MAX,
     QUEUE_BYTES_MAX, REQUEST_DURATION_MAX, STREAM_WINDOW, STREAMS_MAX, Service,
 };
 use crate::pool::Pool;
+use vaccel_client::http2::Output;
 
 /// What the PING says that goes with the news of closing.
 const FAREWELL_PING: [u8; 8] = *b"farewell";

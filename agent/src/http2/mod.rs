@@ -4,8 +4,8 @@
 //! of its own. Here the bytes of a message go from the socket to where the operation reads them, a call that needs no
 //! waiting is answered where it was read, and head, tensors and trailers of a reply leave in one system call.
 //!
-//! `connection` is the task, `receive` what it does about a peer's frames, `send` what becomes of answers; `input` and
-//! `output` are the socket's two directions, `incoming` a request's body, `fields` header blocks, `bell` who is to be
+//! `connection` is the task, `receive` what it does about a peer's frames, `send` what becomes of answers; `input` is
+//! what was read, `incoming` a request's body, `fields` header blocks, `bell` who is to be
 //! looked at. **Invariant:** it knows no service; whatever a peer can make it hold is bounded here or charged by
 //! [`Meter`].
 //!
@@ -22,7 +22,6 @@ mod connection;
 mod fields;
 mod incoming;
 mod input;
-mod output;
 mod receive;
 mod send;
 #[cfg(test)]

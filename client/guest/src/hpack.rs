@@ -1,5 +1,5 @@
 //! Header blocks: written as literals, read with the static table. The guest allows no dynamic table, and a peer that
-//! uses one all the same is refused. The agent, which has one, reads the same [`Field`]s.
+//! uses one all the same is refused, as does the async client. The agent, which has one, reads the same [`Field`]s.
 //!
 //! *Source:* RFC 7541.
 
@@ -42,7 +42,7 @@ impl<'a> Value<'a> {
         }
     }
 
-    pub(crate) fn is(self, text: &[u8]) -> bool {
+    pub fn is(self, text: &[u8]) -> bool {
         self.bytes().eq(text.iter().copied())
     }
 
@@ -51,7 +51,7 @@ impl<'a> Value<'a> {
     }
 
     /// The number in decimal digits, if it is one below 2^32.
-    pub(crate) fn number(self) -> Option<u32> {
+    pub fn number(self) -> Option<u32> {
         let mut bytes = self.bytes().peekable();
         bytes.peek()?;
         bytes.try_fold(0_u32, |number, byte| {
@@ -184,17 +184,21 @@ impl<'a> Fields<'a> {
 
 /// The headers of a block, in order, without a dynamic table.
 #[derive(Debug)]
-pub(crate) struct Headers<'a> {
+pub struct Headers<'a> {
     fields: Fields<'a>,
 }
 
 impl<'a> Headers<'a> {
-    pub(crate) fn new(block: &'a [u8]) -> Self {
+    pub fn new(block: &'a [u8]) -> Self {
         Self { fields: Fields::new(block) }
     }
 
     /// The next header; none at the end.
-    pub(crate) fn next(&mut self) -> Result<Option<(Value<'a>, Value<'a>)>, Broken> {
+    #[allow(
+        clippy::should_implement_trait,
+        reason = "what cannot be read is no item: nothing comes after it"
+    )]
+    pub fn next(&mut self) -> Result<Option<(Value<'a>, Value<'a>)>, Broken> {
         let of_table = |number| {
             let (name, value) = entry(number).ok_or(Broken)?;
             Ok((Value::Plain(name.as_bytes()), Value::Plain(value.as_bytes())))
@@ -215,28 +219,29 @@ impl<'a> Headers<'a> {
 
 /// Writes headers; what does not fit is noticed, not written.
 #[derive(Debug)]
-pub(crate) struct Writer<'a> {
+pub struct Writer<'a> {
     into: &'a mut [u8],
     length: usize,
     overflow: bool,
 }
 
 /// Entries of the static table that requests use.
-pub(crate) const METHOD_POST: u8 = 3;
-pub(crate) const SCHEME_HTTP: u8 = 6;
-pub(crate) const PATH: u8 = 4;
-pub(crate) const AUTHORITY: u8 = 1;
-pub(crate) const CONTENT_TYPE: u8 = 31;
-pub(crate) const AUTHORIZATION: u8 = 23;
-pub(crate) const USER_AGENT: u8 = 58;
+pub const METHOD_POST: u8 = 3;
+pub const SCHEME_HTTP: u8 = 6;
+pub const SCHEME_HTTPS: u8 = 7;
+pub const PATH: u8 = 4;
+pub const AUTHORITY: u8 = 1;
+pub const CONTENT_TYPE: u8 = 31;
+pub const AUTHORIZATION: u8 = 23;
+pub const USER_AGENT: u8 = 58;
 
 impl<'a> Writer<'a> {
-    pub(crate) fn new(into: &'a mut [u8]) -> Self {
+    pub fn new(into: &'a mut [u8]) -> Self {
         Self { into, length: 0, overflow: false }
     }
 
     /// Bytes written; none when not everything fitted.
-    pub(crate) fn finish(self) -> Option<usize> {
+    pub fn finish(self) -> Option<usize> {
         Some(self.length).filter(|_| !self.overflow)
     }
 
@@ -272,18 +277,18 @@ impl<'a> Writer<'a> {
     }
 
     /// A header of the static table as it stands.
-    pub(crate) fn indexed(&mut self, index: u8) {
+    pub fn indexed(&mut self, index: u8) {
         self.integer(0x80, 7, usize::from(index));
     }
 
     /// A header whose name is in the static table.
-    pub(crate) fn named(&mut self, index: u8, value: &[u8]) {
+    pub fn named(&mut self, index: u8, value: &[u8]) {
         self.integer(0, 4, usize::from(index));
         self.string(value);
     }
 
     /// The same for a secret, which nobody on the way may keep in a table.
-    pub(crate) fn secret(&mut self, index: u8, parts: [&[u8]; 2]) {
+    pub fn secret(&mut self, index: u8, parts: [&[u8]; 2]) {
         self.integer(0x10, 4, usize::from(index));
         self.integer(0, 7, parts.iter().map(|part| part.len()).sum());
         for part in parts {
@@ -291,7 +296,7 @@ impl<'a> Writer<'a> {
         }
     }
 
-    pub(crate) fn literal(&mut self, name: &[u8], value: &[u8]) {
+    pub fn literal(&mut self, name: &[u8], value: &[u8]) {
         self.put(&[0]);
         self.string(name);
         self.string(value);

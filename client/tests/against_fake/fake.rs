@@ -48,6 +48,8 @@ pub(crate) struct State {
     pub(crate) connections: AtomicUsize,
     pub(crate) opened: AtomicUsize,
     pub(crate) runs: AtomicUsize,
+    /// Those of them that came over another connection than the first.
+    pub(crate) beside: AtomicUsize,
     /// Those of them that came in pieces.
     pub(crate) large: AtomicUsize,
     /// Offset and bytes of each upload.
@@ -56,10 +58,10 @@ pub(crate) struct State {
     pub(crate) headers: Mutex<http::HeaderMap>,
     /// The next connection gets its first request answered with this frame, and ends.
     pub(crate) hijack: Mutex<Option<&'static [u8]>>,
+    cuts: Mutex<Vec<Arc<Notify>>>,
     sessions: Mutex<HashMap<String, BTreeSet<String>>>,
     pub(crate) blobs: Mutex<HashMap<Bytes, Vec<u8>>>,
     next: AtomicUsize,
-    cut: Notify,
 }
 
 impl State {
@@ -67,6 +69,11 @@ impl State {
     pub(crate) fn forget(&self) {
         self.sessions.lock().unwrap().clear();
         self.blobs.lock().unwrap().clear();
+    }
+
+    /// Cuts every connection.
+    pub(crate) fn cut_all(&self) {
+        self.cuts.lock().unwrap().drain(..).for_each(|cut| cut.notify_one());
     }
 
     pub(crate) fn runs(&self) -> usize {
@@ -90,24 +97,21 @@ impl State {
         if known { Ok(()) } else { Err(Error::not_found("session", id).into()) }
     }
 
-    async fn cut(&self) -> Status {
-        self.cut.notify_one();
-        std::future::pending().await
-    }
-
     async fn serve<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(self: Arc<Self>, stream: S) {
-        self.connections.fetch_add(1, SeqCst);
+        let number = self.connections.fetch_add(1, SeqCst);
         let hijack = self.hijack.lock().unwrap().take();
         if let Some(frame) = hijack {
             return answer_with(stream, frame).await;
         }
-        let door = Door(Arc::clone(&self));
+        let cut = Arc::new(Notify::new());
+        self.cuts.lock().unwrap().push(Arc::clone(&cut));
+        let door = Door(Arc::clone(&self), Arc::clone(&cut), number);
         let service = service_fn(move |request: http::Request<Incoming>| answer(door.clone(), request));
         let connection = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
             .serve_connection(TokioIo::new(stream), service);
         tokio::select! {
             _ = connection => {}
-            () = self.cut.notified() => {}
+            () = cut.notified() => {}
         }
     }
 }
@@ -191,8 +195,9 @@ impl Fake {
         Arc::clone(&self.state).serve(stream).await;
     }
 
+    /// A client that has one connection for everything.
     pub(crate) async fn client(&self) -> Client {
-        Client::builder(self.endpoint()).connect().await.unwrap()
+        Client::builder(self.endpoint()).connections(1).connect().await.unwrap()
     }
 }
 
@@ -204,8 +209,16 @@ impl Drop for Fake {
     }
 }
 
+/// One connection's way to the state, what cuts it, and its number.
 #[derive(Clone)]
-struct Door(Arc<State>);
+struct Door(Arc<State>, Arc<Notify>, usize);
+
+impl Door {
+    async fn cut(&self) -> Status {
+        self.1.notify_one();
+        std::future::pending().await
+    }
+}
 
 #[tonic::async_trait]
 impl Agent for Door {
@@ -310,7 +323,7 @@ impl Resources for Door {
                 if self.0.cut_forgets.load(SeqCst) {
                     self.0.forget();
                 }
-                return Err(self.0.cut().await);
+                return Err(self.cut().await);
             }
             match stream.message().await? {
                 Some(next) => piece = next.data,
@@ -355,10 +368,11 @@ impl Operations for Door {
         let request = request.into_inner();
         self.0.session(&request.session)?;
         self.0.runs.fetch_add(1, SeqCst);
+        self.0.beside.fetch_add(usize::from(self.2 > 0), SeqCst);
         let step = self.0.steps.lock().unwrap().pop_front();
         match step {
             None => {}
-            Some(Step::Cut) => return Err(self.0.cut().await),
+            Some(Step::Cut) => return Err(self.cut().await),
             Some(Step::Hang) => std::future::pending().await,
             Some(Step::Refuse(error)) => return Err(error.into()),
         }

@@ -3,6 +3,7 @@
 
 mod calls;
 mod command;
+mod connections;
 mod fake;
 mod recovery;
 mod tls;

@@ -15,7 +15,7 @@ use super::{Source, model};
 use crate::Failure;
 use crate::shape::Shape;
 
-/// A session over a connection of its own.
+/// A session.
 struct Caller {
     session: Session,
     models: HashMap<Shape, Resource>,
@@ -23,8 +23,7 @@ struct Caller {
 }
 
 impl Caller {
-    async fn new(address: &str) -> Result<Self, Failure> {
-        let client = Client::builder(address.parse()?).connect().await?;
+    async fn new(client: &Client) -> Result<Self, Failure> {
         let session = client.open_session(SessionOptions::default()).await?;
         Ok(Self { session, models: HashMap::new(), source: Source::default() })
     }
@@ -81,7 +80,7 @@ pub(super) struct Single {
 impl Single {
     pub(super) fn new(address: &str) -> Result<Self, Failure> {
         let runtime = Builder::new_current_thread().enable_all().build()?;
-        let caller = runtime.block_on(Caller::new(address))?;
+        let caller = runtime.block_on(async { Caller::new(&connect(address).await?).await })?;
         Ok(Self { runtime, caller })
     }
 }
@@ -92,7 +91,11 @@ impl super::Caller for Single {
     }
 }
 
-/// Callers that are tasks of one runtime of as many threads as there are cores.
+async fn connect(address: &str) -> Result<Client, Failure> {
+    Ok(Client::builder(address.parse()?).connect().await?)
+}
+
+/// Callers that are tasks of one runtime of as many threads as there are cores, and share a client.
 pub(super) struct Tasks {
     runtime: Runtime,
     callers: Vec<Caller>,
@@ -101,7 +104,8 @@ pub(super) struct Tasks {
 impl Tasks {
     pub(super) fn new(address: &str, count: usize) -> Result<Self, Failure> {
         let runtime = Builder::new_multi_thread().enable_all().build()?;
-        let callers = (0..count).map(|_| runtime.block_on(Caller::new(address))).collect::<Result<_, _>>()?;
+        let client = runtime.block_on(connect(address))?;
+        let callers = (0..count).map(|_| runtime.block_on(Caller::new(&client))).collect::<Result<_, _>>()?;
         Ok(Self { runtime, callers })
     }
 }

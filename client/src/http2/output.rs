@@ -19,6 +19,7 @@ const COPIED_BYTES_MAX: usize = 1024;
 const IDLE_BYTES: usize = 512;
 const IDLE_PARTS: usize = 4;
 
+#[derive(Debug)]
 enum Part {
     /// The next so many bytes of the buffer.
     Own(usize),
@@ -26,8 +27,8 @@ enum Part {
 }
 
 /// The queue.
-#[derive(Default)]
-pub(super) struct Output {
+#[derive(Debug, Default)]
+pub struct Output {
     parts: VecDeque<Part>,
     own: Vec<u8>,
     /// Bytes of `own` that were written.
@@ -37,17 +38,23 @@ pub(super) struct Output {
 
 impl Output {
     /// Bytes that are not written yet.
-    pub(super) fn bytes(&self) -> usize {
+    pub fn bytes(&self) -> usize {
         self.bytes
     }
 
     /// Those of them that are not contents.
-    pub(super) fn own_bytes(&self) -> usize {
+    pub fn own_bytes(&self) -> usize {
         self.own.len() - self.own_begin
     }
 
+    /// Bytes as they are.
+    pub fn raw(&mut self, bytes: &[u8]) {
+        self.own.extend_from_slice(bytes);
+        self.wrote(bytes.len());
+    }
+
     /// A frame with what `content` writes.
-    pub(super) fn frame(&mut self, kind: u8, flags: u8, stream: u32, content: impl FnOnce(&mut Vec<u8>)) {
+    pub fn frame(&mut self, kind: u8, flags: u8, stream: u32, content: impl FnOnce(&mut Vec<u8>)) {
         let begin = self.own.len();
         self.own.extend([0; frame::HEADER_BYTES]);
         content(&mut self.own);
@@ -58,7 +65,7 @@ impl Output {
     }
 
     /// A DATA frame.
-    pub(super) fn data(&mut self, stream: u32, content: Bytes, is_last: bool) {
+    pub fn data(&mut self, stream: u32, content: Bytes, is_last: bool) {
         let flags = if is_last { frame::END_STREAM } else { 0 };
         let header = Header { length: content.len(), kind: frame::DATA, flags, stream }.encode();
         self.own.extend(header);
@@ -83,7 +90,7 @@ impl Output {
     }
 
     /// Writes everything.
-    pub(super) fn poll_flush(
+    pub fn poll_flush(
         &mut self,
         context: &mut Context<'_>,
         stream: &mut (impl AsyncWrite + Unpin),

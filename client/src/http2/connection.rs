@@ -1,0 +1,257 @@
+//! Who works on a connection, and when.
+//!
+//! A call that is alone works on it itself. With two or more the attendant does, a task that also answers the agent when
+//! there is no call, and notices an agent that has vanished. Whoever works has the socket wake it; so when a call takes
+//! over, the attendant need not be told, and is not: it looks after a connection that is in use once a second.
+
+use std::fmt;
+use std::future::poll_fn;
+use std::pin::{Pin, pin};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::time::{Instant, Sleep, sleep};
+use tonic::Status;
+
+use super::KEEP_ALIVE;
+use super::state::{State, failed};
+use super::stream::Outcome;
+use crate::dial::Stream as Socket;
+use crate::error::Reach;
+use crate::wire::Head;
+
+/// Pause between the attendant's looks at a connection on which calls are made.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// A connection, closed when it is dropped and no call is on it.
+#[derive(Clone)]
+pub(crate) struct Connection {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    work: Mutex<Work>,
+    /// Bytes of the requests of calls that are on it, and how many calls: what one among several is chosen by.
+    bytes: AtomicUsize,
+    calls: AtomicUsize,
+    is_closed: AtomicBool,
+}
+
+struct Work {
+    state: State,
+    worker: Worker,
+    attendant: Option<Waker>,
+    /// The attendant sleeps for long: it has to be told that calls are made.
+    is_asleep: bool,
+    /// Calls were made since the attendant looked.
+    in_use: bool,
+}
+
+/// Whom the socket wakes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Worker {
+    /// Nobody, between two calls.
+    None,
+    Attendant,
+    Call(u32),
+}
+
+impl Connection {
+    /// Says and hears over a socket what comes before calls.
+    ///
+    /// # Errors
+    /// What ended it before it began.
+    pub(crate) async fn open(socket: Box<dyn Socket>, head: Arc<Head>) -> Result<Self, String> {
+        let mut state = State::new(socket, head);
+        poll_fn(|context| {
+            state.drive(context, None);
+            match state.end() {
+                Some(why) => Poll::Ready(Err(why.to_owned())),
+                None if state.is_settled => Poll::Ready(Ok(())),
+                None => Poll::Pending,
+            }
+        })
+        .await?;
+        let work = Work { state, worker: Worker::None, attendant: None, is_asleep: false, in_use: true };
+        let shared = Arc::new(Shared {
+            work: Mutex::new(work),
+            bytes: AtomicUsize::new(0),
+            calls: AtomicUsize::new(0),
+            is_closed: AtomicBool::new(false),
+        });
+        let attended = Arc::downgrade(&shared);
+        tokio::spawn(attend(attended));
+        Ok(Self { shared })
+    }
+
+    /// Whether it is over, or about to be.
+    pub(super) fn is_closed(&self) -> bool {
+        self.shared.is_closed.load(Ordering::Relaxed)
+    }
+
+    /// How busy it is: bytes of requests, then calls.
+    pub(super) fn load(&self) -> (usize, usize) {
+        (self.shared.bytes.load(Ordering::Relaxed), self.shared.calls.load(Ordering::Relaxed))
+    }
+
+    /// Makes a call: a message in gRPC's framing, for one with gRPC's framing before it cut off.
+    ///
+    /// # Errors
+    /// The agent's status; a [`Failure`](crate::error::Failure) is its source.
+    pub(crate) async fn call(&self, path: &str, time: Duration, pieces: Vec<Bytes>) -> Outcome {
+        let bytes = pieces.iter().map(Bytes::len).sum();
+        let mut call = Call { connection: self, bytes, id: None };
+        self.shared.bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.shared.calls.fetch_add(1, Ordering::Relaxed);
+        call.id = Some(self.shared.begin(path, time, pieces)?);
+        poll_fn(|context| call.poll(context)).await
+    }
+}
+
+impl fmt::Debug for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Connection").field("load", &self.load()).finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    fn work(&self) -> MutexGuard<'_, Work> {
+        self.work.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts a call on its way; its first poll sends it, or the attendant does.
+    fn begin(&self, path: &str, time: Duration, pieces: Vec<Bytes>) -> Result<u32, Status> {
+        let mut work = self.work();
+        let work = &mut *work;
+        if !work.state.takes_calls() {
+            let why = work.state.end().unwrap_or("it takes no more calls").to_owned();
+            return Err(failed(&work.state.head, Reach::Unsent, &why));
+        }
+        let id = work.state.begin(path, time, pieces);
+        work.in_use = true;
+        let is_alone = work.state.streams.len() == 1;
+        if !is_alone {
+            work.worker = Worker::Attendant;
+        }
+        if !is_alone || std::mem::take(&mut work.is_asleep) {
+            work.attendant.as_ref().inspect(|attendant| attendant.wake_by_ref());
+        }
+        Ok(id)
+    }
+
+    /// After whatever may have ended the connection or other calls.
+    fn leave(&self, mut work: MutexGuard<'_, Work>) {
+        let woken = std::mem::take(&mut work.state.woken);
+        let is_closed = work.state.end().is_some() || work.state.is_leaving;
+        drop(work);
+        self.is_closed.fetch_or(is_closed, Ordering::Relaxed);
+        woken.into_iter().for_each(Waker::wake);
+    }
+
+    /// The attendant's turn. Ready when the connection has ended.
+    fn attend(&self, context: &mut Context<'_>, mut alarm: Pin<&mut Sleep>) -> Poll<()> {
+        let mut work = self.work();
+        let work_now = &mut *work;
+        if !work_now.attendant.as_ref().is_some_and(|known| known.will_wake(context.waker())) {
+            work_now.attendant = Some(context.waker().clone());
+        }
+        let now = Instant::now();
+        let rings = alarm.as_mut().poll(context).is_ready();
+        if rings {
+            work_now.state.look(now);
+            if !std::mem::take(&mut work_now.in_use) {
+                // Nobody, or a call that waits for long or is not polled: the agent wants answers all the same.
+                work_now.worker = Worker::Attendant;
+            }
+        }
+        match work_now.worker {
+            Worker::Attendant => work_now.state.drive(context, None),
+            _ => work_now.state.flush(context),
+        }
+        work_now.is_asleep = !work_now.in_use && work_now.worker == Worker::Attendant;
+        let pause = if work_now.is_asleep { KEEP_ALIVE } else { LOOK };
+        if rings || alarm.deadline() > now + pause {
+            alarm.as_mut().reset(now + pause);
+            // Registers the new time, which is not over.
+            let _ = alarm.poll(context);
+        }
+        let is_over = work_now.state.end().is_some();
+        self.leave(work);
+        if is_over { Poll::Ready(()) } else { Poll::Pending }
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        let work = self.work.get_mut().unwrap_or_else(PoisonError::into_inner);
+        work.attendant.take().into_iter().for_each(Waker::wake);
+    }
+}
+
+/// Works on a connection until nobody has it any more.
+async fn attend(shared: Weak<Shared>) {
+    let mut alarm = pin!(sleep(LOOK));
+    poll_fn(move |context| match shared.upgrade() {
+        Some(shared) => shared.attend(context, alarm.as_mut()),
+        None => Poll::Ready(()),
+    })
+    .await;
+}
+
+/// A call that is on a connection until this is dropped.
+struct Call<'a> {
+    connection: &'a Connection,
+    bytes: usize,
+    id: Option<u32>,
+}
+
+impl Call<'_> {
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Outcome> {
+        let shared = &self.connection.shared;
+        let Some(id) = self.id else { return Poll::Pending };
+        let mut work = shared.work();
+        let work_now = &mut *work;
+        if work_now.state.streams.len() == 1 {
+            work_now.worker = Worker::Call(id);
+        }
+        if work_now.worker == Worker::Call(id) {
+            work_now.in_use = true;
+            work_now.state.drive(context, Some(id));
+        }
+        let outcome = work_now.state.take_outcome(id);
+        match &outcome {
+            Some(_) => self.leave(work_now),
+            None => work_now.state.wait(id, context.waker()),
+        }
+        shared.leave(work);
+        outcome.map_or(Poll::Pending, Poll::Ready)
+    }
+
+    /// Is on the connection no more.
+    fn leave(&mut self, work: &mut Work) {
+        if self.id.take().map(Worker::Call) == Some(work.worker) {
+            work.worker = Worker::None;
+        }
+        if work.state.output.bytes() > 0 && work.worker != Worker::Attendant {
+            // What is left to write is written when the attendant has its turn.
+            work.attendant.as_ref().inspect(|attendant| attendant.wake_by_ref());
+        }
+    }
+}
+
+impl Drop for Call<'_> {
+    fn drop(&mut self) {
+        let shared = &self.connection.shared;
+        shared.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
+        shared.calls.fetch_sub(1, Ordering::Relaxed);
+        if let Some(id) = self.id {
+            let mut work = shared.work();
+            work.state.give_up(id);
+            self.leave(&mut work);
+            shared.leave(work);
+        }
+    }
+}
