@@ -163,6 +163,10 @@ pub struct Settings {
     #[arg(long, global = true, env = "VACCEL_AGENT_TENANT_IN_FLIGHT_MIB", value_name = "MIB")]
     pub tenant_in_flight_mib: Option<u64>,
 
+    /// MiB of memory one tenant may share with the agent over unix sockets; 0 for none [default: 512]
+    #[arg(long, global = true, env = "VACCEL_AGENT_TENANT_SHARED_MIB", value_name = "MIB")]
+    pub tenant_shared_mib: Option<u64>,
+
     /// error, warn, info, debug or trace, or per module as in `info,vaccel_agent::transport=debug` [default: info]
     #[arg(long, global = true, env = "VACCEL_AGENT_LOG", value_name = "FILTER")]
     pub log: Option<String>,
@@ -266,6 +270,7 @@ impl Settings {
             tenant_calls_max,
             tenant_resource_mib,
             tenant_in_flight_mib,
+            tenant_shared_mib,
             log,
             log_format
         );
@@ -372,6 +377,8 @@ pub struct TenantLimits {
     pub resource_bytes: u64,
     /// Bytes of requests being received or served.
     pub in_flight_bytes: u64,
+    /// Bytes of memory shared with the agent.
+    pub shared_bytes: u64,
 }
 
 impl Config {
@@ -417,6 +424,7 @@ impl Config {
                 calls: settings.tenant_calls_max.unwrap_or(64),
                 resource_bytes: mebibytes(settings.tenant_resource_mib.unwrap_or(1024)),
                 in_flight_bytes: mebibytes(settings.tenant_in_flight_mib.unwrap_or(256)),
+                shared_bytes: mebibytes(settings.tenant_shared_mib.unwrap_or(512)),
             },
             policy: settings.policy,
             log: settings.log.unwrap_or_else(|| "info".into()),

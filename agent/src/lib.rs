@@ -21,6 +21,7 @@ mod resource;
 mod scheduler;
 mod service;
 mod session;
+mod shared;
 mod transport;
 
 use std::fmt;

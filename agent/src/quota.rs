@@ -26,6 +26,8 @@ pub(crate) enum Unit {
     Objects,
     ResourceBytes,
     InFlightBytes,
+    /// Memory that callers share with the agent.
+    SharedBytes,
 }
 
 /// Computations of one tenant that nobody waits for and that have not stopped yet. An engine cannot be interrupted
@@ -49,6 +51,7 @@ pub(crate) struct Account {
     objects: AtomicU64,
     resource_bytes: AtomicU64,
     in_flight_bytes: AtomicU64,
+    shared_bytes: AtomicU64,
 }
 
 impl Account {
@@ -63,6 +66,7 @@ impl Account {
             objects: AtomicU64::new(0),
             resource_bytes: AtomicU64::new(0),
             in_flight_bytes: AtomicU64::new(0),
+            shared_bytes: AtomicU64::new(0),
         }
     }
 
@@ -90,6 +94,9 @@ impl Account {
                 "requests of this tenant in flight",
                 "bytes",
             ),
+            Unit::SharedBytes => {
+                (&self.shared_bytes, self.limits.shared_bytes, "shared memory of this tenant", "bytes")
+            }
         }
     }
 
@@ -222,6 +229,7 @@ mod tests {
             calls: 1,
             resource_bytes: 10,
             in_flight_bytes: u64::MAX,
+            shared_bytes: 1,
         };
         Accounts::new(limits, |_| 1)
     }

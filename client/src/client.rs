@@ -17,6 +17,7 @@ use crate::http1::Http1;
 use crate::link::Link;
 use crate::retry::Deadline;
 use crate::session::{Session, SessionOptions};
+use crate::shared::Buffer;
 use crate::tls::Tls;
 
 /// How long a dial may take.
@@ -47,6 +48,7 @@ pub struct Builder {
     token: Option<String>,
     connect_timeout: Duration,
     connections: usize,
+    shares_memory: bool,
     deadline: Duration,
 }
 
@@ -68,6 +70,7 @@ impl Client {
             token: None,
             connect_timeout: CONNECT_TIMEOUT_DEFAULT,
             connections: CONNECTIONS_DEFAULT,
+            shares_memory: true,
             deadline: DEADLINE_DEFAULT,
         }
     }
@@ -114,6 +117,12 @@ impl Client {
             })
             .await
             .map(|reply| reply.sessions)
+    }
+
+    /// Memory to produce the data of a tensor in, of so many bytes, all 0 or what calls before left there. Where agent
+    /// and client share memory it lies there, and calls with it copy nothing.
+    pub async fn buffer(&self, bytes: usize) -> Buffer {
+        self.link().memory().buffer(bytes).await
     }
 
     /// The agent's address.
@@ -173,6 +182,14 @@ impl Builder {
         self
     }
 
+    /// Whether long tensors go through memory that the agent shares, where it does; they do if not said. It is for
+    /// agents on this machine, behind unix sockets, and makes no other difference than that of time.
+    #[must_use]
+    pub fn shares_memory(mut self, yes: bool) -> Self {
+        self.shares_memory = yes;
+        self
+    }
+
     /// How long a call may take, repetitions included; 60 seconds if not said, at most
     /// [`DEADLINE_MAX`](vaccel_proto::limits::DEADLINE_MAX).
     #[must_use]
@@ -198,7 +215,8 @@ impl Builder {
     /// `BAD_ARGUMENT`, as in [`Builder::connect`].
     pub fn build(self) -> Result<Client, Error> {
         let dialer = Dialer::new(self.endpoint, &self.tls, Protocol::HTTP2)?;
-        let link = Link::new(dialer, self.token.as_deref(), self.connect_timeout, self.connections)?;
+        let (token, memory) = (self.token.as_deref(), self.shares_memory);
+        let link = Link::new(dialer, token, self.connect_timeout, self.connections, memory)?;
         Ok(Client { shared: Arc::new(Shared { link, deadline: self.deadline }) })
     }
 
@@ -221,6 +239,7 @@ impl fmt::Debug for Builder {
             .field("token", &self.token.as_ref().map(|_| "…"))
             .field("connect_timeout", &self.connect_timeout)
             .field("connections", &self.connections)
+            .field("shares_memory", &self.shares_memory)
             .field("deadline", &self.deadline)
             .finish()
     }

@@ -35,6 +35,9 @@ pub mod env;
 pub mod http2;
 #[cfg(feature = "cli")]
 pub mod npy;
+// The agent maps the same memory.
+#[doc(hidden)]
+pub mod shared;
 pub mod vsock;
 
 mod backoff;
@@ -69,6 +72,7 @@ pub use link::Link;
 pub use models::{TfRun, tf_input, tf_node};
 pub use read::ResourceReader;
 pub use session::{CallOptions, ClassifyOptions, ModelRun, Resource, Session, SessionOptions, named};
+pub use shared::Buffer;
 pub use tls::{Pem, Tls};
 pub use vaccel_proto as proto;
 pub use vaccel_proto::v1::{

@@ -24,6 +24,7 @@ use crate::backoff::Backoff;
 use crate::dial::Dialer;
 use crate::error::{Failure, chain, of_status};
 use crate::http2::{FRAME_BYTES_MAX, KEEP_ALIVE, Pool};
+use crate::shared::Memory;
 use crate::unary;
 use crate::wire::{Head, Wire};
 
@@ -52,6 +53,7 @@ struct Shared {
     connect_timeout: Duration,
     /// Connections at most.
     connections: usize,
+    memory: Arc<Memory>,
     /// Dials that failed.
     failures: AtomicU64,
     slot: Mutex<Slot>,
@@ -73,14 +75,23 @@ impl Link {
         token: Option<&str>,
         connect_timeout: Duration,
         connections: usize,
+        shares_memory: bool,
     ) -> Result<Self, Error> {
         let head = Arc::new(Head::new(dialer.endpoint(), token)?);
+        let memory = Memory::new(dialer.endpoint(), shares_memory, connect_timeout);
         let (dialer, failures, slot) = (Arc::new(dialer), Default::default(), Default::default());
-        Ok(Self { shared: Arc::new(Shared { dialer, head, connect_timeout, connections, failures, slot }) })
+        Ok(Self {
+            shared: Arc::new(Shared { dialer, head, connect_timeout, connections, memory, failures, slot }),
+        })
     }
 
     pub(crate) fn endpoint(&self) -> &Endpoint {
         self.shared.dialer.endpoint()
+    }
+
+    /// The memory that is shared with the agent.
+    pub(crate) fn memory(&self) -> &Arc<Memory> {
+        &self.shared.memory
     }
 
     /// The current connection; if there is none, the outcome of one dial.

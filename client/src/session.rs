@@ -167,6 +167,11 @@ impl Session {
         Self { inner: Arc::clone(&self.inner), options }
     }
 
+    /// The client that it was opened by.
+    pub fn client(&self) -> &Client {
+        &self.inner.client
+    }
+
     /// Its present id on the agent, as in [`Client::list_sessions`]. It changes when an agent that was
     /// restarted made the client open the session again.
     pub fn id(&self) -> String {
@@ -382,7 +387,15 @@ impl Session {
     }
 
     pub(crate) async fn operate(&self, op: Op) -> Result<RunReply, Error> {
-        let mut request = RunRequest { session: self.id(), op: Some(op) };
+        let mut request = RunRequest { session: self.id(), op: Some(op), ..RunRequest::default() };
+        if let Some(lent) = self.inner.client.link().memory().lend(&request) {
+            let reply = self.operate_whole(&lent.request).await;
+            match lent.finish(reply) {
+                Some(Err(error)) if error.reason() == Reason::MessageTooLarge && self.options.repeatable => {}
+                Some(reply) => return reply,
+                None => {}
+            }
+        }
         request.align();
         if request.encoded_len() > MESSAGE_BYTES_MAX {
             return self.operate_in_pieces(&request).await;

@@ -259,7 +259,8 @@ mod tests {
             tensor: Some(Tensor::new(&[1, 2], &[0.5_f32; 2]).expect("valid")),
         };
         let run = crate::v1::ModelRunRequest { inputs: vec![tensor.clone(), tensor], ..Default::default() };
-        let request = RunRequest { session: "s".into(), op: Some(Op::ModelRun(run)) };
+        let request =
+            RunRequest { session: "s".into(), op: Some(Op::ModelRun(run)), ..RunRequest::default() };
         // session, op; two inputs of name and tensor; each tensor of dtype, shape and data.
         assert_eq!(count(&request).expect("few").parts, 2 + 2 + 2 * 2 + 2 * 3);
     }

@@ -101,7 +101,11 @@ mod tests {
         };
         let outputs = sizes.iter().enumerate().map(output).collect();
         let outcome = Some(Outcome::ModelRun(ModelRunReply { outputs }));
-        RunReply { timings: Some(Timings { queue_us: 1, run_us: 2, batch_size: 3 }), outcome }
+        RunReply {
+            timings: Some(Timings { queue_us: 1, run_us: 2, batch_size: 3 }),
+            outcome,
+            ..RunReply::default()
+        }
     }
 
     #[test]

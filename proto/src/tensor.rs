@@ -456,13 +456,15 @@ mod tests {
             for name in ["", "x", "a_longer_input_name"] {
                 let inputs = [f32s(name, count), f32s("second", 3), f32s("third", count + 1)];
                 for op in requests(&inputs, count) {
-                    let mut request = RunRequest { session: "s".repeat(32), op: Some(op) };
+                    let mut request =
+                        RunRequest { session: "s".repeat(32), op: Some(op), ..RunRequest::default() };
                     assert_eq!(offsets(&mut request), [0, 0, 0], "{count} elements, name {name:?}");
                 }
                 let outputs = [f32s(name, count), f32s("second", 5)];
                 for outcome in replies(&outputs, count) {
                     let timings = Timings { queue_us: 0, run_us: count as u64, batch_size: 1 };
-                    let mut reply = RunReply { timings: Some(timings), outcome: Some(outcome) };
+                    let mut reply =
+                        RunReply { timings: Some(timings), outcome: Some(outcome), ..RunReply::default() };
                     assert_eq!(offsets(&mut reply), [0, 0], "reply of {count} elements, name {name:?}");
                 }
             }
@@ -488,7 +490,8 @@ mod tests {
                 Op::FpgaVectoradd(FpgaVectoraddRequest { tensors: tensors() }),
                 Op::Opencv(pictured),
             ] {
-                let mut request = RunRequest { session: session.clone(), op: Some(op) };
+                let mut request =
+                    RunRequest { session: session.clone(), op: Some(op), ..RunRequest::default() };
                 assert_eq!(offsets(&mut request), [0, 0, 0], "{request:?}");
             }
             let timings = Some(Timings { queue_us: 1, run_us: 1 << 20, batch_size: 1 });
@@ -502,7 +505,7 @@ mod tests {
                 Outcome::FpgaVectoradd(FpgaVectoraddReply { tensors: tensors() }),
                 Outcome::Opencv(OpencvReply { tensors: tensors() }),
             ] {
-                let mut reply = RunReply { timings, outcome: Some(outcome) };
+                let mut reply = RunReply { timings, outcome: Some(outcome), ..RunReply::default() };
                 assert_eq!(offsets(&mut reply), [0, 0, 0], "{reply:?}");
             }
         }

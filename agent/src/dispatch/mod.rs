@@ -4,9 +4,9 @@
 //! **Invariant:** nothing below knows gRPC; nothing above decides.
 
 mod inference;
+mod pieces;
 
 use std::fmt;
-use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -18,13 +18,14 @@ use tokio::time::Instant;
 use vaccel_proto::codec;
 use vaccel_proto::error::Detail;
 use vaccel_proto::limits::{CHUNK_BYTES_MAX, DEADLINE_MAX, MESSAGE_BYTES_MAX};
-use vaccel_proto::tensor::GRPC_HEADER_BYTES;
 use vaccel_proto::v1::{
     File, InfoReply, Limits, OpenSessionRequest, OperationProfile, ResourceInfo, RunReply, RunRequest,
     SessionInfo, Timings, Usage,
 };
 use vaccel_proto::{Error, Reason};
 
+pub(crate) use self::pieces::Pieces;
+use self::pieces::{check_piece, gather, next_piece};
 use crate::backend::{Choice, Workshop};
 use crate::config::{Config, ConfigError};
 use crate::identity::Tenant;
@@ -37,9 +38,7 @@ pub(crate) use crate::repository::{Counts, Failure, Measured, to_json, type_name
 use crate::resource::{ReadBegin, Reading, Registered, Store, UploadBegin};
 use crate::scheduler::past_deadline;
 use crate::session::{ConnectionId, Session, Sessions};
-
-/// How long one piece of an upload may take to arrive. A whole upload has [`DEADLINE_MAX`].
-const UPLOAD_PIECE_DEADLINE: Duration = Duration::from_secs(30);
+use crate::shared::{Room, SharedMemory};
 
 /// When a caller should try again while the agent stops: its successor is usually up by then.
 const SHUTDOWN_RETRY_AFTER: Duration = Duration::from_millis(500);
@@ -83,12 +82,6 @@ impl Caller {
     }
 }
 
-/// Pieces of an upload as the door hands them on.
-pub(crate) trait Pieces: Send {
-    /// The next piece; none at the end.
-    fn next(&mut self) -> impl Future<Output = Result<Option<Bytes>, Error>> + Send;
-}
-
 /// Everything the agent holds.
 pub(crate) struct Dispatch {
     limits: Limits,
@@ -99,6 +92,7 @@ pub(crate) struct Dispatch {
     workshop: Arc<Workshop>,
     inference: Inference,
     policies: Arc<Policies>,
+    shared: SharedMemory,
     /// Models that are to be loaded before this agent takes work.
     cold: AtomicUsize,
     in_flight: Arc<Calls>,
@@ -165,6 +159,7 @@ impl Dispatch {
             calls_in_flight_max: config.tenant.calls,
             resource_bytes_max: config.tenant.resource_bytes,
             in_flight_bytes_max: config.tenant.in_flight_bytes,
+            shared_bytes_max: config.tenant.shared_bytes,
         };
         Ok(Self {
             limits,
@@ -175,6 +170,7 @@ impl Dispatch {
             workshop,
             inference,
             policies,
+            shared: SharedMemory::default(),
             cold,
             in_flight: Arc::default(),
         })
@@ -182,6 +178,10 @@ impl Dispatch {
 
     pub(crate) fn accounts(&self) -> &Accounts {
         &self.accounts
+    }
+
+    pub(crate) fn shared(&self) -> &SharedMemory {
+        &self.shared
     }
 
     pub(crate) fn sessions(&self) -> &Sessions {
@@ -509,12 +509,14 @@ impl Dispatch {
     async fn operate(
         &self,
         caller: &Caller,
-        request: RunRequest,
+        mut request: RunRequest,
         account: &Arc<Account>,
         deadline: Instant,
         reply_bytes_max: u64,
     ) -> Result<RunReply, Error> {
         let session = self.session(caller, &request.session)?;
+        let room = self.shared.fill(&caller.tenant, &mut request)?;
+        let reply_bytes_max = reply_bytes_max.max(room.as_ref().map_or(0, Room::bytes));
         let op = request.op.ok_or_else(|| {
             let known: Vec<String> = ops::list().into_iter().map(|operation| operation.name).collect();
             let message = format!("no operation this agent knows; it knows: {}", known.join(", "));
@@ -536,48 +538,11 @@ impl Dispatch {
             run_us: micros(done.spans.run),
             batch_size: u32::try_from(done.spans.calls.max(1)).unwrap_or(u32::MAX),
         };
-        Ok(RunReply { timings: Some(timings), outcome: Some(done.value) })
-    }
-}
-
-/// The bytes of all pieces, where tensors lie as in a message that came whole.
-async fn gather(total: u64, first: Bytes, pieces: &mut impl Pieces) -> Result<Bytes, Error> {
-    let wrong = |came: usize| Error::field("data", format!("{total} bytes in all"), came);
-    let length = usize::try_from(total).map_err(|_| wrong(0))?;
-    let mut whole = Vec::with_capacity(length.saturating_add(GRPC_HEADER_BYTES));
-    whole.resize(GRPC_HEADER_BYTES, 0);
-    let mut piece = Some(first);
-    while let Some(data) = piece {
-        check_piece(&data)?;
-        if whole.len() + data.len() > length + GRPC_HEADER_BYTES {
-            return Err(wrong(whole.len() + data.len() - GRPC_HEADER_BYTES));
+        let mut reply = RunReply { timings: Some(timings), outcome: Some(done.value), ..RunReply::default() };
+        if let Some(room) = room {
+            room.place(&mut reply);
         }
-        whole.extend_from_slice(&data);
-        piece = next_piece(pieces, "the request", "").await?;
-    }
-    if whole.len() < length + GRPC_HEADER_BYTES {
-        return Err(wrong(whole.len() - GRPC_HEADER_BYTES));
-    }
-    Ok(Bytes::from(whole).slice(GRPC_HEADER_BYTES..))
-}
-
-fn check_piece(data: &Bytes) -> Result<(), Error> {
-    let (limit, length) = (CHUNK_BYTES_MAX as u64, data.len() as u64);
-    if length <= limit {
-        return Ok(());
-    }
-    Err(Error::limit(Reason::MessageTooLarge, "chunk", limit, length, "bytes"))
-}
-
-/// The next piece, unless it takes too long.
-async fn next_piece(pieces: &mut impl Pieces, whole: &str, advice: &str) -> Result<Option<Bytes>, Error> {
-    match tokio::time::timeout(UPLOAD_PIECE_DEADLINE, pieces.next()).await {
-        Ok(piece) => piece,
-        Err(_) => {
-            let waited = UPLOAD_PIECE_DEADLINE.as_secs();
-            let message = format!("no piece of {whole} came for {waited} s{advice}");
-            Err(Error::new(Reason::Deadline, message))
-        }
+        Ok(reply)
     }
 }
 

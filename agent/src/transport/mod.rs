@@ -5,18 +5,26 @@
 //! together. **Invariant:** knows no messages.
 
 mod listener;
+mod memory;
 mod preface;
 mod tls;
 
 use std::io;
+use std::os::fd::BorrowedFd;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, Interest};
+use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
+use tokio_rustls::server::TlsStream;
+use tokio_vsock::VsockStream;
+use vaccel_client::vsock::ShortWrites;
 use vaccel_proto::Endpoint;
 
 use crate::dispatch::Dispatch;
@@ -26,7 +34,7 @@ use crate::pool::Pool;
 use crate::quota::{Hold, Unit};
 use crate::service::{Connection, ConnectionService, Gate};
 use crate::session::ConnectionId;
-use preface::Http;
+use preface::Speech;
 
 pub(crate) use listener::Listener;
 pub(crate) use tls::Acceptor;
@@ -48,8 +56,54 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 const HEADER_BYTES_MAX: usize = 16 << 10;
 
 /// A byte stream, whatever carries it.
-pub(crate) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+pub(crate) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {
+    /// Writes bytes, with a file descriptor if one is given, which only sockets of this machine carry.
+    fn poll_send(
+        &mut self,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+        file: Option<BorrowedFd<'_>>,
+    ) -> Poll<io::Result<usize>> {
+        if file.is_some() {
+            return Poll::Ready(Err(io::ErrorKind::Unsupported.into()));
+        }
+        Pin::new(self).poll_write(context, bytes)
+    }
+}
+
+impl Stream for TcpStream {}
+impl Stream for ShortWrites<VsockStream> {}
+impl<S: Stream> Stream for TlsStream<S> {}
+#[cfg(test)]
+impl Stream for tokio::io::DuplexStream {}
+
+impl<S: Stream + ?Sized> Stream for Box<S> {
+    fn poll_send(
+        &mut self,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+        file: Option<BorrowedFd<'_>>,
+    ) -> Poll<io::Result<usize>> {
+        (**self).poll_send(context, bytes, file)
+    }
+}
+
+impl Stream for UnixStream {
+    fn poll_send(
+        &mut self,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+        file: Option<BorrowedFd<'_>>,
+    ) -> Poll<io::Result<usize>> {
+        loop {
+            ready!(self.poll_write_ready(context))?;
+            match self.try_io(Interest::WRITABLE, || memory::send(self, bytes, file)) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                sent => return Poll::Ready(sent),
+            }
+        }
+    }
+}
 
 /// What every connection needs.
 pub(crate) struct Entrance {
@@ -146,12 +200,15 @@ impl Entrance {
                 }
                 _ => (stream, peer, tenant),
             };
-            let (http, stream) = preface::expect(stream).await?;
-            Ok::<_, io::Error>((http, stream, peer, tenant))
+            let (speech, stream) = preface::expect(stream).await?;
+            Ok::<_, io::Error>((speech, stream, peer, tenant))
         };
         let late = |_| io::Error::new(io::ErrorKind::TimedOut, "the peer did not open HTTP in time");
-        let (http, stream, peer, tenant) =
+        let (speech, stream, peer, tenant) =
             tokio::time::timeout(OPENING_DEADLINE, opening).await.map_err(late)??;
+        if speech == Speech::Memory {
+            return Box::pin(self.lend_memory(stream, &peer, &tenant)).await;
+        }
 
         let id = ConnectionId(self.next.fetch_add(1, Ordering::Relaxed));
         tracing::debug!(connection = id.0, listener = %endpoint, %tenant, ?peer, "connected");
@@ -159,10 +216,34 @@ impl Entrance {
         let account = self.dispatch.accounts().of(&tenant);
         let connection = Arc::new(Connection { id, peer, tenant, account, calls: AtomicU64::new(0) });
         let service = self.gate.of(connection);
-        match http {
-            Http::One => Box::pin(self.speak_one(stream, service)).await.map_err(io::Error::other),
-            Http::Two => self.speak_two(stream, service).await,
+        match speech {
+            Speech::Http2 => self.speak_two(stream, service).await,
+            _ => Box::pin(self.speak_one(stream, service)).await.map_err(io::Error::other),
         }
+    }
+
+    /// Gives the peer a region of shared memory for as long as it is there.
+    async fn lend_memory(&self, mut stream: Box<dyn Stream>, peer: &Peer, tenant: &Tenant) -> io::Result<()> {
+        let opening = async {
+            let wanted = memory::wanted(&mut stream).await?;
+            let account = self.dispatch.accounts().of(tenant);
+            let region = memory::check(peer)
+                .and(wanted)
+                .and_then(|bytes| self.dispatch.shared().make(tenant, &account, bytes));
+            memory::answer(&mut stream, &region).await?;
+            Ok::<_, io::Error>(region)
+        };
+        let late =
+            |_| io::Error::new(io::ErrorKind::TimedOut, "the peer did not say how much memory it wants");
+        let region = tokio::time::timeout(OPENING_DEADLINE, opening).await.map_err(late)??;
+        if region.is_ok() {
+            let mut closing = self.closing.clone();
+            tokio::select! {
+                () = memory::gone(&mut stream) => {}
+                () = closed(&mut closing) => {}
+            }
+        }
+        Ok(())
     }
 
     async fn speak_one(&self, stream: Box<dyn Stream>, service: ConnectionService) -> hyper::Result<()> {

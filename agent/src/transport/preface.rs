@@ -1,29 +1,33 @@
-//! The first bytes of a connection: a client must speak HTTP before anything is built for it. Which one, they tell.
+//! The first bytes of a connection: a client must speak HTTP, or want memory, before anything is built for it. Which,
+//! they tell.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use bytes::{Buf, Bytes};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 
+use vaccel_client::shared::PREFACE as MEMORY;
 use vaccel_guest::frame::PREFACE;
 
 use super::Stream;
 
 /// What a peer speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Http {
-    One,
-    Two,
+pub(super) enum Speech {
+    Http1,
+    Http2,
+    Memory,
 }
 
-/// Reads the first bytes and tells what they are. Gives back the stream after the preface of HTTP/2, or as if nobody
-/// had read of it.
+/// Reads the first bytes and tells what they are. Gives back the stream after the preface of HTTP/2 or of a connection
+/// for memory, or as if nobody had read of it.
 ///
 /// # Errors
 /// The stream ended, or its first bytes are something else.
-pub(super) async fn expect(mut stream: Box<dyn Stream>) -> io::Result<(Http, Box<dyn Stream>)> {
+pub(super) async fn expect(mut stream: Box<dyn Stream>) -> io::Result<(Speech, Box<dyn Stream>)> {
     let mut read = [0; PREFACE.len()];
     let mut length = 0;
     while length < read.len() {
@@ -32,18 +36,21 @@ pub(super) async fn expect(mut stream: Box<dyn Stream>) -> io::Result<(Http, Box
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         length += more;
-        if read[..length] != PREFACE[..length] {
-            return match method(&read[..length]) {
-                Some(true) => Ok((
-                    Http::One,
-                    Box::new(Rewound { read: Bytes::copy_from_slice(&read[..length]), stream }),
-                )),
+        let came = &read[..length];
+        if let Some(more) = came.strip_prefix(MEMORY) {
+            return Ok((Speech::Memory, Box::new(Rewound { read: Bytes::copy_from_slice(more), stream })));
+        }
+        if came != &PREFACE[..length] && !MEMORY.starts_with(came) {
+            return match method(came) {
+                Some(true) => {
+                    Ok((Speech::Http1, Box::new(Rewound { read: Bytes::copy_from_slice(came), stream })))
+                }
                 Some(false) => continue,
                 None => Err(io::Error::new(io::ErrorKind::InvalidData, "the peer does not speak HTTP")),
             };
         }
     }
-    Ok((Http::Two, stream))
+    Ok((Speech::Http2, stream))
 }
 
 /// Whether these bytes begin a request of HTTP/1: a method that is served, and a space. None when they cannot.
@@ -59,6 +66,17 @@ fn method(read: &[u8]) -> Option<bool> {
 struct Rewound {
     read: Bytes,
     stream: Box<dyn Stream>,
+}
+
+impl Stream for Rewound {
+    fn poll_send(
+        &mut self,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+        file: Option<BorrowedFd<'_>>,
+    ) -> Poll<io::Result<usize>> {
+        self.stream.poll_send(context, bytes, file)
+    }
 }
 
 impl AsyncRead for Rewound {
@@ -111,7 +129,7 @@ mod tests {
     use super::*;
     use tokio::io::AsyncWriteExt;
 
-    async fn after_sending(bytes: &[u8]) -> io::Result<(Http, Vec<u8>)> {
+    async fn after_sending(bytes: &[u8]) -> io::Result<(Speech, Vec<u8>)> {
         let (mut peer, stream) = tokio::io::duplex(64);
         peer.write_all(bytes).await?;
         drop(peer);
@@ -124,16 +142,25 @@ mod tests {
     #[tokio::test]
     async fn what_follows_is_read_and_what_was_read_of_requests() {
         let sent = [&PREFACE[..], b"frames"].concat();
-        assert_eq!(after_sending(&sent).await.expect("HTTP/2"), (Http::Two, b"frames".to_vec()));
+        assert_eq!(after_sending(&sent).await.expect("HTTP/2"), (Speech::Http2, b"frames".to_vec()));
         let sent = b"POST /v2 HTTP/1.1\r\nhost: a\r\n\r\n".to_vec();
-        assert_eq!(after_sending(&sent).await.expect("HTTP/1"), (Http::One, sent));
-        assert_eq!(after_sending(b"GET ").await.expect("HTTP/1"), (Http::One, b"GET ".to_vec()));
+        assert_eq!(after_sending(&sent).await.expect("HTTP/1"), (Speech::Http1, sent));
+        let sent = b"VACCEL-MEMORY/1 4096\n";
+        assert_eq!(after_sending(sent).await.expect("memory"), (Speech::Memory, b"4096\n".to_vec()));
+        assert_eq!(after_sending(b"GET ").await.expect("HTTP/1"), (Speech::Http1, b"GET ".to_vec()));
     }
 
     #[tokio::test]
     async fn anything_else_is_refused_at_its_first_wrong_byte() {
-        for other in [&b"G"[..], b"GETS", b"get ", b"PRI * HTTP/1.1", b"\x16\x03\x01", b"PRI * HTTP/2.0\r\n"]
-        {
+        for other in [
+            &b"G"[..],
+            b"GETS",
+            b"get ",
+            b"PRI * HTTP/1.1",
+            b"\x16\x03\x01",
+            b"PRI * HTTP/2.0\r\n",
+            b"VACCEL-MEMORY/2 ",
+        ] {
             assert!(after_sending(other).await.is_err(), "{other:?}");
         }
     }

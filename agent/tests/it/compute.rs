@@ -225,7 +225,7 @@ async fn the_noop_engine_answers_as_vaccels_noop_plugin() {
 
 /// Sends an operation as it is, past the client's checks.
 async fn send(client: &Client, session: &Session, op: Op) -> Result<(), Error> {
-    let request = RunRequest { session: session.id(), op: Some(op) };
+    let request = RunRequest { session: session.id(), op: Some(op), ..RunRequest::default() };
     let reply = OperationsClient::new(client.link().clone()).run(Request::new(request)).await;
     reply.map(drop).map_err(|status| Error::from_status(&status))
 }

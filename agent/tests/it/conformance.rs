@@ -64,7 +64,8 @@ impl Site {
 }
 
 async fn run(client: &Client, session: &str, op: Op) -> Result<RunReply, Error> {
-    send(client, Request::new(RunRequest { session: session.into(), op: Some(op) })).await
+    send(client, Request::new(RunRequest { session: session.into(), op: Some(op), ..RunRequest::default() }))
+        .await
 }
 
 async fn send(client: &Client, request: Request<RunRequest>) -> Result<RunReply, Error> {
@@ -412,12 +413,17 @@ async fn no_operation_runs_in_anothers_session_or_after_its_deadline_or_beyond_t
             assert_eq!(refusal.reason(), Reason::NotFound, "{name}: {refusal}");
             assert!(matches!(refusal.detail(), Detail::Resource { kind, .. } if kind == "session"), "{name}");
         }
-        let mut late = Request::new(RunRequest { session: site.session.id(), op: Some(valid.clone()) });
+        let mut late = Request::new(RunRequest {
+            session: site.session.id(),
+            op: Some(valid.clone()),
+            ..RunRequest::default()
+        });
         late.set_timeout(Duration::from_nanos(1));
         let refusal = send(&site.client, late).await.expect_err(name);
         assert_eq!(refusal.reason(), Reason::Deadline, "{name}: {refusal}");
         // What is around an operation is part of its message.
-        let long = RunRequest { session: "s".repeat(MESSAGE_BYTES_MAX), op: Some(valid) };
+        let long =
+            RunRequest { session: "s".repeat(MESSAGE_BYTES_MAX), op: Some(valid), ..RunRequest::default() };
         let refusal = send(&site.client, Request::new(long)).await.expect_err(name);
         assert_eq!(refusal.reason(), Reason::MessageTooLarge, "{name}: {refusal}");
     }

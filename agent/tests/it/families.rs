@@ -178,7 +178,8 @@ async fn what_does_not_fit_is_named_with_what_is_there() {
 
 /// Sends what the client library would not.
 async fn send(client: &Client, session: &Session, op: Op) -> Result<Outcome, Error> {
-    let request = tonic::Request::new(RunRequest { session: session.id(), op: Some(op) });
+    let request =
+        tonic::Request::new(RunRequest { session: session.id(), op: Some(op), ..RunRequest::default() });
     let reply = OperationsClient::new(client.link().clone()).run(request).await;
     reply.map(|reply| reply.into_inner().outcome.unwrap()).map_err(|status| Error::from_status(&status))
 }

@@ -111,7 +111,7 @@ async fn legacy(
     write: Vec<Arg>,
 ) -> Result<Vec<Arg>, Error> {
     let op = Some(Op::Genop(GenopRequest { legacy: false, read, write }));
-    let request = RunRequest { session: session.id(), op };
+    let request = RunRequest { session: session.id(), op, ..RunRequest::default() };
     let reply = OperationsClient::new(client.link().clone()).run(request).await;
     match reply.map_err(|status| Error::from_status(&status))?.into_inner().outcome {
         Some(Outcome::Genop(genop)) => Ok(genop.write),

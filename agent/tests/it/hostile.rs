@@ -93,7 +93,12 @@ impl Attacker {
 
     /// Sends a call as it is.
     async fn run(&self, op: Op) -> Result<RunReply, Error> {
-        self.send(Request::new(RunRequest { session: self.session.id(), op: Some(op) })).await
+        self.send(Request::new(RunRequest {
+            session: self.session.id(),
+            op: Some(op),
+            ..RunRequest::default()
+        }))
+        .await
     }
 
     async fn send(&self, request: Request<RunRequest>) -> Result<RunReply, Error> {

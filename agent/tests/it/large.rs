@@ -84,8 +84,9 @@ async fn pieces_that_are_no_request_are_refused_and_nobody_is_disturbed() {
     let agent = Agent::start(&["unix://{}/a", "unix://{}/b"], &[]);
     let (client, session) = agent.session().await;
     let other = agent.guest(1).await.open_session(SessionOptions::default()).await.unwrap();
-    let request =
-        |session: String| RunRequest { session, op: Some(Op::Noop(NoopRequest {})) }.encode_to_vec();
+    let request = |session: String| {
+        RunRequest { session, op: Some(Op::Noop(NoopRequest {})), ..RunRequest::default() }.encode_to_vec()
+    };
     let whole = request(session.id());
     let piece =
         |total: usize, data: &[u8]| RunPiece { total: total as u64, data: Bytes::copy_from_slice(data) };

@@ -179,7 +179,11 @@ async fn stopping_lets_running_calls_finish_and_takes_no_new_ones() {
 async fn until_draining(client: &Client, session: &str) -> Error {
     let begun = Instant::now();
     loop {
-        let request = RunRequest { session: session.into(), op: Some(Op::Noop(NoopRequest {})) };
+        let request = RunRequest {
+            session: session.into(),
+            op: Some(Op::Noop(NoopRequest {})),
+            ..RunRequest::default()
+        };
         match OperationsClient::new(client.link().clone()).run(request).await {
             Ok(_) => assert!(begun.elapsed() < PATIENCE, "the agent goes on serving"),
             Err(status) => {

@@ -21,6 +21,7 @@ mod large;
 mod life;
 mod lifecycle;
 mod readme;
+mod shared;
 mod store;
 mod tenants;
 mod tidy;

@@ -183,7 +183,7 @@ fn families(model: &str) -> Vec<(&'static str, Op)> {
 }
 
 async fn run(link: &Link, session: &str, op: Op) -> Result<(), Status> {
-    let request = RunRequest { session: session.into(), op: Some(op) };
+    let request = RunRequest { session: session.into(), op: Some(op), ..RunRequest::default() };
     OperationsClient::new(link.clone()).run(request).await.map(drop)
 }
 

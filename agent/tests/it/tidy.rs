@@ -45,6 +45,7 @@ const LAYERS: &[&[&str]] = &[
     &["backend", "profile"],
     &["scheduler"],
     &["http2"],
+    &["shared"],
     &["quota", "pool"],
     &["identity"],
     &["config"],
@@ -59,7 +60,7 @@ const CONFINED: &[(&str, &[&str])] = &[
     ("tract_tflite", &["backend/tract/"]),
     ("rustls", &["transport/tls.rs", "identity.rs"]),
     ("hyper", &["transport/", "service/"]),
-    ("vaccel_client", &["demo.rs", "transport/listener.rs"]),
+    ("vaccel_client", &["demo.rs", "http2/connection.rs", "shared.rs", "transport/"]),
     (
         "fs::read",
         &[
@@ -81,6 +82,7 @@ const CONFINED: &[(&str, &[&str])] = &[
             "main.rs",
             "repository/folder.rs",
             "resource/",
+            "shared.rs",
             "transport/",
         ],
     ),

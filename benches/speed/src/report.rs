@@ -117,7 +117,7 @@ impl Report {
         }
         if !self.crowds.is_empty() {
             *text += &format!(
-                "\n{} callers at the same time, 602112 B; a connection each, but the async client's share one client\n{:<31} {:>9} {:>7}\n",
+                "\n{} callers at the same time, 602112 B; a connection each, or one client\n{:<31} {:>9} {:>7}\n",
                 crowd::CALLERS,
                 "",
                 "calls/s",

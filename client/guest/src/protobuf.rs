@@ -385,7 +385,7 @@ mod tests {
         let classifications = vec![Classification { labels: vec![label, Label::default()] }];
         let timings = Some(Timings { queue_us: 1, run_us: u64::MAX, batch_size: 0 });
         let outcome = Some(Outcome::ImageClassification(ImageClassificationReply { classifications }));
-        RunReply { timings, outcome }.encode_to_vec()
+        RunReply { timings, outcome, ..RunReply::default() }.encode_to_vec()
     }
 
     fn read(bytes: &[u8], piece: usize) -> Result<Notes, Malformed> {

@@ -173,5 +173,5 @@ fn ran(content: &[u8]) -> RunReply {
             Outcome::ModelRun(v1::ModelRunReply { outputs })
         }
     };
-    RunReply { timings, outcome: Some(outcome) }
+    RunReply { timings, outcome: Some(outcome), ..RunReply::default() }
 }

@@ -1,8 +1,8 @@
 //! Who works on a connection, and when.
 //!
-//! A call that is alone works on it itself. With two or more the attendant does, a task that also answers the agent when
-//! there is no call, and notices an agent that has vanished. Whoever works has the socket wake it; so when a call takes
-//! over, the attendant need not be told, and is not: it looks after a connection that is in use once a second.
+//! A call that is alone works on it itself. With two or more the attendant does, a task that also answers the agent
+//! when there is no call, and notices an agent that has vanished. Whoever works has the socket wake it; so when a call
+//! takes over, the attendant need not be told, and is not: it looks after a connection that is in use once a second.
 
 use std::fmt;
 use std::future::poll_fn;

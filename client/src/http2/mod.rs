@@ -1,9 +1,9 @@
 //! A connection for calls of one message there and one back, as almost all are.
 //!
-//! A client library gives every connection a task and hands each request and reply through it. Here a call that is alone
-//! on its connection reads and writes the socket itself: its task is the only one to wake, and the reply's bytes go from
-//! the socket to their place. As soon as calls share the connection, its attendant works for all of them, so that none
-//! depends on whether another one's task is polled.
+//! A client library gives every connection a task and hands each request and reply through it. Here a call that is
+//! alone on its connection reads and writes the socket itself: its task is the only one to wake, and the reply's bytes
+//! go from the socket to their place. As soon as calls share the connection, its attendant works for all of them, so
+//! that none depends on whether another one's task is polled.
 //!
 //! `connection` is who may work and when, `state` the connection itself, `stream` one call's part of it, `output` what
 //! is to be written (the agent's, too), `pool` which of several connections a call takes.

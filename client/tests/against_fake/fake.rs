@@ -398,7 +398,7 @@ impl Operations for Door {
             _ => return Err(Error::new(Reason::UnknownOperation, "the fake has few operations").into()),
         };
         let timings = Some(Timings { queue_us: 1, run_us: 2, batch_size: 3 });
-        Ok(Response::new(RunReply { timings, outcome: Some(outcome) }))
+        Ok(Response::new(RunReply { timings, outcome: Some(outcome), ..RunReply::default() }))
     }
 
     type RunLargeStream = tokio_stream::Iter<std::vec::IntoIter<Result<RunPiece, Status>>>;

@@ -26,7 +26,7 @@ async fn each_call(link: &Link, session: &str) -> Vec<(&'static str, Result<(), 
     let mut sessions = SessionsClient::new(link.clone());
     let mut resources = ResourcesClient::new(link.clone());
     let mut operations = OperationsClient::new(link.clone());
-    let noop = RunRequest { session: id(), op: Some(Op::Noop(NoopRequest {})) };
+    let noop = RunRequest { session: id(), op: Some(Op::Noop(NoopRequest {})), ..RunRequest::default() };
     let register = RegisterResourceRequest { session: id(), kind: 1, files: vec![] };
     let unregister = UnregisterResourceRequest { session: id(), resource: "0".repeat(64), all: false };
     let upload = UploadRequest { session: id(), sha256: vec![0; 32].into(), size: 1, ..Default::default() };
@@ -281,7 +281,8 @@ async fn resources_of_another_kind_or_of_nobody_are_not_models() {
 
 /// A request for this model with this much time.
 fn timed(attacker: &Attacker, op: Op, time: Duration) -> Request<RunRequest> {
-    let mut request = Request::new(RunRequest { session: attacker.session.id(), op: Some(op) });
+    let mut request =
+        Request::new(RunRequest { session: attacker.session.id(), op: Some(op), ..RunRequest::default() });
     request.set_timeout(time);
     request
 }
@@ -329,7 +330,8 @@ async fn a_timeout_that_is_none_is_refused() {
         ["", "soon", "1", "S", "-1S", "+1S", "1.5S", "123456789S", "1s", "1x", "0x1S", " 1S", "1 S"]
     {
         let op = Some(Op::Noop(NoopRequest {}));
-        let mut request = Request::new(RunRequest { session: attacker.session.id(), op });
+        let mut request =
+            Request::new(RunRequest { session: attacker.session.id(), op, ..RunRequest::default() });
         request.metadata_mut().insert("grpc-timeout", MetadataValue::try_from(timeout).unwrap());
         refused(timeout, attacker.send(request).await, Reason::BadArgument, "grpc-timeout");
     }

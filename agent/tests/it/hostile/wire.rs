@@ -169,7 +169,8 @@ async fn messages_of_endless_empty_parts_are_refused_before_they_are_decoded() {
 
 /// A run of the operation with number 99, which nobody has.
 fn unknown_operation(session: &str) -> Bytes {
-    let mut message = RunRequest { session: session.into(), op: None }.encode_to_vec();
+    let mut message =
+        RunRequest { session: session.into(), op: None, ..RunRequest::default() }.encode_to_vec();
     prost::encoding::encode_key(99, prost::encoding::WireType::LengthDelimited, &mut message);
     prost::encoding::encode_varint(0, &mut message);
     framed(0, &message)
@@ -180,7 +181,10 @@ async fn operations_that_are_not_there_are_told_with_those_that_are() {
     let site = Site::start(&[]).await;
     let attacker = site.attacker().await;
     let session = attacker.session.id();
-    let none = framed(0, &RunRequest { session: session.clone(), op: None }.encode_to_vec());
+    let none = framed(
+        0,
+        &RunRequest { session: session.clone(), op: None, ..RunRequest::default() }.encode_to_vec(),
+    );
     for (attack, message) in [("number 99", unknown_operation(&session)), ("none", none)] {
         let status = sent(&attacker.link(), request(RUN, &[], body([message]))).await;
         let refusal =
@@ -202,8 +206,12 @@ async fn operations_that_are_not_there_are_told_with_those_that_are() {
 async fn calls_that_are_no_messages_end_with_a_status() {
     let site = Site::start(&[]).await;
     let attacker = site.attacker().await;
-    let noop =
-        RunRequest { session: attacker.session.id(), op: Some(Op::Noop(NoopRequest {})) }.encode_to_vec();
+    let noop = RunRequest {
+        session: attacker.session.id(),
+        op: Some(Op::Noop(NoopRequest {})),
+        ..RunRequest::default()
+    }
+    .encode_to_vec();
     let gzip = [("grpc-encoding", "gzip")];
     let long = "x".repeat(32 << 10);
     for (attack, headers, frames, codes) in [

@@ -34,7 +34,7 @@ async fn a_damaged_model_is_refused_and_comes_again() {
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
     std::fs::write(&path, damaged).unwrap();
     let op = Op::ModelRun(ModelRunRequest { model: model.id().into(), outputs: vec![], inputs: vec![one()] });
-    let request = RunRequest { session: session.id(), op: Some(op) };
+    let request = RunRequest { session: session.id(), op: Some(op), ..RunRequest::default() };
     let refusal = OperationsClient::new(client.link().clone()).run(request).await.unwrap_err();
     let refusal = Error::from_status(&refusal);
     assert_eq!(refusal.reason(), Reason::NotFound, "{refusal:?}");

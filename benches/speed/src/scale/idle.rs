@@ -120,7 +120,7 @@ async fn open(address: String) -> Result<Box<dyn Stream>, Failure> {
     let request = OpenSessionRequest::default().encode_to_vec();
     let reply = call(&mut stream, 1, ("Sessions/Open", KEPT), &request).await?;
     let OpenSessionReply { session, .. } = OpenSessionReply::decode(&reply[..])?;
-    let request = RunRequest { session, op: Some(Op::Noop(NoopRequest::default())) };
+    let request = RunRequest { session, op: Some(Op::Noop(NoopRequest::default())), ..RunRequest::default() };
     let reply = call(&mut stream, 3, ("Operations/Run", NOT_KEPT), &request.encode_to_vec()).await?;
     RunReply::decode(&reply[..])?.outcome.ok_or("a reply without an outcome")?;
     Ok(stream)

@@ -50,7 +50,7 @@ fn tensors_arrive_byte_for_byte_in_any_cuts() {
         let sizes: Vec<usize> = (0..=random.below(4)).map(|_| [0, 1, 900, 40_000][random.below(4)]).collect();
         let outputs: Vec<_> = sizes.iter().map(|size| tensor(&mut random, *size)).collect();
         let outcome = Outcome::ModelRun(v1::ModelRunReply { outputs: outputs.clone() });
-        let reply = RunReply { timings: Some(timings()), outcome: Some(outcome) };
+        let reply = RunReply { timings: Some(timings()), outcome: Some(outcome), ..RunReply::default() };
         let body = prefixed(&reply.encode_to_vec());
         let mut own = Random::new(seed + 1000);
         let mut guest = opened(move |peer, event| {
@@ -86,7 +86,9 @@ fn a_deadline_in_the_middle_of_a_tensor_leaves_the_next_call_whole() {
         let mut random = Random::new(seed);
         let sent = tensor(&mut random, 30_000);
         let outcome = Outcome::ModelRun(v1::ModelRunReply { outputs: vec![sent] });
-        let body = prefixed(&RunReply { timings: None, outcome: Some(outcome) }.encode_to_vec());
+        let body = prefixed(
+            &RunReply { timings: None, outcome: Some(outcome), ..RunReply::default() }.encode_to_vec(),
+        );
         let mut own = random.clone();
         let mut late = true;
         let mut guest = opened(move |peer, event| {

@@ -65,7 +65,11 @@ fn small_requests_say_what_they_should() {
     let open = v1::OpenSessionRequest { device: "cpu".into(), engine: "tract".into(), hints: 0x4001 };
     assert_eq!(of("/vaccel.v1.Sessions/Open").message::<v1::OpenSessionRequest>(), open);
     let session = SESSION.to_owned();
-    let run = RunRequest { session: session.clone(), op: Some(Op::Noop(v1::NoopRequest {})) };
+    let run = RunRequest {
+        session: session.clone(),
+        op: Some(Op::Noop(v1::NoopRequest {})),
+        ..RunRequest::default()
+    };
     assert_eq!(of("/vaccel.v1.Operations/Run").message::<RunRequest>(), run);
     let renew = v1::RenewSessionRequest { session: session.clone() };
     assert_eq!(of("/vaccel.v1.Sessions/Renew").message::<v1::RenewSessionRequest>(), renew);
@@ -102,7 +106,11 @@ fn images_of_every_size_are_sent_as_they_are() {
             let op = v1::ImageClassificationRequest { model, top_k: top_k as u32, images };
             assert_eq!(
                 request,
-                RunRequest { session: SESSION.into(), op: Some(Op::ImageClassification(op)) }
+                RunRequest {
+                    session: SESSION.into(),
+                    op: Some(Op::ImageClassification(op)),
+                    ..RunRequest::default()
+                }
             );
         }
     }
@@ -369,7 +377,8 @@ fn generic_operations_say_what_they_should_and_get_what_comes() {
         };
         let timings = v1::Timings { queue_us: 1, run_us: 2, batch_size: 3 };
         let outcome = Some(Outcome::Genop(reply));
-        let body = v1::RunReply { timings: Some(timings), outcome }.encode_to_vec();
+        let body =
+            v1::RunReply { timings: Some(timings), outcome, ..v1::RunReply::default() }.encode_to_vec();
         let (mut guest, calls) = answering(body);
         let data = vec![7; size];
         let read = [
@@ -407,7 +416,8 @@ fn arguments_that_find_no_place_are_told() {
         (vec![arg(4), arg(4), arg(1)], "write[2]: expected a place for 1 bytes"),
     ] {
         let outcome = Some(Outcome::Genop(v1::GenopReply { write }));
-        let (mut guest, _) = answering(v1::RunReply { timings: None, outcome }.encode_to_vec());
+        let (mut guest, _) =
+            answering(v1::RunReply { timings: None, outcome, ..v1::RunReply::default() }.encode_to_vec());
         let (mut first, mut second) = ([0; 4], [0; 4]);
         let mut write = [&mut first, &mut second].map(|data| ArgOut::new(ArgType::UCHAR_ARRAY, data));
         let outcome = guest.genop(&[Arg { kind: ArgType::UINT8, data: &[1] }], &mut write);

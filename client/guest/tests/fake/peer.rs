@@ -369,5 +369,5 @@ pub fn run(request: RunRequest) -> RunReply {
         Op::ModelRun(request) => Outcome::ModelRun(v1::ModelRunReply { outputs: request.inputs }),
         other => panic!("nothing here asks for {other:?}"),
     };
-    RunReply { timings: Some(timings()), outcome: Some(outcome) }
+    RunReply { timings: Some(timings()), outcome: Some(outcome), ..RunReply::default() }
 }

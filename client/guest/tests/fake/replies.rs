@@ -22,7 +22,7 @@ fn replying(make: impl Fn(&mut Peer, u32) + 'static) -> Guest<Fake> {
 }
 
 fn body() -> Vec<u8> {
-    prefixed(&RunReply { timings: Some(timings()), outcome: None }.encode_to_vec())
+    prefixed(&RunReply { timings: Some(timings()), outcome: None, ..RunReply::default() }.encode_to_vec())
 }
 
 #[test]

@@ -134,7 +134,7 @@ impl v1::operations_server::Operations for Agent {
             other => panic!("nothing here asks for {other:?}"),
         };
         let timings = Some(v1::Timings { queue_us: 1, run_us: 2, batch_size: 3 });
-        Ok(Response::new(v1::RunReply { timings, outcome: Some(outcome) }))
+        Ok(Response::new(v1::RunReply { timings, outcome: Some(outcome), ..v1::RunReply::default() }))
     }
 
     type RunLargeStream = tonic::codegen::tokio_stream::Empty<Result<v1::RunPiece, Status>>;

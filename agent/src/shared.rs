@@ -1,0 +1,188 @@
+//! Memory that callers on this machine share with the agent, for tensors that would take longer through a socket.
+//!
+//! The agent makes it, so that it is what it says: sealed against getting shorter, and named by nothing but a number
+//! that nobody can guess. A tenant's regions are counted against its limit and found by nobody else. What lies in one
+//! can change while it is read: tensors of numbers are read there, strings are copied first.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use vaccel_client::shared::{Mapping, REGION};
+use vaccel_proto::tensor::{Aligned, Carrier};
+use vaccel_proto::v1::{DType, Place, RunReply, RunRequest, Shared};
+use vaccel_proto::{Error, Reason};
+
+use crate::identity::Tenant;
+use crate::quota::{Account, Hold, Unit};
+
+/// Tensors of a reply that are put in the room, in bytes: shorter ones are as fast in the message.
+const PLACED_BYTES_MIN: usize = 16 << 10;
+
+/// Random bytes of a region's name.
+const NAME_BYTES: usize = 16;
+
+/// All regions.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct SharedMemory(Arc<Mutex<Regions>>);
+
+type Regions = HashMap<Tenant, HashMap<String, Arc<Mapping>>>;
+
+/// A region as its owner's connection has it: gone when that is.
+#[derive(Debug)]
+pub(crate) struct Region {
+    memory: SharedMemory,
+    tenant: Tenant,
+    name: String,
+    file: File,
+    _counted: Hold,
+}
+
+impl Region {
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(crate) fn file(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        let mut all = self.memory.all();
+        if let Some(regions) = all.get_mut(&self.tenant) {
+            regions.remove(&self.name);
+            if regions.is_empty() {
+                all.remove(&self.tenant);
+            }
+        }
+    }
+}
+
+impl SharedMemory {
+    fn all(&self) -> MutexGuard<'_, Regions> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes a region of a tenant's.
+    ///
+    /// # Errors
+    /// `QUOTA_EXCEEDED`; `BAD_ARGUMENT` for no bytes; `UNUSABLE` when the system has none.
+    pub(crate) fn make(&self, tenant: &Tenant, account: &Arc<Account>, bytes: u64) -> Result<Region, Error> {
+        if bytes == 0 {
+            return Err(Error::field("bytes", "a number of 1 or more", bytes));
+        }
+        let counted = account.hold(Unit::SharedBytes, bytes)?;
+        let unusable =
+            |error: std::io::Error| Error::new(Reason::Unusable, "no memory to share").caused_by(error);
+        let file = sealed(bytes).map_err(unusable)?;
+        let length =
+            usize::try_from(bytes).map_err(|_| Error::field("bytes", "less than all memory", bytes))?;
+        let mapping = Mapping::new(&file, length).map_err(unusable)?;
+        let mut name = [0; NAME_BYTES];
+        getrandom::fill(&mut name).map_err(|error| {
+            Error::new(Reason::Unusable, "no random numbers").caused_by(error.to_string())
+        })?;
+        let name = format!("{:032x}", u128::from_be_bytes(name));
+        self.all().entry(tenant.clone()).or_default().insert(name.clone(), mapping);
+        Ok(Region { memory: self.clone(), tenant: tenant.clone(), name, file, _counted: counted })
+    }
+
+    /// Gives the tensors of a request their data, as views of the region. Returns where those of the reply go.
+    ///
+    /// # Errors
+    /// `NOT_FOUND` for a region that is none of the tenant's, `BAD_ARGUMENT` for places outside of it.
+    pub(crate) fn fill(&self, tenant: &Tenant, request: &mut RunRequest) -> Result<Option<Room>, Error> {
+        let Some(Shared { region, places, room }) = request.shared.take() else { return Ok(None) };
+        let mapping = self.all().get(tenant).and_then(|regions| regions.get(&region)).cloned();
+        let mapping = mapping.ok_or_else(|| Error::not_found(REGION, &region))?;
+        let range = |path: &str, place: &Place| {
+            let begin = usize::try_from(place.offset).ok();
+            let end = begin.and_then(|begin| begin.checked_add(usize::try_from(place.bytes).ok()?));
+            let range =
+                begin.zip(end).map(|(begin, end)| begin..end).filter(|range| range.end <= mapping.bytes());
+            range.ok_or_else(|| {
+                let got = format!("{} bytes at {}", place.bytes, place.offset);
+                Error::field(path, format!("a place in the region's {} bytes", mapping.bytes()), got)
+            })
+        };
+        let carriers = request.carriers_mut();
+        if !places.is_empty() && places.len() != carriers.len() {
+            let expected = format!("as many as the {} tensors, or none", carriers.len());
+            return Err(Error::field("shared.places", expected, places.len()));
+        }
+        for (index, (place, carrier)) in places.iter().zip(carriers).enumerate() {
+            let Some(tensor) = carrier.tensor_mut().filter(|_| place.bytes > 0) else { continue };
+            if !tensor.data.is_empty() {
+                let path = format!("shared.places[{index}]");
+                return Err(Error::field(path, "no place for a tensor with data", place.bytes));
+            }
+            let range = range(&format!("shared.places[{index}]"), place)?;
+            let view = mapping.view(range).unwrap_or_default();
+            // The lengths of strings must stay what they were when they were checked.
+            tensor.data = if tensor.dtype() == DType::Bytes { Bytes::copy_from_slice(&view) } else { view };
+        }
+        let room = room.filter(|room| room.bytes > 0).map(|room| range("shared.room", &room)).transpose()?;
+        Ok(Some(Room { mapping: Arc::clone(&mapping), rest: room.unwrap_or(0..0) }))
+    }
+}
+
+/// A file in memory that nobody can make shorter.
+fn sealed(bytes: u64) -> std::io::Result<File> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::NOEXEC_SEAL;
+    let file: OwnedFd = memfd_create("vaccel", flags)
+        // Kernels before 6.3 do not know the last one.
+        .or_else(|_| memfd_create("vaccel", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING))?;
+    ftruncate(&file, bytes)?;
+    fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    Ok(file.into())
+}
+
+/// Where tensors of a reply go.
+#[derive(Debug)]
+pub(crate) struct Room {
+    mapping: Arc<Mapping>,
+    rest: std::ops::Range<usize>,
+}
+
+impl Room {
+    pub(crate) fn bytes(&self) -> u64 {
+        self.rest.len() as u64
+    }
+
+    /// Puts the tensors of a reply there, as far as they fit.
+    pub(crate) fn place(mut self, reply: &mut RunReply) {
+        let carriers = reply.carriers_mut();
+        let places: Vec<Place> = carriers.into_iter().map(|carrier| self.place_one(carrier)).collect();
+        if places.iter().any(|place| place.bytes > 0) {
+            reply.places = places;
+        }
+    }
+
+    fn place_one(&mut self, carrier: &mut dyn Carrier) -> Place {
+        /// Where tensors begin, in bytes: a cache line.
+        const ALIGNMENT: usize = 64;
+        let long = carrier.tensor_mut().filter(|tensor| tensor.data.len() >= PLACED_BYTES_MIN);
+        let Some(tensor) = long else { return Place::default() };
+        let length = tensor.data.len();
+        let offset = match self.mapping.place(&tensor.data) {
+            // An input that is passed on is there already.
+            Some(there) => there.start,
+            None => {
+                let begin = self.rest.start.next_multiple_of(ALIGNMENT);
+                if begin.checked_add(length).is_none_or(|end| end > self.rest.end) {
+                    return Place::default();
+                }
+                self.mapping.write(begin, &tensor.data);
+                self.rest.start = begin + length;
+                begin
+            }
+        };
+        tensor.data = Bytes::new();
+        Place { offset: offset as u64, bytes: length as u64 }
+    }
+}

@@ -1,0 +1,319 @@
+//! Memory that agent and client share: the same results as through the socket, and nothing that a tenant can do with
+//! it to the agent or to others.
+
+use std::io::{IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use rustix::fs::{SealFlags, fcntl_add_seals, ftruncate};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use vaccel_client::proto::v1::operations_client::OperationsClient;
+use vaccel_client::proto::v1::run_reply::Outcome;
+use vaccel_client::proto::v1::run_request::Op;
+use vaccel_client::proto::v1::{ModelRunRequest, NamedTensor, Place, RunReply, RunRequest, Shared};
+use vaccel_client::shared::Mapping;
+use vaccel_client::{
+    Client, DType, Error, Reason, Resource, ResourceFiles, Session, SessionOptions, Sgemm, Tensor, named,
+};
+
+use crate::support::{Agent, endpoint, onnx, socket_path};
+
+const MEBIBYTE: usize = 1 << 20;
+
+fn numbers(count: usize) -> Vec<f32> {
+    (0..count).map(|at| (at % 1000) as f32 / 8.0).collect()
+}
+
+fn bytes_of(numbers: &[f32]) -> Vec<u8> {
+    numbers.iter().flat_map(|number| number.to_le_bytes()).collect()
+}
+
+fn tensor(data: impl Into<Bytes>) -> Tensor {
+    let data = data.into();
+    Tensor::from_bytes(DType::F32, &[(data.len() / 4) as i64], data)
+}
+
+/// A region as any program could get it.
+struct Raw {
+    name: String,
+    file: OwnedFd,
+    mapping: Arc<Mapping>,
+    connection: UnixStream,
+}
+
+/// Asks for memory in these words. An agent's refusal otherwise.
+fn ask(agent: &Agent, words: &[u8], bytes: usize) -> Result<Raw, String> {
+    let mut connection = UnixStream::connect(socket_path(agent.address())).unwrap();
+    connection.write_all(words).unwrap();
+    let mut line = [0; 512];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut into = [IoSliceMut::new(&mut line)];
+    let received = recvmsg(&connection, &mut into, &mut control, RecvFlags::empty()).unwrap();
+    let files = control.drain().filter_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(files) => Some(files),
+        _ => None,
+    });
+    let file = files.flatten().next();
+    let text = String::from_utf8(line[..received.bytes].to_vec()).unwrap();
+    let Some(name) = text.strip_prefix("OK ") else { return Err(text) };
+    let file = file.expect("with OK comes the memory");
+    let mapping = Mapping::new(&file, bytes).unwrap();
+    Ok(Raw { name: name.trim_end().into(), file, mapping, connection })
+}
+
+fn region(agent: &Agent, bytes: usize) -> Raw {
+    ask(agent, format!("VACCEL-MEMORY/1 {bytes}\n").as_bytes(), bytes).expect("there is memory")
+}
+
+/// A session with a model that gives back what it gets, doubled.
+async fn doubling(agent: &Agent) -> (Session, Resource) {
+    let client = Client::builder(endpoint(agent.address())).connect().await.unwrap();
+    let session = client.open_session(SessionOptions::default()).await.unwrap();
+    let node = onnx::node("Add", &["x", "x"], &["y"]);
+    let any = |name| onnx::port(name, 1, &[-1]);
+    let model = onnx::model(vec![node], vec![], vec![any("x")], vec![any("y")]);
+    let model = session.register(ResourceFiles::model("m", model)).await.unwrap();
+    (session, model)
+}
+
+/// Runs a model with a request of one's own.
+async fn run(
+    session: &Session,
+    model: &Resource,
+    inputs: Vec<NamedTensor>,
+    shared: Shared,
+) -> Result<RunReply, Error> {
+    let run = ModelRunRequest { model: model.id().into(), inputs, ..Default::default() };
+    let request = RunRequest { session: session.id(), shared: Some(shared), op: Some(Op::ModelRun(run)) };
+    let reply = OperationsClient::new(session.client().link().clone()).run(request).await;
+    reply.map(tonic::Response::into_inner).map_err(|status| Error::from_status(&status))
+}
+
+fn outputs(reply: &RunReply) -> &[NamedTensor] {
+    match &reply.outcome {
+        Some(Outcome::ModelRun(run)) => &run.outputs,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn results_are_the_same_with_and_without() {
+    let agent = Agent::unix(&["--engine", "tract"]);
+    let (session, model) = doubling(&agent).await;
+    for count in [1, 20_000, 70_000, 300_000, 4_000_000, 9_000_000] {
+        let given = numbers(count);
+        let doubled: Vec<f32> = given.iter().map(|x| x * 2.0).collect();
+        let mut own = session.client().buffer(4 * count).await;
+        own.copy_from_slice(&bytes_of(&given));
+        assert_eq!(own.is_shared(), count >= 20_000, "{count}");
+        let own = own.freeze();
+        for data in [Bytes::from(bytes_of(&given)), own.clone(), own] {
+            // The second time there is room for the reply, too.
+            for _ in 0..2 {
+                let run = session.run(&model, vec![named("x", tensor(data.clone()))], &[]).await.unwrap();
+                let got = run.outputs[0].tensor.as_ref().unwrap();
+                assert!(got.elements::<f32>().unwrap() == doubled, "{count}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn many_calls_at_a_time_share_a_region_and_keep_what_is_theirs() {
+    let agent = Agent::unix(&["--engine", "tract", "--tenant-calls-max", "100"]);
+    let (session, model) = doubling(&agent).await;
+    assert!(session.client().buffer(MEBIBYTE).await.is_shared());
+    let mut calls = tokio::task::JoinSet::new();
+    for number in 0..200_usize {
+        let (session, model) = (session.clone(), model.clone());
+        calls.spawn(async move {
+            let given = vec![number as f32; 100_000 + 1000 * (number % 7)];
+            let run = session.run(&model, vec![named("x", tensor(bytes_of(&given)))], &[]).await.unwrap();
+            (number, given.len(), run.outputs[0].tensor.clone().unwrap())
+        });
+        if calls.len() == 16 {
+            let (number, count, got) = calls.join_next().await.unwrap().unwrap();
+            assert!(got.elements::<f32>().unwrap() == vec![2.0 * number as f32; count], "{number}");
+        }
+    }
+    // All replies are still there, each with its own numbers.
+    for (number, count, got) in calls.join_all().await {
+        assert!(got.elements::<f32>().unwrap() == vec![2.0 * number as f32; count], "{number}");
+    }
+}
+
+#[tokio::test]
+async fn products_of_matrices_use_it_too() {
+    let agent = Agent::unix(&[]);
+    let (session, _) = doubling(&agent).await;
+    let side = 512_i64;
+    let ones = || Tensor::new(&[side, side], &vec![1.0_f32; 512 * 512]).unwrap();
+    for _ in 0..3 {
+        let c = session.sgemm(Sgemm::new(ones(), ones()).unwrap()).await.unwrap();
+        assert!(c.elements::<f32>().unwrap().iter().all(|x| *x == 512.0));
+    }
+}
+
+#[tokio::test]
+async fn a_restarted_agent_gives_another_region() {
+    let agent = Agent::unix(&["--engine", "tract"]);
+    let (session, model) = doubling(&agent).await;
+    let kept = session.client().buffer(MEBIBYTE).await;
+    assert!(kept.is_shared());
+    let given = kept.freeze();
+    session.run(&model, vec![named("x", tensor(given.clone()))], &[]).await.unwrap();
+    let address = agent.address().to_owned();
+    let (_, folder) = agent.terminate();
+    let again = Agent::start_in(folder, &["unix://{}/s"], &["--engine", "tract"]);
+    assert_eq!(again.address(), address);
+    // What lies in the old memory is data as any other now.
+    for _ in 0..3 {
+        let run = session.run(&model, vec![named("x", tensor(given.clone()))], &[]).await.unwrap();
+        assert!(run.outputs[0].tensor.as_ref().unwrap().elements::<f32>().unwrap().iter().all(|x| *x == 0.0));
+    }
+    assert!(session.client().buffer(MEBIBYTE).await.is_shared());
+}
+
+#[tokio::test]
+async fn a_program_of_its_own_reads_and_writes_in_place() {
+    let agent = Agent::unix(&["--engine", "tract"]);
+    let (session, model) = doubling(&agent).await;
+    let raw = region(&agent, MEBIBYTE);
+    assert!(raw.mapping.write(4096, &bytes_of(&numbers(50_000))));
+    let shared = Shared {
+        region: raw.name.clone(),
+        places: vec![Place { offset: 4096, bytes: 200_000 }],
+        room: Some(Place { offset: 300_001, bytes: 300_000 }),
+    };
+    let input = || vec![named("x", Tensor { shape: vec![50_000], ..tensor(Bytes::new()) })];
+    let reply = run(&session, &model, input(), shared.clone()).await.unwrap();
+    let [Place { offset, bytes: 200_000 }] = reply.places[..] else { panic!("{:?}", reply.places) };
+    assert!((300_001..600_001 - 200_000).contains(&offset));
+    assert!(outputs(&reply)[0].tensor.as_ref().unwrap().data.is_empty());
+    let begin = usize::try_from(offset).unwrap();
+    let got = raw.mapping.view(begin..begin + 200_000).unwrap();
+    assert!(got == bytes_of(&numbers(50_000).iter().map(|x| x * 2.0).collect::<Vec<_>>()));
+    // Without room, or without enough, the reply comes as ever.
+    for room in [None, Some(Place { offset: 0, bytes: 199_999 })] {
+        let reply = run(&session, &model, input(), Shared { room, ..shared.clone() }).await.unwrap();
+        assert!(reply.places.is_empty());
+        assert_eq!(outputs(&reply)[0].tensor.as_ref().unwrap().data.len(), 200_000);
+    }
+}
+
+#[tokio::test]
+async fn memory_cannot_be_made_shorter_and_goes_with_its_connection() {
+    let agent = Agent::unix(&["--tenant-shared-mib", "2"]);
+    let (session, model) = doubling(&agent).await;
+    let limits = session.client().info().await.unwrap().limits.unwrap();
+    assert_eq!(limits.shared_bytes_max, 2 << 20);
+    let raw = region(&agent, 2 * MEBIBYTE);
+    assert!(ftruncate(&raw.file, 4096).is_err());
+    assert!(fcntl_add_seals(&raw.file, SealFlags::WRITE).is_err());
+    let refusal = ask(&agent, b"VACCEL-MEMORY/1 1\n", 1).err().expect("all is given away");
+    assert!(refusal.starts_with("ERROR QUOTA_EXCEEDED: shared memory of this tenant"), "{refusal}");
+    drop(raw.connection);
+    // When the region is gone, so is its place in the limit; the agent notices as soon as it looks.
+    let input = || vec![named("x", Tensor { shape: vec![16], ..tensor(Bytes::new()) })];
+    let shared = Shared { region: raw.name, places: vec![Place { offset: 0, bytes: 64 }], room: None };
+    while run(&session, &model, input(), shared.clone()).await.is_ok() {}
+    let gone = run(&session, &model, input(), shared).await.unwrap_err();
+    assert_eq!(gone.reason(), Reason::NotFound);
+    region(&agent, 2 * MEBIBYTE);
+}
+
+#[tokio::test]
+async fn wishes_that_cannot_be_met_are_answered_in_words() {
+    let agent = Agent::start(&["unix://{}/a", "tcp://127.0.0.1:0"], &["--tenant-shared-mib", "4"]);
+    for (words, answer) in [
+        ("VACCEL-MEMORY/1 0\n", "ERROR BAD_ARGUMENT: bytes"),
+        ("VACCEL-MEMORY/1 many\n", "ERROR BAD_ARGUMENT: bytes"),
+        ("VACCEL-MEMORY/1 -1\n", "ERROR BAD_ARGUMENT: bytes"),
+        ("VACCEL-MEMORY/1 18446744073709551616\n", "ERROR BAD_ARGUMENT: bytes"),
+        ("VACCEL-MEMORY/1 999999999999999999999999", "ERROR BAD_ARGUMENT: bytes"),
+        ("VACCEL-MEMORY/1 18446744073709551615\n", "ERROR QUOTA_EXCEEDED: "),
+        ("VACCEL-MEMORY/1 4194305\n", "ERROR QUOTA_EXCEEDED: "),
+    ] {
+        let refusal = ask(&agent, words.as_bytes(), 1).err().expect(words);
+        assert!(refusal.starts_with(answer) && refusal.ends_with('\n'), "{words:?}: {refusal}");
+    }
+    let endpoint = agent.addresses[1].trim_start_matches("tcp://").to_owned();
+    let mut remote = std::net::TcpStream::connect(endpoint).unwrap();
+    remote.write_all(b"VACCEL-MEMORY/1 4096\n").unwrap();
+    let mut refusal = String::new();
+    remote.read_to_string(&mut refusal).unwrap();
+    assert_eq!(refusal, "ERROR DENIED: shared memory is for callers of a unix socket\n");
+    // An agent that gives none is no reason for a client to fail.
+    let none = Agent::unix(&["--engine", "tract", "--tenant-shared-mib", "0"]);
+    let (session, model) = doubling(&none).await;
+    assert!(!session.client().buffer(MEBIBYTE).await.is_shared());
+    session.run(&model, vec![named("x", tensor(vec![0; MEBIBYTE]))], &[]).await.unwrap();
+}
+
+#[tokio::test]
+async fn places_are_checked_and_regions_are_their_tenants_own() {
+    let agent = Agent::start(&["unix://{}/a", "unix://{}/b"], &["--engine", "tract"]);
+    let (session, model) = doubling(&agent).await;
+    let raw = region(&agent, MEBIBYTE);
+    let empty = || named("x", Tensor { shape: vec![16], ..tensor(Bytes::new()) });
+    let full = || named("x", tensor(vec![0; 64]));
+    let place = |offset, bytes| Place { offset, bytes };
+    let shared = |places: Vec<Place>, room| Shared { region: raw.name.clone(), places, room };
+    let end = MEBIBYTE as u64;
+    let cases = [
+        (empty(), shared(vec![place(end - 63, 64)], None), "shared.places[0]"),
+        (empty(), shared(vec![place(u64::MAX, 64)], None), "shared.places[0]"),
+        (empty(), shared(vec![place(0, u64::MAX)], None), "shared.places[0]"),
+        (empty(), shared(vec![place(0, 63)], None), "inputs[0]"),
+        (empty(), shared(vec![place(0, 64); 2], None), "shared.places"),
+        (full(), shared(vec![place(0, 64)], None), "shared.places[0]"),
+        (full(), shared(vec![], Some(place(1, end))), "shared.room"),
+        (full(), shared(vec![], Some(place(u64::MAX, u64::MAX))), "shared.room"),
+    ];
+    for (input, shared, field) in cases {
+        let refusal = run(&session, &model, vec![input], shared.clone()).await.unwrap_err();
+        assert_eq!(refusal.reason(), Reason::BadArgument, "{shared:?}: {refusal}");
+        assert!(refusal.message().contains(field), "{shared:?}: {refusal}");
+    }
+    for name in ["", "0", &"0".repeat(32), &raw.name[1..], &"x".repeat(100_000)] {
+        let shared = Shared { region: name.into(), ..Shared::default() };
+        let refusal = run(&session, &model, vec![full()], shared).await.unwrap_err();
+        assert_eq!(refusal.reason(), Reason::NotFound, "{name:?}");
+        assert!(refusal.message().len() < 1000);
+    }
+    // Another tenant that knows the name sees what it would see without.
+    let other = agent.guest(1).await.open_session(SessionOptions::default()).await.unwrap();
+    let own = other.register(ResourceFiles::model("m", onnx::echo())).await.unwrap();
+    let refusal = run(&other, &own, vec![empty()], shared(vec![place(0, 64)], None)).await.unwrap_err();
+    assert_eq!(refusal.reason(), Reason::NotFound);
+    run(&session, &model, vec![empty()], shared(vec![place(0, 64)], None)).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_region_that_goes_during_a_run_stays_for_the_run() {
+    let agent = Agent::unix(&["--engine", "tract"]);
+    let (session, _) = doubling(&agent).await;
+    let slow = session.register(ResourceFiles::model("slow", onnx::slow(256, 200))).await.unwrap();
+    let raw = region(&agent, MEBIBYTE);
+    let shared = Shared {
+        region: raw.name.clone(),
+        places: vec![Place { offset: 0, bytes: 256 * 256 * 4 }],
+        room: Some(Place { offset: 256 * 256 * 4, bytes: 256 * 256 * 4 }),
+    };
+    let input = Tensor::from_bytes(DType::F32, &[256, 256], Bytes::new());
+    let running = {
+        let (session, slow) = (session.clone(), slow.clone());
+        tokio::spawn(async move { run(&session, &slow, vec![named("x", input)], shared).await })
+    };
+    while !agent.computes() {
+        tokio::task::yield_now().await;
+    }
+    drop(raw);
+    let reply = running.await.unwrap().unwrap();
+    assert_eq!(reply.places.len(), 1);
+    session.noop().await.unwrap();
+}

@@ -1,0 +1,396 @@
+//! Memory that client and agent share, for tensors that would take longer through a socket.
+//!
+//! Where the agent is on the same machine, the client asks it for a region when there first is a long tensor, and from
+//! then on copies such tensors there once, instead of into the kernel and out of it. Data that was produced there, in a
+//! [`Buffer`], is not copied at all. A call without room in the region goes as all calls do, and so does everything
+//! where there is no region: nothing depends on it but time.
+
+mod mapping;
+mod opening;
+mod slots;
+
+use std::fmt;
+use std::ops::{Deref, DerefMut, Range};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use prost::Message;
+use tokio::time::Instant;
+use vaccel_proto::error::Detail;
+use vaccel_proto::limits::MESSAGE_BYTES_MAX;
+use vaccel_proto::tensor::{Aligned, Carrier};
+use vaccel_proto::v1::{Place, RunReply, RunRequest, Shared};
+use vaccel_proto::{Endpoint, Error, Reason};
+
+pub use mapping::Mapping;
+pub use opening::PREFACE;
+use slots::Slots;
+
+/// A region's bytes. Only pages that were written take memory.
+const REGION_BYTES: usize = 128 << 20;
+
+/// Tensors of a call that are worth it, together, and each of them, in bytes: below, a system call more does not cost
+/// what the detour does.
+const CALL_BYTES_MIN: usize = 256 << 10;
+const TENSOR_BYTES_MIN: usize = 64 << 10;
+
+/// Pause after an agent had no region to give.
+const PAUSE: Duration = Duration::from_secs(60);
+
+/// What a client has of shared memory.
+#[derive(Debug)]
+pub(crate) struct Memory {
+    endpoint: Endpoint,
+    patience: Duration,
+    is_wanted: bool,
+    region: Mutex<Option<Arc<Region>>>,
+    is_opening: AtomicBool,
+    not_before: Mutex<Option<Instant>>,
+}
+
+/// A region.
+struct Region {
+    name: String,
+    mapping: Arc<Mapping>,
+    slots: Mutex<Slots>,
+    /// Bytes that calls may still write to although nobody waits for them any more: nobody gets them again.
+    lost: AtomicUsize,
+    /// What the tensors of the last reply took: the next one's take as much, more often than not.
+    reply_bytes: AtomicUsize,
+    /// The agent has it for as long as this is open.
+    _connection: std::os::unix::net::UnixStream,
+}
+
+impl fmt::Debug for Region {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Region").field("mapping", &self.mapping).field("slots", &self.slots).finish()
+    }
+}
+
+/// A part of a region, given back when it is dropped.
+#[derive(Debug)]
+struct Slot {
+    region: Arc<Region>,
+    part: Range<usize>,
+    /// Somebody may still write there.
+    is_lost: bool,
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        if self.is_lost {
+            self.region.lost.fetch_add(self.part.len(), Ordering::Relaxed);
+        } else {
+            self.region.slots().give(self.part.clone());
+        }
+    }
+}
+
+/// A view of a slot, which keeps it.
+struct SlotView {
+    slot: Arc<Slot>,
+    range: Range<usize>,
+}
+
+impl AsRef<[u8]> for SlotView {
+    fn as_ref(&self) -> &[u8] {
+        self.slot.region.mapping.slice(self.range.clone())
+    }
+}
+
+impl Region {
+    fn slots(&self) -> MutexGuard<'_, Slots> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take(self: &Arc<Self>, bytes: usize) -> Option<Slot> {
+        let part = self.slots().take(bytes)?;
+        Some(Slot { region: Arc::clone(self), part, is_lost: false })
+    }
+
+    /// Whether so much of it is lost that another one is better.
+    fn is_worn(&self) -> bool {
+        self.lost.load(Ordering::Relaxed) > self.mapping.bytes() / 2
+    }
+}
+
+impl Memory {
+    /// None yet. Getting some may take as long as `patience`.
+    pub(crate) fn new(endpoint: &Endpoint, is_wanted: bool, patience: Duration) -> Arc<Self> {
+        // Other sockets do not carry file descriptors, or lead to other machines.
+        let is_wanted = is_wanted && matches!(endpoint, Endpoint::Unix(_) | Endpoint::UnixAbstract(_));
+        let (region, is_opening, not_before) = Default::default();
+        Arc::new(Self { endpoint: endpoint.clone(), patience, is_wanted, region, is_opening, not_before })
+    }
+
+    fn region(&self) -> Option<Arc<Region>> {
+        let mut region = self.region.lock().unwrap_or_else(PoisonError::into_inner);
+        region.take_if(|region| region.is_worn());
+        region.clone()
+    }
+
+    /// Puts the tensors of a request into the region, if they are long and there is room.
+    pub(crate) fn lend(self: &Arc<Self>, request: &RunRequest) -> Option<Lent> {
+        if !self.is_wanted {
+            return None;
+        }
+        let mut request = request.clone();
+        let mut carriers = request.carriers_mut();
+        let length =
+            |carrier: &mut &mut dyn Carrier| carrier.tensor_mut().map_or(0, |tensor| tensor.data.len());
+        if carriers.iter_mut().map(length).sum::<usize>() < CALL_BYTES_MIN {
+            return None;
+        }
+        let Some(region) = self.region() else {
+            self.open_meanwhile();
+            return None;
+        };
+        let mut slots = Vec::new();
+        let (mut places, mut given) = (Vec::new(), Vec::new());
+        for carrier in carriers {
+            let mut place = Place::default();
+            let mut data = Bytes::new();
+            if let Some(tensor) = carrier.tensor_mut().filter(|tensor| tensor.data.len() >= TENSOR_BYTES_MIN)
+            {
+                let part = match region.mapping.place(&tensor.data) {
+                    Some(part) => part,
+                    None => {
+                        let slot = region.take(tensor.data.len())?;
+                        let part = slot.part.start..slot.part.start + tensor.data.len();
+                        region.mapping.write(part.start, &tensor.data);
+                        slots.push(slot);
+                        part
+                    }
+                };
+                place = Place { offset: part.start as u64, bytes: part.len() as u64 };
+                data = std::mem::take(&mut tensor.data);
+                tensor.pad = Bytes::new();
+            }
+            places.push(place);
+            given.push(data);
+        }
+        let room =
+            region.take(region.reply_bytes.load(Ordering::Relaxed)).filter(|room| !room.part.is_empty());
+        let at =
+            room.as_ref().map(|room| Place { offset: room.part.start as u64, bytes: room.part.len() as u64 });
+        request.shared = Some(Shared { region: region.name.clone(), places, room: at });
+        request.align();
+        if request.encoded_len() > MESSAGE_BYTES_MAX {
+            return None;
+        }
+        Some(Lent { memory: Arc::clone(self), region, request, given, _slots: slots, room, is_over: false })
+    }
+
+    /// Gets a region, while calls go on without.
+    fn open_meanwhile(self: &Arc<Self>) {
+        let memory = Arc::clone(self);
+        if self.may_open() {
+            tokio::spawn(async move { memory.open().await });
+        }
+    }
+
+    fn may_open(&self) -> bool {
+        let not_before = *self.not_before.lock().unwrap_or_else(PoisonError::into_inner);
+        not_before.is_none_or(|at| Instant::now() >= at) && !self.is_opening.swap(true, Ordering::AcqRel)
+    }
+
+    async fn open(&self) {
+        match tokio::time::timeout(self.patience, opening::open(&self.endpoint, REGION_BYTES)).await {
+            Ok(Ok(region)) => {
+                *self.region.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(region));
+            }
+            // Calls go on as they did.
+            _ => {
+                let at = Instant::now() + PAUSE;
+                *self.not_before.lock().unwrap_or_else(PoisonError::into_inner) = Some(at);
+            }
+        }
+        self.is_opening.store(false, Ordering::Release);
+    }
+
+    /// Memory for so many bytes, in the region if there is one with room.
+    pub(crate) async fn buffer(self: &Arc<Self>, bytes: usize) -> Buffer {
+        if self.is_wanted && bytes >= TENSOR_BYTES_MIN && self.region().is_none() && self.may_open() {
+            self.open().await;
+        }
+        let slot = self.region().filter(|_| bytes >= TENSOR_BYTES_MIN).and_then(|region| region.take(bytes));
+        match slot {
+            Some(slot) => Buffer { content: Content::Shared(slot, bytes) },
+            None => Buffer { content: Content::Own(vec![0; bytes]) },
+        }
+    }
+
+    /// Forgets a region that the agent does not know any more.
+    fn forget(&self, region: &Arc<Region>) {
+        let mut current = self.region.lock().unwrap_or_else(PoisonError::into_inner);
+        current.take_if(|current| Arc::ptr_eq(current, region));
+    }
+}
+
+/// A request whose tensors lie in the region.
+#[derive(Debug)]
+pub(crate) struct Lent {
+    memory: Arc<Memory>,
+    region: Arc<Region>,
+    pub(crate) request: RunRequest,
+    /// What lies at the places that the request names.
+    given: Vec<Bytes>,
+    _slots: Vec<Slot>,
+    room: Option<Slot>,
+    /// The agent is done with the call.
+    is_over: bool,
+}
+
+impl Lent {
+    /// The reply, with its tensors' data where the agent put it; none if the agent does not know the region, and has
+    /// done nothing.
+    ///
+    /// # Errors
+    /// Those of the call, and `BACKEND_FAILED` for places outside of the room.
+    pub(crate) fn finish(mut self, reply: Result<RunReply, Error>) -> Option<Result<RunReply, Error>> {
+        match reply {
+            Err(error) if is_lost_region(&error) => {
+                self.memory.forget(&self.region);
+                None
+            }
+            Err(error) => {
+                // Who has no answer does not know whether the agent is about to write.
+                let without = [Reason::Unreachable, Reason::Deadline, Reason::Cancelled];
+                self.is_over = !without.contains(&error.reason());
+                if let (Reason::MessageTooLarge, Detail::Limit { used, .. }) =
+                    (error.reason(), error.detail())
+                {
+                    self.expect(usize::try_from(*used).unwrap_or(usize::MAX));
+                }
+                Some(Err(error))
+            }
+            Ok(reply) => {
+                self.is_over = true;
+                Some(self.receive(reply))
+            }
+        }
+    }
+
+    /// Takes note of how many bytes the tensors of a reply have.
+    fn expect(&self, bytes: usize) {
+        // A little more, for where each of them begins.
+        let room = if bytes >= CALL_BYTES_MIN { bytes.saturating_add(TENSOR_BYTES_MIN) } else { 0 };
+        self.region.reply_bytes.store(room, Ordering::Relaxed);
+    }
+
+    fn receive(&mut self, mut reply: RunReply) -> Result<RunReply, Error> {
+        let places = std::mem::take(&mut reply.places);
+        let mut carriers = reply.carriers_mut();
+        let length =
+            |carrier: &mut &mut dyn Carrier| carrier.tensor_mut().map_or(0, |tensor| tensor.data.len());
+        let inline: usize = carriers.iter_mut().map(length).sum();
+        let placed: u64 = places.iter().map(|place| place.bytes).sum();
+        let all = inline.saturating_add(usize::try_from(placed).unwrap_or(usize::MAX));
+        self.expect(all);
+        if places.is_empty() {
+            return Ok(reply);
+        }
+        let wrong =
+            || Error::new(Reason::BackendFailed, "the agent's reply names places that are not its own");
+        if places.len() != carriers.len() {
+            return Err(wrong());
+        }
+        let room = self.room.take().map(Arc::new);
+        for (place, carrier) in places.iter().zip(carriers) {
+            let Some(tensor) = carrier.tensor_mut().filter(|_| place.bytes > 0) else { continue };
+            tensor.data = self.view(place, room.as_ref()).ok_or_else(wrong)?;
+        }
+        Ok(reply)
+    }
+
+    /// The bytes at a place: in the room, where they stay as long as somebody looks at them, or what the call itself
+    /// brought.
+    fn view(&self, place: &Place, room: Option<&Arc<Slot>>) -> Option<Bytes> {
+        let begin = usize::try_from(place.offset).ok()?;
+        let range = begin..begin.checked_add(usize::try_from(place.bytes).ok()?)?;
+        let is_in = |part: &Range<usize>| part.start <= range.start && range.end <= part.end;
+        if let Some(slot) = room.filter(|room| is_in(&room.part)) {
+            return Some(Bytes::from_owner(SlotView { slot: Arc::clone(slot), range }));
+        }
+        // An engine that passes its inputs on.
+        let shared = self.request.shared.as_ref()?;
+        let own = shared.places.iter().position(|own| own == place)?;
+        self.given.get(own).cloned()
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        if let Some(room) = &mut self.room {
+            room.is_lost = !self.is_over;
+        }
+    }
+}
+
+fn is_lost_region(error: &Error) -> bool {
+    matches!(error.detail(), Detail::Resource { kind, .. } if kind == REGION)
+}
+
+/// What a region is called in errors.
+pub const REGION: &str = "region";
+
+/// Memory to produce a tensor's data in. Where client and agent share memory it lies there, and a call with it copies
+/// nothing; elsewhere it is memory as any other.
+#[derive(Debug)]
+pub struct Buffer {
+    content: Content,
+}
+
+#[derive(Debug)]
+enum Content {
+    Own(Vec<u8>),
+    Shared(Slot, usize),
+}
+
+impl Buffer {
+    /// Whether the agent shares it.
+    pub fn is_shared(&self) -> bool {
+        matches!(self.content, Content::Shared(..))
+    }
+
+    /// The bytes as a tensor's data, which cannot be changed any more.
+    pub fn freeze(self) -> Bytes {
+        match self.content {
+            Content::Own(bytes) => bytes.into(),
+            Content::Shared(slot, bytes) => {
+                let range = slot.part.start..slot.part.start + bytes;
+                Bytes::from_owner(SlotView { slot: Arc::new(slot), range })
+            }
+        }
+    }
+}
+
+impl Deref for Buffer {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match &self.content {
+            Content::Own(bytes) => bytes,
+            Content::Shared(slot, bytes) => {
+                slot.region.mapping.slice(slot.part.start..slot.part.start + bytes)
+            }
+        }
+    }
+}
+
+impl DerefMut for Buffer {
+    #[allow(unsafe_code, reason = "the part of the mapping is this buffer's alone")]
+    fn deref_mut(&mut self) -> &mut [u8] {
+        match &mut self.content {
+            Content::Own(bytes) => bytes,
+            Content::Shared(slot, bytes) => {
+                let range = slot.part.start..slot.part.start + *bytes;
+                // SAFETY: the slot is this buffer's alone, which is borrowed for as long as the bytes can be written;
+                // no call knows of it before `freeze` takes the buffer away.
+                unsafe { slot.region.mapping.part_mut(range) }
+            }
+        }
+    }
+}
