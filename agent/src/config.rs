@@ -163,7 +163,7 @@ pub struct Settings {
     #[arg(long, global = true, env = "VACCEL_AGENT_TENANT_IN_FLIGHT_MIB", value_name = "MIB")]
     pub tenant_in_flight_mib: Option<u64>,
 
-    /// MiB of memory one tenant may share with the agent over unix sockets; 0 for none [default: 512]
+    /// MiB of memory one tenant may share with the agent over unix sockets; 0 for none [default: 1024]
     #[arg(long, global = true, env = "VACCEL_AGENT_TENANT_SHARED_MIB", value_name = "MIB")]
     pub tenant_shared_mib: Option<u64>,
 
@@ -424,7 +424,7 @@ impl Config {
                 calls: settings.tenant_calls_max.unwrap_or(64),
                 resource_bytes: mebibytes(settings.tenant_resource_mib.unwrap_or(1024)),
                 in_flight_bytes: mebibytes(settings.tenant_in_flight_mib.unwrap_or(256)),
-                shared_bytes: mebibytes(settings.tenant_shared_mib.unwrap_or(512)),
+                shared_bytes: mebibytes(settings.tenant_shared_mib.unwrap_or(1024)),
             },
             policy: settings.policy,
             log: settings.log.unwrap_or_else(|| "info".into()),

@@ -14,7 +14,7 @@ use crate::dial::{Dialer, Protocol};
 use crate::env;
 #[cfg(feature = "cli")]
 use crate::http1::Http1;
-use crate::link::Link;
+use crate::link::{Link, Options};
 use crate::retry::Deadline;
 use crate::session::{Session, SessionOptions};
 use crate::shared::Buffer;
@@ -46,9 +46,7 @@ pub struct Builder {
     endpoint: Endpoint,
     tls: Tls,
     token: Option<String>,
-    connect_timeout: Duration,
-    connections: usize,
-    shares_memory: bool,
+    options: Options,
     deadline: Duration,
 }
 
@@ -68,9 +66,12 @@ impl Client {
             endpoint,
             tls: Tls::default(),
             token: None,
-            connect_timeout: CONNECT_TIMEOUT_DEFAULT,
-            connections: CONNECTIONS_DEFAULT,
-            shares_memory: true,
+            options: Options {
+                connect_timeout: CONNECT_TIMEOUT_DEFAULT,
+                connections: CONNECTIONS_DEFAULT,
+                shares_memory: true,
+                compresses: false,
+            },
             deadline: DEADLINE_DEFAULT,
         }
     }
@@ -170,7 +171,7 @@ impl Builder {
     /// How long a dial may take, the handshakes included; 5 seconds if not said.
     #[must_use]
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
-        self.connect_timeout = timeout;
+        self.options.connect_timeout = timeout;
         self
     }
 
@@ -178,7 +179,7 @@ impl Builder {
     /// agent is near, runs take others beside it, which cost them less; these are dialed when there are runs.
     #[must_use]
     pub fn connections(mut self, most: usize) -> Self {
-        self.connections = most;
+        self.options.connections = most;
         self
     }
 
@@ -186,7 +187,15 @@ impl Builder {
     /// agents on this machine, behind unix sockets, and makes no other difference than that of time.
     #[must_use]
     pub fn shares_memory(mut self, yes: bool) -> Self {
-        self.shares_memory = yes;
+        self.options.shares_memory = yes;
+        self
+    }
+
+    /// Whether requests and replies of runs are compressed, with gzip; they are not if not said. It is for slow lines
+    /// and for tensors that compress: it costs some 20 ms of processor for a MB.
+    #[must_use]
+    pub fn compresses(mut self, yes: bool) -> Self {
+        self.options.compresses = yes;
         self
     }
 
@@ -215,8 +224,7 @@ impl Builder {
     /// `BAD_ARGUMENT`, as in [`Builder::connect`].
     pub fn build(self) -> Result<Client, Error> {
         let dialer = Dialer::new(self.endpoint, &self.tls, Protocol::HTTP2)?;
-        let (token, memory) = (self.token.as_deref(), self.shares_memory);
-        let link = Link::new(dialer, token, self.connect_timeout, self.connections, memory)?;
+        let link = Link::new(dialer, self.token.as_deref(), &self.options)?;
         Ok(Client { shared: Arc::new(Shared { link, deadline: self.deadline }) })
     }
 
@@ -227,7 +235,7 @@ impl Builder {
     #[cfg(feature = "cli")]
     pub fn http1(self) -> Result<Http1, Error> {
         let dialer = Dialer::new(self.endpoint, &self.tls, Protocol::HTTP1)?;
-        Http1::new(dialer, self.token.as_deref(), self.connect_timeout)
+        Http1::new(dialer, self.token.as_deref(), self.options.connect_timeout)
     }
 }
 
@@ -237,9 +245,7 @@ impl fmt::Debug for Builder {
             .field("endpoint", &self.endpoint)
             .field("tls", &self.tls)
             .field("token", &self.token.as_ref().map(|_| "…"))
-            .field("connect_timeout", &self.connect_timeout)
-            .field("connections", &self.connections)
-            .field("shares_memory", &self.shares_memory)
+            .field("options", &self.options)
             .field("deadline", &self.deadline)
             .finish()
     }

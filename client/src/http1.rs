@@ -42,7 +42,7 @@ struct Open {
 
 impl Http1 {
     pub(crate) fn new(dialer: Dialer, token: Option<&str>, connect_timeout: Duration) -> Result<Self, Error> {
-        let head = Head::new(dialer.endpoint(), token)?;
+        let head = Head::new(dialer.endpoint(), token, false)?;
         Ok(Self { shared: Arc::new(Shared { dialer, head, connect_timeout }), open: None })
     }
 

@@ -47,6 +47,7 @@ mod dial;
 mod error;
 mod files;
 mod genop;
+mod gzip;
 #[cfg(feature = "cli")]
 mod http1;
 mod hybrid;

@@ -46,6 +46,19 @@ pub struct Link {
     shared: Arc<Shared>,
 }
 
+/// How a client goes about its connections.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Options {
+    /// How long a dial may take.
+    pub(crate) connect_timeout: Duration,
+    /// Connections at most.
+    pub(crate) connections: usize,
+    /// Whether long tensors go through shared memory, where there is some.
+    pub(crate) shares_memory: bool,
+    /// Whether messages of runs are sent and taken in gzip.
+    pub(crate) compresses: bool,
+}
+
 #[derive(Debug)]
 struct Shared {
     dialer: Arc<Dialer>,
@@ -70,14 +83,9 @@ struct Slot {
 
 impl Link {
     /// A link that is not dialed yet.
-    pub(crate) fn new(
-        dialer: Dialer,
-        token: Option<&str>,
-        connect_timeout: Duration,
-        connections: usize,
-        shares_memory: bool,
-    ) -> Result<Self, Error> {
-        let head = Arc::new(Head::new(dialer.endpoint(), token)?);
+    pub(crate) fn new(dialer: Dialer, token: Option<&str>, options: &Options) -> Result<Self, Error> {
+        let Options { connect_timeout, connections, shares_memory, compresses } = *options;
+        let head = Arc::new(Head::new(dialer.endpoint(), token, compresses)?);
         let memory = Memory::new(dialer.endpoint(), shares_memory, connect_timeout);
         let (dialer, failures, slot) = (Arc::new(dialer), Default::default(), Default::default());
         Ok(Self {

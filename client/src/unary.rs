@@ -23,6 +23,7 @@ use vaccel_proto::tensor::GRPC_HEADER_BYTES;
 use vaccel_proto::{Error, Reason, gather};
 
 use crate::client::timed;
+use crate::gzip;
 use crate::wire::Wire;
 
 /// Makes a call.
@@ -36,7 +37,9 @@ pub(crate) async fn call<R: Message + Default>(
     time: Duration,
 ) -> Result<Response<R>, Status> {
     let pieces = gather::framed(message)?;
-    let message = match wire.beside(pieces.iter().map(Bytes::len).sum()) {
+    let length = pieces.iter().map(Bytes::len).sum();
+    let beside = || wire.beside(length).filter(|_| !wire.compresses());
+    let message = match beside() {
         Some(connection) => connection.call(path, time, pieces).await?,
         None => over(&mut wire, path, time, pieces).await?,
     };
@@ -50,12 +53,19 @@ async fn over(
     time: Duration,
     pieces: Vec<Bytes>,
 ) -> Result<Bytes, Status> {
+    let compresses = wire.compresses();
+    let pieces = if compresses { gzip::shrink(pieces).await? } else { pieces };
     let mut request = http::Request::new(Body::new(Pieces(pieces.into())));
     *request.method_mut() = http::Method::POST;
     *request.uri_mut() = http::Uri::from_static(path);
     *request.headers_mut() = timed((), time).into_parts().0.into_headers();
     request.headers_mut().insert(TE, HeaderValue::from_static("trailers"));
     request.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+    if compresses {
+        for name in ["grpc-encoding", "grpc-accept-encoding"] {
+            request.headers_mut().insert(name, HeaderValue::from_static(gzip::NAME));
+        }
+    }
     let below = |failure| Status::from_error(Box::new(failure));
     let (head, body) = wire.call(request).await.map_err(below)?.into_parts();
     if let Some(status) = Status::from_header_map(&head.headers) {
@@ -64,7 +74,7 @@ async fn over(
     if head.status != http::StatusCode::OK {
         return Err(by_http(head.status.as_u16()));
     }
-    let (message, trailers) = receive(body).await?;
+    let (message, trailers) = receive(body, compresses).await?;
     let status = trailers.and_then(|trailers| Status::from_header_map(&trailers));
     answered(status.ok_or_else(|| broken("ends without a status"))?)?;
     message.ok_or_else(|| broken("has no message"))
@@ -95,15 +105,28 @@ pub(crate) fn by_http(status: u16) -> Status {
 }
 
 /// The message of a reply, and the trailers.
-async fn receive(mut body: Body) -> Result<(Option<Bytes>, Option<HeaderMap>), Status> {
+async fn receive(
+    mut body: Body,
+    may_be_compressed: bool,
+) -> Result<(Option<Bytes>, Option<HeaderMap>), Status> {
     let mut message = Gathered::default();
+    let mut trailers = None;
     while let Some(frame) = body.frame().await.transpose()? {
         match frame.into_data() {
             Ok(data) => message.add(data)?,
-            Err(frame) => return Ok((message.finish()?, frame.into_trailers().ok())),
+            Err(frame) => {
+                trailers = frame.into_trailers().ok();
+                break;
+            }
         }
     }
-    Ok((message.finish()?, None))
+    let Some(framed) = message.finish()? else { return Ok((None, trailers)) };
+    let message = match framed.first() {
+        Some(0) => framed.slice(GRPC_HEADER_BYTES..),
+        _ if may_be_compressed => gzip::expand(framed).await?,
+        _ => return Err(broken("is compressed, which was not asked for")),
+    };
+    Ok((Some(message), trailers))
 }
 
 /// A message as far as it has come.
@@ -132,6 +155,7 @@ impl Gathered {
         if is_more { Err(broken("is more than one message")) } else { Ok(()) }
     }
 
+    /// The message with its framing.
     fn finish(self) -> Result<Option<Bytes>, Status> {
         let bytes = self.whole.unwrap_or_else(|| self.bytes.into());
         if bytes.is_empty() {
@@ -140,19 +164,16 @@ impl Gathered {
         if framed_length(&bytes)? != Some(bytes.len()) {
             return Err(broken("ends in the middle of a message"));
         }
-        Ok(Some(bytes.slice(GRPC_HEADER_BYTES..)))
+        Ok(Some(bytes))
     }
 }
 
 /// Bytes of a message and its framing, once its beginning is there.
 pub(crate) fn framed_length(bytes: &[u8]) -> Result<Option<usize>, Status> {
-    let Some(&[is_compressed, length @ ..]) = bytes.first_chunk::<GRPC_HEADER_BYTES>() else {
+    let Some(&[_, length @ ..]) = bytes.first_chunk::<GRPC_HEADER_BYTES>() else {
         return Ok(None);
     };
     let (length, limit) = (u32::from_be_bytes(length) as usize, MESSAGE_BYTES_MAX);
-    if is_compressed != 0 {
-        return Err(broken("is compressed, which was not asked for"));
-    }
     if length > limit {
         let (length, limit) = (length as u64, limit as u64);
         return Err(Error::limit(Reason::MessageTooLarge, "the reply", limit, length, "bytes").to_status());
@@ -205,7 +226,7 @@ mod tests {
             let content = vec![7; length];
             for piece in [1, 4, 5, 6, 64, 5005] {
                 let message = gathered(&framed(&content), piece).unwrap();
-                assert_eq!(message.unwrap(), content, "{length} in {piece}");
+                assert_eq!(message.unwrap()[GRPC_HEADER_BYTES..], content, "{length} in {piece}");
             }
         }
         assert_eq!(gathered(&[], 1).unwrap(), None);
@@ -218,7 +239,6 @@ mod tests {
             (&framed(b"cut")[..7], "ends in the middle"),
             (&[0, 0], "ends in the middle"),
             (&two, "more than one"),
-            (&[1, 0, 0, 0, 0], "compressed"),
             (&[0, 0xff, 0, 0, 0], "at most"),
         ] {
             for piece in [1, 8, 100] {

@@ -34,12 +34,14 @@ pub(crate) struct Head {
     scheme: Scheme,
     authority: Authority,
     authorization: Option<HeaderValue>,
+    /// Whether messages of runs are sent and taken in gzip.
+    pub(crate) compresses: bool,
 }
 
 impl Head {
     /// # Errors
     /// `BAD_ARGUMENT` for a host or a token that a header cannot carry.
-    pub(crate) fn new(endpoint: &Endpoint, token: Option<&str>) -> Result<Self, Error> {
+    pub(crate) fn new(endpoint: &Endpoint, token: Option<&str>, compresses: bool) -> Result<Self, Error> {
         let bad = |what: String| Error::new(Reason::BadArgument, what);
         let (scheme, host) = match endpoint {
             Endpoint::Tls(authority) => (Scheme::HTTPS, authority.to_string()),
@@ -58,7 +60,13 @@ impl Head {
             value.set_sensitive(true);
             Ok::<_, Error>(value)
         });
-        Ok(Self { endpoint: endpoint.clone(), scheme, authority, authorization: authorization.transpose()? })
+        Ok(Self {
+            endpoint: endpoint.clone(),
+            scheme,
+            authority,
+            authorization: authorization.transpose()?,
+            compresses,
+        })
     }
 
     pub(crate) fn endpoint(&self) -> &Endpoint {
@@ -159,6 +167,10 @@ impl Wire {
     /// A connection, and those beside it, if it pays to have them.
     pub(crate) fn new(sender: SendRequest<Body>, head: Arc<Head>, pool: Option<Pool>) -> Self {
         Self { sender, head, broken: Arc::default(), pool }
+    }
+
+    pub(crate) fn compresses(&self) -> bool {
+        self.head.compresses
     }
 
     /// A connection beside it for a call of one message there and one back, the request of so many bytes.

@@ -4,6 +4,7 @@
 //! call's credentials into a tenant. A new service is a line in [`Gate::new`].
 
 mod body;
+mod compression;
 mod deadline;
 mod health;
 mod inference;
@@ -37,6 +38,7 @@ use vaccel_proto::{Error, Reason};
 
 pub(crate) use self::body::KeptBody;
 use self::body::{CountedBody, HeldBytes, Kept};
+use self::compression::{Coding, Expanded, GRPC_ENCODING};
 use crate::dispatch::{Caller, Dispatch};
 use crate::http2::{self, is_grpc};
 use crate::identity::{Identity, Peer, Tenant};
@@ -181,6 +183,31 @@ impl ConnectionService {
         }
     }
 
+    /// A call with compressed messages, which is one as any other once they are expanded.
+    fn expanded(
+        &self,
+        coding: Coding,
+        request: Request<http2::Incoming>,
+        caller: Caller,
+        held: Arc<HeldBytes>,
+    ) -> Answer {
+        let (call, of_reply) = (unary::Call::of(&request), Coding::of_reply(request.headers()));
+        let account = Arc::clone(caller.account());
+        let counted = Arc::clone(&held);
+        let mut request = request.map(|body| Expanded::new(body, coding, account, counted));
+        request.headers_mut().remove(GRPC_ENCODING);
+        match call {
+            Some(call) => {
+                let dispatch = Arc::clone(&self.gate.dispatch);
+                Box::pin(call.answer(dispatch, caller, held, request.into_body(), of_reply))
+            }
+            None => {
+                let request = request.map(|body| Body::new(body.map_err(Status::from)));
+                Box::pin(self.route(request, caller, held))
+            }
+        }
+    }
+
     fn refuse<B>(&self, request: &Request<B>, refusal: &Error) -> Response<KeptBody> {
         let connection = self.connection.id;
         tracing::debug!(?connection, peer = ?self.connection.peer, ?refusal, "call refused at the gate");
@@ -203,13 +230,16 @@ impl http2::Service for ConnectionService {
             Err(refusal) => return Box::pin(std::future::ready(self.refuse(&request, &refusal))),
         };
         request.body().charge(Arc::clone(&held) as Arc<dyn http2::Meter>);
+        if let Some(coding) = Coding::of_messages(request.headers()) {
+            return self.expanded(coding, request, caller, held);
+        }
         match unary::Call::of(&request) {
             Some(call) => {
                 if call.ends_with_tensors() {
                     request.body().align_ends();
                 }
                 let dispatch = Arc::clone(&self.gate.dispatch);
-                Box::pin(call.answer(dispatch, caller, held, request.into_body()))
+                Box::pin(call.answer(dispatch, caller, held, request.into_body(), None))
             }
             // The routes know errors as statuses.
             None => {

@@ -17,11 +17,11 @@ use vaccel_proto::v1::RunRequest;
 use vaccel_proto::{Error, codec, gather};
 
 use super::body::{HeldBytes, Kept, KeptBody};
+use super::compression::{self, Coding, GRPC_ENCODING};
 use crate::dispatch::{Caller, Dispatch};
-use crate::http2::{Incoming, is_grpc};
+use crate::http2::is_grpc;
 
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
-const GRPC_ENCODING: HeaderName = HeaderName::from_static("grpc-encoding");
 
 /// The calls.
 #[derive(Clone, Copy, Debug)]
@@ -38,10 +38,11 @@ impl Call {
             "/inference.GRPCInferenceService/ModelInfer" => Self::ModelInfer,
             _ => return None,
         };
-        // What is said about compression, to other methods and to bodies of anything, is the routes' business.
+        // What is said to unknown codings, to other methods and to bodies of anything, is the routes' business.
         let headers = request.headers();
         let is_plain = headers.get(GRPC_ENCODING).is_none_or(|encoding| encoding == "identity");
-        Some(call).filter(|_| is_plain && is_grpc(headers) && request.method() == http::Method::POST)
+        let is_known = is_plain || Coding::of_messages(headers).is_some();
+        Some(call).filter(|_| is_known && is_grpc(headers) && request.method() == http::Method::POST)
     }
 
     /// Whether its tensors are the end of its message, and nothing before them says where they begin. Their lengths are
@@ -50,15 +51,23 @@ impl Call {
         matches!(self, Self::ModelInfer)
     }
 
-    /// Makes it.
+    /// Makes it, and answers in a coding if one is given.
     pub(super) async fn answer(
         self,
         dispatch: Arc<Dispatch>,
         caller: Caller,
         held: Arc<HeldBytes>,
-        body: Incoming,
+        body: impl Body<Data = Bytes, Error = Error> + Unpin,
+        coding: Option<Coding>,
     ) -> Response<KeptBody> {
-        let pieces = match self.pieces(&dispatch, &caller, &held, body).await {
+        let answered = async {
+            let pieces = self.pieces(&dispatch, &caller, &held, body).await?;
+            match coding {
+                Some(coding) => compression::shrink_message(coding, pieces).await,
+                None => Ok(pieces),
+            }
+        };
+        let pieces = match answered.await {
             Ok(pieces) => pieces,
             Err(error) => {
                 let kept = Some(Kept { _caller: caller, _bytes: held });
@@ -69,6 +78,9 @@ impl Call {
         let kept = Kept { _caller: caller, _bytes: held };
         let mut response = Response::new(KeptBody::message(pieces, trailers, kept));
         response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+        if let Some(coding) = coding {
+            response.headers_mut().insert(GRPC_ENCODING, HeaderValue::from_static(coding.name()));
+        }
         response
     }
 
@@ -77,7 +89,7 @@ impl Call {
         dispatch: &Dispatch,
         caller: &Caller,
         held: &HeldBytes,
-        body: Incoming,
+        body: impl Body<Data = Bytes, Error = Error> + Unpin,
     ) -> Result<Vec<Bytes>, Error> {
         let message = message(body).await?;
         match self {
@@ -94,7 +106,7 @@ impl Call {
 }
 
 /// The one message of a request.
-async fn message(mut body: Incoming) -> Result<Bytes, Error> {
+async fn message(mut body: impl Body<Data = Bytes, Error = Error> + Unpin) -> Result<Bytes, Error> {
     let frame = std::future::poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await;
     let framed = frame.transpose()?.and_then(|frame| frame.into_data().ok());
     let framed = framed.ok_or_else(|| Error::field("message", "one message", "none"))?;

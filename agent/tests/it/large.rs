@@ -70,6 +70,32 @@ async fn what_is_in_flight_is_bounded_by_the_tenants_limit() {
     other.noop().await.unwrap();
 }
 
+#[tokio::test]
+async fn compressed_runs_take_less_of_the_line_and_say_the_same() {
+    let agent = Agent::start(&["tcp://127.0.0.1:0"], &["--engine", "tract"]);
+    let line = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = format!("tcp://{}", line.local_addr().unwrap());
+    let to = agent.address().trim_start_matches("tcp://").to_owned();
+    let carried = tokio::spawn(async move {
+        let mut near = line.accept().await.unwrap().0;
+        let mut far = tokio::net::TcpStream::connect(to).await.unwrap();
+        tokio::io::copy_bidirectional(&mut near, &mut far).await.unwrap()
+    });
+    let client = Client::builder(address.parse().unwrap()).compresses(true).connections(1);
+    let session = client.connect().await.unwrap().open_session(SessionOptions::default()).await.unwrap();
+    let echo = session.register(ResourceFiles::model("m", onnx::echo())).await.unwrap();
+    for bytes in [4, 4096, 8 * MEBIBYTE] {
+        let run = session.run(&echo, vec![named("x", tensor(bytes))], &[]).await.unwrap();
+        assert!(run.outputs[0].tensor.as_ref().unwrap().data == tensor(bytes).data);
+    }
+    session.noop().await.unwrap();
+    let refusal = session.run(&echo, vec![named("y", tensor(4096))], &[]).await.unwrap_err();
+    assert_eq!(refusal.reason(), Reason::BadArgument);
+    drop(session);
+    let (up, down) = carried.await.unwrap();
+    assert!(up.max(down) < 2 * MEBIBYTE as u64, "{up} up, {down} down");
+}
+
 /// Sends these pieces.
 async fn pieces(client: &Client, pieces: Vec<RunPiece>) -> Result<(), Error> {
     let mut operations = OperationsClient::new(client.link().clone());

@@ -152,6 +152,9 @@ impl Gathered {
 
     fn whole(self) -> Outcome {
         match self.missing {
+            Some(0) if self.bytes.first() != Some(&0) => {
+                Err(broken("is compressed, which was not asked for"))
+            }
             Some(0) => Ok(self.bytes.freeze().slice(GRPC_HEADER_BYTES..)),
             None if self.bytes.is_empty() => Err(broken("has no message")),
             _ => Err(broken("ends in the middle of a message")),

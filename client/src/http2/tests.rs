@@ -78,7 +78,7 @@ fn framed(content: &[u8]) -> Vec<u8> {
 /// A connection with these settings of the agent's, through a pipe that holds so many bytes.
 async fn connected(settings: &[(u16, u32)], room: usize) -> (Connection, Agent) {
     let (near, far) = tokio::io::duplex(room);
-    let head = Head::new(&"tcp://agent:1".parse().unwrap(), Some("token")).unwrap();
+    let head = Head::new(&"tcp://agent:1".parse().unwrap(), Some("token"), false).unwrap();
     let mut agent = Agent { socket: far };
     let settings: Vec<u8> = settings
         .iter()
@@ -223,7 +223,11 @@ async fn answers_that_are_none_say_what_is_wrong_and_cost_only_their_call() {
             Code::Internal,
             "ends in the middle",
         ),
-        (&[(frame::HEADERS, 4, OK), (frame::DATA, 0, &[1, 0, 0, 0, 0])], Code::Internal, "compressed"),
+        (
+            &[(frame::HEADERS, 4, OK), (frame::DATA, 0, &[1, 0, 0, 0, 0]), (frame::HEADERS, END, DONE)],
+            Code::Internal,
+            "compressed",
+        ),
         (
             &[(frame::HEADERS, 4, OK), (frame::DATA, 0, &[0, 0xff, 0, 0, 0])],
             Code::ResourceExhausted,
@@ -384,7 +388,7 @@ async fn what_is_no_agent_is_found_out_at_once() {
         let (near, mut far) = tokio::io::duplex(1 << 16);
         far.write_all(greeting).await.unwrap();
         far.shutdown().await.unwrap();
-        let head = Head::new(&"tcp://agent:1".parse().unwrap(), None).unwrap();
+        let head = Head::new(&"tcp://agent:1".parse().unwrap(), None, false).unwrap();
         let refusal = Connection::open(Box::new(near), Arc::new(head)).await.expect_err(why);
         assert!(refusal.contains(why), "{refusal}");
     }

@@ -4,7 +4,6 @@
 //! the binary extension, behind the JSON. Browsers are turned away: a page that somebody looks at must not be able to
 //! call an agent on that machine.
 
-mod compression;
 mod json;
 mod metrics;
 
@@ -30,6 +29,7 @@ use vaccel_proto::inference::{
 use vaccel_proto::limits::MESSAGE_BYTES_MAX;
 use vaccel_proto::{Error, Reason};
 
+use super::compression;
 use super::inference::{log_settings, read_only, server_metadata, trace_settings};
 use crate::dispatch::{Caller, Dispatch, to_json};
 use crate::quota::Hold;
@@ -198,7 +198,7 @@ async fn received(request: Request<axum::body::Body>) -> Result<(Caller, HeaderM
         }
         Error::new(Reason::Cancelled, "the request ended before it was whole").caused_by(error.to_string())
     })?;
-    let (bytes, counted) = compression::expand(&caller, &parts.headers, body.to_bytes()).await?;
+    let (bytes, counted) = compression::expand(caller.account(), &parts.headers, body.to_bytes()).await?;
     Ok((caller, parts.headers, Whole { bytes, _counted: counted }))
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
+use std::io::Write;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -212,15 +213,13 @@ async fn calls_that_are_no_messages_end_with_a_status() {
         ..RunRequest::default()
     }
     .encode_to_vec();
-    let gzip = [("grpc-encoding", "gzip")];
+    let (gzip, snappy) = ([("grpc-encoding", "gzip")], [("grpc-encoding", "snappy")]);
     let long = "x".repeat(32 << 10);
     for (attack, headers, frames, codes) in [
-        (
-            "compressed",
-            &gzip[..],
-            body([framed(1, b"\x1f\x8b\x08\0\0\0\0\0\0\x03")]),
-            &[Code::Unimplemented][..],
-        ),
+        ("a cut message", &gzip[..], body([framed(1, &zipped(&noop)[..20])]), &[Code::InvalidArgument][..]),
+        ("no gzip", &gzip, body([framed(1, &noop)]), &[Code::InvalidArgument]),
+        ("a bomb", &gzip, body([framed(1, &zipped(&vec![0; 64 << 20]))]), &[Code::ResourceExhausted]),
+        ("a coding nobody knows", &snappy, body([framed(1, &noop)]), &[Code::Unimplemented]),
         ("compressed by nothing", &[], body([framed(1, &noop)]), &[Code::InvalidArgument]),
         ("a flag that is none", &[], body([framed(7, &noop)]), &[Code::InvalidArgument]),
         ("no message", &[], body([]), &[Code::InvalidArgument]),
@@ -243,6 +242,12 @@ async fn calls_that_are_no_messages_end_with_a_status() {
     assert!([Code::Ok, Code::Internal].contains(&two.code()), "{two:?}");
     attacker.session.noop().await.unwrap();
     site.serves_others().await;
+}
+
+fn zipped(bytes: &[u8]) -> Vec<u8> {
+    let mut writer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    writer.write_all(bytes).unwrap();
+    writer.finish().unwrap()
 }
 
 /// A claim is refused with its reason in every call: those that tonic answers, too.

@@ -136,6 +136,25 @@ def stream(client):
     client.stop_stream()
 
 
+def compressed(client):
+    many = np.repeat(np.arange(2, dtype=np.float32).reshape(1, 2), 60, axis=0)
+    for algorithm in ["gzip", "deflate"]:
+        for values in [many, many[:1]]:
+            tensors = inputs("in", values, "FP32")
+            same(client.infer("add", tensors, compression_algorithm=algorithm).as_numpy("out"), values + 2)
+        answers = queue.Queue()
+        client.start_stream(
+            callback=lambda result, error: answers.put((result, error)), compression_algorithm=algorithm
+        )
+        for _ in range(20):
+            client.async_stream_infer("add", inputs("in", many, "FP32"))
+        for _ in range(20):
+            result, error = answers.get(timeout=60)
+            assert error is None, error
+            same(result.as_numpy("out"), many + 2)
+        client.stop_stream()
+
+
 def shared_memory(client):
     values = rows("FP32")
     size = values.nbytes
@@ -164,7 +183,7 @@ def shared_memory(client):
 
 for url in [unix, tcp]:
     with grpc.InferenceServerClient(url) as client:
-        for work in [server, types, typed_contents, models, statistics, stream]:
+        for work in [server, types, typed_contents, models, statistics, stream, compressed]:
             work(client)
 with grpc.InferenceServerClient(unix) as client:
     shared_memory(client)

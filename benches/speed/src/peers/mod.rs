@@ -43,6 +43,8 @@ enum Range {
     Model,
     /// A server that keeps nothing of what comes.
     NoEcho,
+    /// Tensors that lie in shared memory.
+    Shared,
 }
 
 /// A server, a client, and what they can carry.
@@ -74,14 +76,16 @@ pub(crate) const RAW: Peer = peer(RAW_NAME, Program::Own("raw"), Program::Own("r
 /// The thin guest, with the agent's path of a call and no engine behind it.
 pub(crate) const GUEST: Peer = peer("guest, agent", Program::Agent("noop"), Program::Own("guest"));
 
-/// The async client, with the same behind it.
+/// The async client through sockets, with the same behind it.
 pub(crate) const CLIENT: Peer = peer("async client, agent", Program::Agent("noop"), Program::Own("client"));
 
 /// All of them, what the others are compared with first.
-pub(crate) static ALL: [Peer; 12] = [
+pub(crate) static ALL: [Peer; 14] = [
     RAW,
     GUEST,
     CLIENT,
+    shared("async client, memory, copied", "client-copies"),
+    shared("async client, memory, in place", "client-in-place"),
     Peer {
         range: Range::Model,
         ..peer("guest, agent, model", Program::Agent("tract"), Program::Own("guest-model"))
@@ -107,6 +111,10 @@ const fn nodelay(name: &'static str, kind: &'static str) -> Peer {
     Peer { nodelay: true, range: Range::Tcp, ..peer(name, Program::Own(kind), Program::Own(kind)) }
 }
 
+const fn shared(name: &'static str, kind: &'static str) -> Peer {
+    Peer { range: Range::Shared, ..peer(name, Program::Agent("noop"), Program::Own(kind)) }
+}
+
 impl Peer {
     pub(crate) fn is_raw(&self) -> bool {
         self.name == RAW_NAME
@@ -128,6 +136,9 @@ impl Peer {
             Range::Tcp if socket != Socket::Tcp => Cover::No,
             Range::Model if shape.up < model::UP_BYTES_MIN || shape.echo => Cover::No,
             Range::NoEcho if shape.echo => Cover::No,
+            Range::Shared if socket != Socket::Unix || shape.echo || shape.up < client::SHARED_BYTES_MIN => {
+                Cover::No
+            }
             _ if is_ttrpc && shape.up >= ttrpc::MESSAGE_BYTES_MAX => Cover::Above(ttrpc::LIMIT),
             _ => Cover::Yes,
         }
@@ -200,7 +211,9 @@ pub(crate) fn caller(kind: &str, address: &str) -> Result<Box<dyn Caller>, Failu
         "raw" => Box::new(raw::Raw::new(address)),
         "guest" => Box::new(guest::Caller::new(address, guest::Engine::Noop)?),
         "guest-model" => Box::new(guest::Caller::new(address, guest::Engine::Tract)?),
-        "client" => Box::new(client::Single::new(address)?),
+        "client" => Box::new(client::Single::new(address, client::Way::Socket)?),
+        "client-copies" => Box::new(client::Single::new(address, client::Way::Copy)?),
+        "client-in-place" => Box::new(client::Single::new(address, client::Way::InPlace)?),
         "tonic" => Box::new(tonic::Caller::new(address)?),
         "ttrpc-sync" => Box::new(ttrpc::blocking::Caller::new(address)?),
         "ttrpc-async" => Box::new(ttrpc::tasks::Caller::new(address)?),
