@@ -27,6 +27,10 @@ const FREE_MAX: usize = 64;
 /// How long a buffer stays that nobody takes.
 const IDLE: Duration = Duration::from_secs(10);
 
+/// What a read may bring beyond a buffer's end, in bytes; the memory has room for it, so that buffers can be aligned.
+const BEYOND_BYTES: usize = 16;
+const _: () = assert!(BEYOND_BYTES < ALIGNMENT);
+
 /// The free ones. Cloning it gives the same pool.
 #[derive(Clone, Default)]
 pub(crate) struct Pool(Arc<Mutex<Free>>);
@@ -141,6 +145,16 @@ impl Buffer {
         &mut self.memory[self.begin + self.filled..self.begin + self.capacity]
     }
 
+    /// The room for so many bytes, and where they are the last ones a few bytes beyond it, which are nobody's: a read
+    /// that does not fill its place says that nothing more has come.
+    pub(crate) fn room_for(&mut self, count: usize) -> &mut [u8] {
+        let rest = self.capacity - self.filled;
+        let beyond = if count >= rest { BEYOND_BYTES } else { 0 };
+        let begin = self.begin + self.filled;
+        let end = (begin + count.min(rest) + beyond).min(self.memory.len());
+        &mut self.memory[begin..end]
+    }
+
     /// So many bytes were written to the beginning of the room.
     pub(crate) fn advance(&mut self, count: usize) {
         self.filled = (self.filled + count).min(self.capacity);
@@ -241,6 +255,20 @@ mod tests {
         let free = pool.0.lock().expect("not poisoned");
         assert!(free.buffers.len() <= FREE_MAX && free.bytes <= FREE_BYTES_MAX);
         assert_eq!(free.bytes, free.buffers.iter().map(|(memory, _)| memory.len()).sum::<usize>());
+    }
+
+    #[test]
+    fn only_what_ends_a_buffer_has_a_little_more_room() {
+        let pool = Pool::default();
+        for capacity in [1, 63, 64, 4096, 602_117] {
+            for mut buffer in [pool.take(capacity), pool.take_to_end(capacity)] {
+                assert_eq!(buffer.room_for(capacity - 1).len(), capacity - 1);
+                assert_eq!(buffer.room_for(usize::MAX).len(), capacity + BEYOND_BYTES);
+                buffer.room_for(capacity).fill(7);
+                buffer.advance(capacity);
+                assert_eq!(buffer.freeze(), vec![7; capacity]);
+            }
+        }
     }
 
     #[test]

@@ -171,9 +171,15 @@ impl Delivery {
         (delivery, Incoming { inbox, is_messages })
     }
 
-    /// Where the next bytes of the message that is arriving may be read to.
-    pub(super) fn place(&mut self) -> Option<&mut [u8]> {
-        self.message.as_mut().map(Buffer::room)
+    /// Where the next bytes of the message that is arriving may be read to, at most so many; and at its end a few more,
+    /// which are of something else.
+    pub(super) fn place(&mut self, most: usize) -> Option<&mut [u8]> {
+        self.message.as_mut().map(|message| message.room_for(most))
+    }
+
+    /// What was read there, of which so many bytes are the message's.
+    pub(super) fn beyond(&mut self, most: usize, count: usize) -> &[u8] {
+        self.place(most).and_then(|place| place.get(most..count)).unwrap_or_default()
     }
 
     /// So many bytes were read there.
@@ -372,8 +378,9 @@ mod tests {
             let mut came = Vec::new();
             for part in stream.chunks(cut) {
                 // Half of what has a place goes there.
-                let direct = delivery.place().map_or(0, |place| {
-                    let count = place.len().min(part.len() / 2);
+                let missing = delivery.missing().0;
+                let direct = delivery.place(missing).map_or(0, |place| {
+                    let count = missing.min(part.len() / 2);
                     place[..count].copy_from_slice(&part[..count]);
                     count
                 });
@@ -407,7 +414,7 @@ mod tests {
         delivery.receive(&message(LIMIT)[..GRPC_HEADER_BYTES], &Pool::default());
         let Poll::Ready(Some(Err(refusal))) = next(&mut incoming) else { panic!("it is refused") };
         assert_eq!(refusal.reason(), Reason::QuotaExceeded);
-        assert!(delivery.is_over() && delivery.place().is_none());
+        assert!(delivery.is_over() && delivery.place(1).is_none());
         delivery.receive(&[0; 100], &Pool::default());
         delivery.finish();
         assert!(matches!(next(&mut incoming), Poll::Ready(None)));

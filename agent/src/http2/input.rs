@@ -34,6 +34,15 @@ impl Input {
         self.is_more = false;
     }
 
+    /// Keeps bytes that were read with something else; there were none ahead.
+    pub(super) fn keep(&mut self, bytes: &[u8], pool: &Pool) {
+        if !bytes.is_empty() {
+            let mut buffer = pool.take(AHEAD_BYTES);
+            buffer.put(bytes);
+            (self.buffer, self.begin) = (Some(buffer), 0);
+        }
+    }
+
     /// Forgets the first bytes.
     pub(super) fn consume(&mut self, count: usize) {
         self.begin += count;

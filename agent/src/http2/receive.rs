@@ -80,16 +80,19 @@ impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
             let Self { io, input, streams, pool, expect, .. } = self;
             let direct = match expect {
                 Expect::Data(data) => data.place.and_then(|place| {
-                    let place = streams[place].as_mut()?.delivery.place()?;
-                    let count = place.len().min(data.rest);
-                    Some(&mut place[..count]).filter(|_| count >= DIRECT_BYTES_MIN)
+                    let delivery = &mut streams[place].as_mut()?.delivery;
+                    let most = delivery.missing().0.min(data.rest);
+                    (most >= DIRECT_BYTES_MIN).then_some((delivery, most))
                 }),
                 _ => None,
             };
             let count = match direct {
-                Some(place) => {
+                Some((delivery, most)) => {
+                    let place = delivery.place(most).unwrap_or_default();
                     let count = ready!(input::poll_read(context, io, place)).map_err(Fault::Lost)?;
-                    self.placed(count);
+                    // Whatever comes next may have begun to come.
+                    input.keep(delivery.beyond(most, count), pool);
+                    self.placed(count.min(most));
                     count
                 }
                 None => ready!(input.poll_read(context, io, pool)).map_err(Fault::Lost)?,

@@ -260,6 +260,43 @@ async fn a_call_is_answered_however_its_frames_are_cut() {
 }
 
 #[tokio::test]
+async fn calls_that_come_in_one_piece_are_told_apart() {
+    // What follows a long message is read with its end: another frame, or another message in the same one.
+    for length in [5_000, 20_000, 40_000] {
+        for between in [None, Some(0), Some(3), Some(20)] {
+            let mut peer = Peer::new().await;
+            let (mut sent, mut expected) = (Vec::new(), [const { Vec::new() }; 3]);
+            let mut put = |kind, flags, stream, content: &[u8]| {
+                sent.extend(Header { length: content.len(), kind, flags, stream }.encode());
+                sent.extend_from_slice(content);
+            };
+            for (content, stream) in expected.iter_mut().zip([1, 3, 5]) {
+                content.extend(message(&vec![stream as u8; length]));
+                content.extend(between.map(|more| message(&vec![9; more])).unwrap_or_default());
+                let grpc = [("content-type", "application/grpc")];
+                put(frame::HEADERS, frame::END_HEADERS, stream, &fields("/echo", &grpc));
+                put(frame::DATA, frame::END_STREAM, stream, content);
+                put(frame::PING, frame::ACK, 0, &[7; 8]);
+            }
+            peer.io.write_all(&sent).await.expect("it reads");
+            let mut came = [const { Vec::new() }; 3];
+            let mut ended = 0;
+            while ended < 3 {
+                let (header, content) = peer.next().await.expect("answers");
+                ended += usize::from(header.kind == frame::HEADERS && header.has(frame::END_STREAM));
+                if header.kind == frame::DATA && header.length > 0 {
+                    came[header.stream as usize / 2].extend(content);
+                    let more = (header.length as u32).to_be_bytes();
+                    peer.send(frame::WINDOW_UPDATE, 0, 0, &more).await;
+                }
+            }
+            assert!(came == expected, "{length}, {between:?}");
+            peer.works(7).await;
+        }
+    }
+}
+
+#[tokio::test]
 async fn trailers_of_a_request_are_its_end() {
     let mut peer = Peer::new().await;
     peer.call(1, "/echo", &[]).await;

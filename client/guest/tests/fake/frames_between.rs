@@ -10,7 +10,7 @@ use crate::{fails, flow, guest, opened, peer};
 fn reply(stream: u32) -> Vec<Frame> {
     let message = prost::Message::encode_to_vec(&vaccel_proto::v1::RunReply {
         timings: Some(timings()),
-        outcome: None,
+        ..Default::default()
     });
     let body = prefixed(&message);
     let (first, second) = body.split_at(7);
