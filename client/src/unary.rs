@@ -23,6 +23,7 @@ use vaccel_proto::tensor::GRPC_HEADER_BYTES;
 use vaccel_proto::{Error, Reason, gather};
 
 use crate::client::timed;
+use crate::error::{Failure, Reach};
 use crate::gzip;
 use crate::wire::Wire;
 
@@ -38,12 +39,20 @@ pub(crate) async fn call<R: Message + Default>(
 ) -> Result<Response<R>, Status> {
     let pieces = gather::framed(message)?;
     let length = pieces.iter().map(Bytes::len).sum();
-    let beside = || wire.beside(length).filter(|_| !wire.compresses());
-    let message = match beside() {
-        Some(connection) => connection.call(path, time, pieces).await?,
+    let beside = wire.beside(length).filter(|_| !wire.compresses());
+    let message = match beside {
+        Some(connection) => match connection.call(path, time, pieces.clone()).await {
+            // It has just been closed, perhaps because nobody wanted it.
+            Err(status) if is_unsent(&status) => over(&mut wire, path, time, pieces).await?,
+            answered => answered?,
+        },
         None => over(&mut wire, path, time, pieces).await?,
     };
     Ok(Response::new(R::decode(message).map_err(|_| broken("is no message of the contract"))?))
+}
+
+fn is_unsent(status: &Status) -> bool {
+    Failure::behind(status).is_some_and(|failure| failure.reach == Reach::Unsent)
 }
 
 /// Makes it over the connection that all calls share.

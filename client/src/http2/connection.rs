@@ -26,6 +26,9 @@ use crate::wire::Head;
 /// Pause between the attendant's looks at a connection on which calls are made.
 const LOOK: Duration = Duration::from_secs(1);
 
+/// A connection that nobody has used for so long is closed: an agent allows a tenant only so many.
+const IDLE: Duration = Duration::from_secs(60);
+
 /// A connection, closed when it is dropped and no call is on it.
 #[derive(Clone)]
 pub(crate) struct Connection {
@@ -48,6 +51,7 @@ struct Work {
     is_asleep: bool,
     /// Calls were made since the attendant looked.
     in_use: bool,
+    used: Instant,
 }
 
 /// Whom the socket wakes.
@@ -75,7 +79,14 @@ impl Connection {
             }
         })
         .await?;
-        let work = Work { state, worker: Worker::None, attendant: None, is_asleep: false, in_use: true };
+        let work = Work {
+            state,
+            worker: Worker::None,
+            attendant: None,
+            is_asleep: false,
+            in_use: true,
+            used: Instant::now(),
+        };
         let shared = Arc::new(Shared {
             work: Mutex::new(work),
             bytes: AtomicUsize::new(0),
@@ -162,9 +173,14 @@ impl Shared {
         let rings = alarm.as_mut().poll(context).is_ready();
         if rings {
             work_now.state.look(now);
-            if !std::mem::take(&mut work_now.in_use) {
+            if std::mem::take(&mut work_now.in_use) {
+                work_now.used = now;
+            } else {
                 // Nobody, or a call that waits for long or is not polled: the agent wants answers all the same.
                 work_now.worker = Worker::Attendant;
+                if work_now.state.streams.is_empty() && now - work_now.used >= IDLE {
+                    work_now.state.finish("nobody used it".to_owned());
+                }
             }
         }
         match work_now.worker {

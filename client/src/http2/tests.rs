@@ -374,6 +374,27 @@ async fn an_idle_connection_answers_pings_and_one_that_vanished_is_given_up() {
     assert!(agent.hear().await.is_none());
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_connection_that_nobody_uses_is_closed() {
+    let (connection, mut agent) = connected(&[], 1 << 16).await;
+    let long = call(&connection, b"long");
+    let (stream, _) = agent.request().await;
+    // Whoever waits uses it, however long.
+    for _ in 0..5 {
+        let (ping, content) = agent.expect(frame::PING).await;
+        assert!(!ping.has(frame::ACK));
+        agent.say(frame::PING, frame::ACK, 0, &content).await;
+    }
+    agent.answer(stream, b"at last").await;
+    assert_eq!(long.await.unwrap().unwrap(), &b"at last"[..]);
+    while let Some((header, content)) = agent.hear().await {
+        assert_eq!(header.kind, frame::PING);
+        agent.say(frame::PING, frame::ACK, 0, &content).await;
+    }
+    assert!(connection.is_closed());
+    assert_eq!(reach(call(&connection, b"").await.unwrap()), Reach::Unsent);
+}
+
 #[tokio::test]
 async fn a_connection_is_closed_when_nobody_has_it() {
     let (connection, mut agent) = connected(&[], 1 << 16).await;
