@@ -26,6 +26,8 @@ pub(crate) enum Unit {
     Objects,
     ResourceBytes,
     InFlightBytes,
+    /// Memory of devices, for products and for models that the tenant brought.
+    DeviceBytes,
 }
 
 /// Computations of one tenant that nobody waits for and that have not stopped yet. An engine cannot be interrupted
@@ -49,6 +51,7 @@ pub(crate) struct Account {
     objects: AtomicU64,
     resource_bytes: AtomicU64,
     in_flight_bytes: AtomicU64,
+    device_bytes: AtomicU64,
 }
 
 impl Account {
@@ -63,6 +66,7 @@ impl Account {
             objects: AtomicU64::new(0),
             resource_bytes: AtomicU64::new(0),
             in_flight_bytes: AtomicU64::new(0),
+            device_bytes: AtomicU64::new(0),
         }
     }
 
@@ -90,6 +94,9 @@ impl Account {
                 "requests of this tenant in flight",
                 "bytes",
             ),
+            Unit::DeviceBytes => {
+                (&self.device_bytes, self.limits.device_bytes, "devices' memory of this tenant", "bytes")
+            }
         }
     }
 
@@ -222,6 +229,7 @@ mod tests {
             calls: 1,
             resource_bytes: 10,
             in_flight_bytes: u64::MAX,
+            device_bytes: 0,
         };
         Accounts::new(limits, |_| 1)
     }

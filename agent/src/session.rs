@@ -263,8 +263,14 @@ mod tests {
     const SECOND: ConnectionId = ConnectionId(2);
 
     fn open(sessions: &Sessions, tenant: &Tenant) -> String {
-        let limits =
-            TenantLimits { connections: 1, sessions: 9, calls: 1, resource_bytes: 1, in_flight_bytes: 1 };
+        let limits = TenantLimits {
+            connections: 1,
+            sessions: 9,
+            calls: 1,
+            resource_bytes: 1,
+            in_flight_bytes: 1,
+            device_bytes: 0,
+        };
         let counted = Accounts::new(limits, |_| 1).of(tenant).hold(Unit::Sessions, 1).expect("fits");
         let session = sessions.open(tenant, FIRST, Choice::default(), counted).expect("opens");
         session.id.as_str().to_owned()

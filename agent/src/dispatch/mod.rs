@@ -25,6 +25,7 @@ use vaccel_proto::v1::{
 };
 use vaccel_proto::{Error, Reason};
 
+pub(crate) use crate::backend::Figures;
 use crate::backend::{Choice, Workshop};
 use crate::config::{Config, ConfigError};
 use crate::identity::Tenant;
@@ -37,6 +38,7 @@ pub(crate) use crate::repository::{Counts, Failure, Measured, to_json, type_name
 use crate::resource::{ReadBegin, Reading, Registered, Store, UploadBegin};
 use crate::scheduler::past_deadline;
 use crate::session::{ConnectionId, Session, Sessions};
+pub(crate) use inference::Metrics;
 
 /// How long one piece of an upload may take to arrive. A whole upload has [`DEADLINE_MAX`].
 const UPLOAD_PIECE_DEADLINE: Duration = Duration::from_secs(30);

@@ -31,7 +31,14 @@ fn config(folder: &Path, sync: StoreSync, bytes_max: u64) -> StoreConfig {
 }
 
 fn account(tenant: &Tenant, resource_bytes: u64) -> Arc<Account> {
-    let limits = TenantLimits { connections: 1, sessions: 9, calls: 1, resource_bytes, in_flight_bytes: 1 };
+    let limits = TenantLimits {
+        connections: 1,
+        sessions: 9,
+        calls: 1,
+        resource_bytes,
+        in_flight_bytes: 1,
+        device_bytes: 0,
+    };
     Accounts::new(limits, |_| 1).of(tenant)
 }
 

@@ -17,8 +17,14 @@ use crate::identity::Tenant;
 use crate::quota::{ABANDONED_RUNS_MAX, Accounts, Unit};
 
 fn accounts(weights: &'static [(&'static str, u32)]) -> Accounts {
-    let limits =
-        TenantLimits { connections: 1, sessions: 1, calls: 9, resource_bytes: 1, in_flight_bytes: 1 };
+    let limits = TenantLimits {
+        connections: 1,
+        sessions: 1,
+        calls: 9,
+        resource_bytes: 1,
+        in_flight_bytes: 1,
+        device_bytes: 0,
+    };
     Accounts::new(limits, move |tenant| {
         weights.iter().find(|(name, _)| *name == tenant.as_str()).map_or(1, |(_, weight)| *weight)
     })
