@@ -95,20 +95,48 @@ async fn with_agent(
         devices.extend(record.accelerators.devices.iter().map(|device| device.name.clone()));
     }
     for device in &devices {
-        if device != CPU {
-            let [up, down] = direct.bandwidths(device)?;
-            let (device, up_gb_s, down_gb_s) = (device.clone(), up / 1e9, down / 1e9);
-            record.transfers.push(Transfer { device, up_gb_s, down_gb_s });
-        }
-        for side in if device == CPU { amounts.cpu_sides } else { amounts.device_sides } {
-            let session = open(&clients[0], "", device).await?;
-            record.sgemm.push(product(direct, &session, device, *side, amounts).await?);
-        }
-        if device != CPU {
-            record.checks.push(containment(&config.engines, device)?);
+        if let Err(error) = on_device(record, config, direct, &clients[0], device, amounts).await {
+            fails(record, format!("products on {device}"), device, error)?;
         }
     }
     models(record, config, &clients[0], amounts, network).await
+}
+
+/// What a device cannot do is a check that failed, and the rest is measured; without the processor nothing is.
+fn fails(record: &mut Record, what: String, device: &str, error: SelfTestError) -> Result<(), SelfTestError> {
+    if device == CPU {
+        return Err(error);
+    }
+    let cause = match &error {
+        SelfTestError::Call(error) => std::error::Error::source(error).map(ToString::to_string),
+        _ => None,
+    };
+    let found = cause.map_or_else(|| error.to_string(), |cause| format!("{error}: {cause}"));
+    record.checks.push(Check { what, found, expected: "no error".into(), passed: false });
+    Ok(())
+}
+
+async fn on_device(
+    record: &mut Record,
+    config: &Config,
+    direct: &Direct,
+    client: &Client,
+    device: &str,
+    amounts: &Amounts,
+) -> Result<(), SelfTestError> {
+    if device != CPU {
+        let [up, down] = direct.bandwidths(device)?;
+        let (device, up_gb_s, down_gb_s) = (device.to_owned(), up / 1e9, down / 1e9);
+        record.transfers.push(Transfer { device, up_gb_s, down_gb_s });
+    }
+    for side in if device == CPU { amounts.cpu_sides } else { amounts.device_sides } {
+        let session = open(client, "", device).await?;
+        record.sgemm.push(product(direct, &session, device, *side, amounts).await?);
+    }
+    if device != CPU {
+        record.checks.push(containment(&config.engines, device)?);
+    }
+    Ok(())
 }
 
 /// The network by two names: one whose calls run together, and one whose calls do not.
@@ -290,30 +318,10 @@ async fn models(
     for (engine, device) in &places {
         let config =
             EngineConfig { engine: engine.clone(), device: device.clone(), ..config.engines.clone() };
-        let direct = Network::load(&config, network.clone())?;
-        let session = open(client, engine, device).await?;
-        for (index, batch) in amounts.batches.iter().enumerate() {
-            let images = images(*batch)?;
-            let first = direct.run(images.clone())?;
-            let first = first.elements::<f32>()?.to_vec();
-            if expected.len() == index {
-                expected.push(first.clone());
-            }
-            let max_error = difference(&first, &expected[index]);
-            let (alone, unix) = model_times(&direct, &session, &images, amounts).await?;
-            record.models.push(Model {
-                engine: engine.clone(),
-                device: device.clone(),
-                batch: *batch,
-                direct_ms: alone * 1e3,
-                images_per_s: *batch as f64 / alone,
-                unix_ms: unix * 1e3,
-                added_us: (unix - alone) * 1e6,
-                unix_to_direct: unix / alone,
-                max_error,
-            });
+        let ran = model(record, &config, client, amounts, network, &mut expected).await;
+        if let Err(error) = ran {
+            fails(record, format!("{} on {engine} {device}", record.network), device, error)?;
         }
-        session.close().await?;
     }
     // Where the network is fastest is where batches matter.
     let fastest = record.models.iter().max_by(|one, other| one.images_per_s.total_cmp(&other.images_per_s));
@@ -324,6 +332,43 @@ async fn models(
         record.batching =
             Some(Batching { engine, device, callers: CALLERS, on_calls_per_s, off_calls_per_s });
     }
+    Ok(())
+}
+
+/// The network on one engine and device.
+async fn model(
+    record: &mut Record,
+    config: &EngineConfig,
+    client: &Client,
+    amounts: &Amounts,
+    network: &Bytes,
+    expected: &mut Vec<Vec<f32>>,
+) -> Result<(), SelfTestError> {
+    let (engine, device) = (&config.engine, &config.device);
+    let direct = Network::load(config, network.clone())?;
+    let session = open(client, engine, device).await?;
+    for (index, batch) in amounts.batches.iter().enumerate() {
+        let images = images(*batch)?;
+        let first = direct.run(images.clone())?;
+        let first = first.elements::<f32>()?.to_vec();
+        let max_error = expected.get(index).map(|expected| difference(&first, expected));
+        if max_error.is_none() {
+            expected.push(first);
+        }
+        let (alone, unix) = model_times(&direct, &session, &images, amounts).await?;
+        record.models.push(Model {
+            engine: engine.clone(),
+            device: device.clone(),
+            batch: *batch,
+            direct_ms: alone * 1e3,
+            images_per_s: *batch as f64 / alone,
+            unix_ms: unix * 1e3,
+            added_us: (unix - alone) * 1e6,
+            unix_to_direct: unix / alone,
+            max_error,
+        });
+    }
+    session.close().await?;
     Ok(())
 }
 
@@ -404,9 +449,10 @@ fn judge(record: &mut Record) {
         record.checks.push(check(format!("sgemm {} on {}: max error", one.side, one.device), one.max_error));
     }
     for one in &record.models {
+        let Some(error) = one.max_error else { continue };
         let what =
             format!("{} on {} {}, batch {}: max error", record.network, one.engine, one.device, one.batch);
-        record.checks.push(check(what, one.max_error));
+        record.checks.push(check(what, error));
     }
     let copied = record.transfers.first().map_or(f64::INFINITY, |memory| memory.up_gb_s);
     for one in record.sgemm.iter().filter(|one| one.device != CPU && one.side >= 8192) {

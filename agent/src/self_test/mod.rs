@@ -157,8 +157,8 @@ struct Model {
     unix_ms: f64,
     added_us: f64,
     unix_to_direct: f64,
-    /// The largest difference to the first engine's numbers, to the largest of them.
-    max_error: f64,
+    /// The largest difference to the first engine's numbers, to the largest of them; none for that engine.
+    max_error: Option<f64>,
 }
 
 /// Calls of one image by several callers at a time.

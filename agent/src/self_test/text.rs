@@ -82,10 +82,11 @@ fn figures(out: &mut String, record: &Record) -> fmt::Result {
     )?;
     for one in &record.models {
         let title = format!("{} {}, batch {}", one.engine, one.device, one.batch);
+        let error = one.max_error.map_or("-".into(), |error| format!("{error:.1e}"));
         writeln!(
             out,
-            "{title:<28}{:>10.2}{:>10.2}{:>10.0}{:>10.3}{:>10.1}{:>12.1e}",
-            one.direct_ms, one.unix_ms, one.added_us, one.unix_to_direct, one.images_per_s, one.max_error
+            "{title:<28}{:>10.2}{:>10.2}{:>10.0}{:>10.3}{:>10.1}{error:>12}",
+            one.direct_ms, one.unix_ms, one.added_us, one.unix_to_direct, one.images_per_s
         )?;
     }
     if let Some(one) = &record.batching {

@@ -74,6 +74,9 @@ impl Library {
                 }
             }
         }
+        if folders.is_empty() && !USUAL_FOLDERS.iter().any(|folder| has_one(Path::new(folder), names)) {
+            sought.refusals.push((USUAL_FOLDERS.join(", "), "not there".into()));
+        }
         (None, sought)
     }
 
@@ -97,7 +100,7 @@ fn places(names: &[&str], folders: &[PathBuf]) -> Vec<(String, PathBuf)> {
     let usual: Vec<PathBuf> = USUAL_FOLDERS.iter().map(PathBuf::from).collect();
     let in_folders = |folders: &[PathBuf], only_there: bool| {
         let all = folders.iter().flat_map(|folder| names.iter().map(move |name| folder.join(name)));
-        // What is in none of the usual folders is told once, by the loader.
+        // That the usual folders have nothing is told once, for all of them.
         let all = all.filter(|path| only_there || path.exists()).map(|path| (shown(&path), path));
         all.collect::<Vec<_>>()
     };
@@ -106,6 +109,10 @@ fn places(names: &[&str], folders: &[PathBuf]) -> Vec<(String, PathBuf)> {
     } else {
         in_folders(folders, true)
     }
+}
+
+fn has_one(folder: &Path, names: &[&str]) -> bool {
+    names.iter().any(|name| folder.join(name).exists())
 }
 
 fn shown(path: &Path) -> String {
@@ -154,6 +161,10 @@ mod tests {
         }
         let (library, sought) = Library::look(ABSENT, &[]);
         assert!(library.is_none());
-        assert!(sought.told().contains("libabsent.so.1 by the loader"), "{}", sought.told());
+        let told = sought.told();
+        assert!(
+            told.contains("libabsent.so.1 by the loader") && told.contains("/usr/local/cuda/lib64"),
+            "{told}"
+        );
     }
 }
