@@ -237,7 +237,8 @@ struct Folder(PathBuf);
 impl Folder {
     fn new() -> Result<Self, SelfTestError> {
         let folder = std::env::temp_dir().join(format!("vaccel-self-test-{}", std::process::id()));
-        std::fs::create_dir_all(&folder)?;
+        // One that is there already is somebody else's.
+        std::fs::create_dir(&folder)?;
         Ok(Self(folder))
     }
 }

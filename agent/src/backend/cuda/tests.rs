@@ -93,8 +93,7 @@ fn products_pass_through_both_streams_and_equal_the_processors() {
     assert_eq!(cuda.missing(), Vec::<String>::new());
     assert_eq!((cuda.driver_version(), cuda.cublas_version()), (Some("13.0"), Some("13.1.0")));
     let account = account(u64::MAX);
-    // A row of the last ones takes a third and a half of a stage, so that there are panels enough for both streams to
-    // come round twice, and a second factor in several parts.
+    // Rows of a third of a stage and more, so that there are panels enough for both streams to come round twice.
     const WIDE: usize = ROW_NUMBERS_MAX / 3;
     for (sizes, beta) in [
         ([1, 1, 1], 0.0),
@@ -104,6 +103,8 @@ fn products_pass_through_both_streams_and_equal_the_processors() {
         ([13, WIDE, 2], 3.0),
         ([11, 2, WIDE], 0.0),
         ([5, 1, ROW_NUMBERS_MAX], 1.0),
+        // A second factor of three parts, whose second goes up on the stream that computes nothing.
+        ([3, 2048, 4200], 0.0),
     ] {
         let case = Case::new(sizes, beta);
         let found = case.run(&cuda, &account, &Cancel::default()).expect("computed");
@@ -165,6 +166,27 @@ fn nothing_stays_on_the_device_when_its_owner_goes() {
     assert!(open() > 0);
     drop(cuda);
     assert_eq!(open(), 0);
+}
+
+#[test]
+fn memory_that_comes_down_is_not_filled_before_it_has() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cuda = cuda(folder.path(), &[], None);
+    let context = cuda.context(&cuda.devices()[0]).expect("there");
+    let memory = || driver::Memory::new(context, 8).expect("room");
+    let (one, other) = (memory(), memory());
+    let mut stream = Stream::new(context, 8).expect("room");
+    let bytes = |byte: u8| {
+        move |stage: &mut [u8]| {
+            stage.fill(byte);
+            stage.len()
+        }
+    };
+    stream.upload(&one, 0, bytes(1)).expect("started");
+    stream.download(&one, 0, 8).expect("started");
+    stream.upload_result(&other, bytes(2)).expect("started");
+    stream.download(&other, 0, 8).expect("started");
+    assert_eq!(stream.downloaded().expect("done"), [2; 8]);
 }
 
 #[test]
