@@ -112,6 +112,8 @@ fn fails(record: &mut Record, what: String, device: &str, error: SelfTestError) 
         _ => None,
     };
     let found = cause.map_or_else(|| error.to_string(), |cause| format!("{error}: {cause}"));
+    // Libraries end their lines.
+    let found = found.split_whitespace().collect::<Vec<_>>().join(" ");
     record.checks.push(Check { what, found, expected: "no error".into(), passed: false });
     Ok(())
 }

@@ -9,7 +9,9 @@ use vaccel_proto::v1::Tensor;
 use super::super::cuda::Ledger;
 use super::super::{Asked, Choice, Engines, Origin, RunRules, fake_cuda};
 use super::*;
-use crate::config::{DeviceConfig, EngineConfig};
+use crate::config::{Config, DeviceConfig, EngineConfig, Settings, TenantLimits};
+use crate::identity::Tenant;
+use crate::quota::{Accounts, Unit};
 
 #[allow(dead_code, unreachable_pub, clippy::unwrap_used, reason = "shared with other tests")]
 #[path = "../../../tests/it/support/onnx.rs"]
@@ -35,6 +37,14 @@ fn cuda(folder: &Path, bytes_max: Option<u64>) -> Arc<Cuda> {
 
 /// The program of a model on the first device.
 fn program(cuda: &Arc<Cuda>, model: Bytes) -> Result<DeviceProgram, Error> {
+    program_of(cuda, model, None)
+}
+
+fn program_of(
+    cuda: &Arc<Cuda>,
+    model: Bytes,
+    account: Option<&Arc<Account>>,
+) -> Result<DeviceProgram, Error> {
     let engine = engine();
     let file = ModelFile::scan(&[("model.onnx", model)], Origin::Guest)?;
     let session = engine.session(&file.bytes, &Cancel::default()).expect("a session");
@@ -42,12 +52,12 @@ fn program(cuda: &Arc<Cuda>, model: Bytes) -> Result<DeviceProgram, Error> {
     let place = Where {
         cuda: Arc::clone(cuda),
         device: 0,
-        account: None,
+        account: account.cloned(),
         bytes: CHARGE,
         memory: AllocationDevice::CPU,
         has_graphs: true,
     };
-    DeviceProgram::new(session, place, ledger.charge(None, CHARGE)?, [&file.inputs, &file.outputs])
+    DeviceProgram::new(session, place, ledger.charge(account, CHARGE)?, [&file.inputs, &file.outputs])
 }
 
 fn run(program: &DeviceProgram, inputs: Vec<Tensor>) -> Result<Vec<Tensor>, Error> {
@@ -159,6 +169,25 @@ fn what_does_not_fit_is_refused_and_the_next_call_goes_on() {
     cancel.set();
     let stopped = program.run(vec![rows(2, 1.0)], &[0], u64::MAX, &cancel);
     assert_eq!(stopped.expect_err("cancelled").reason(), Reason::Cancelled);
+}
+
+#[test]
+fn what_a_tenants_model_takes_is_the_tenants() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cuda = cuda(folder.path(), None);
+    let limits = Config::new(Settings::default()).expect("valid").tenant;
+    let limits = TenantLimits { device_bytes: CHARGE + 100, ..limits };
+    let account = Accounts::new(limits, |_| 1).of(&Tenant::new("a"));
+    let used = || account.used(Unit::DeviceBytes);
+    let program = program_of(&cuda, onnx::add(), Some(&account)).expect("loaded");
+    run(&program, vec![rows(5, 1.0)]).expect("ran");
+    assert_eq!(used(), CHARGE + 80, "in and out of 5 rows");
+    let refusal = run(&program, vec![rows(20, 1.0)]).expect_err("160 bytes");
+    assert!(refusal.message().contains("devices' memory of this tenant: at most 1100 bytes"), "{refusal}");
+    let another = program_of(&cuda, onnx::add(), Some(&account)).map(drop).expect_err("twice as much");
+    assert_eq!(another.reason(), Reason::QuotaExceeded);
+    drop(program);
+    assert_eq!(used(), 0);
 }
 
 #[test]
