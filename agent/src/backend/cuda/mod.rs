@@ -130,8 +130,17 @@ impl Cuda {
     pub(crate) fn find(config: &DeviceConfig) -> Self {
         let (driver, driver_sought) = Driver::load(&config.libraries);
         let (driver, descriptions) = match driver {
-            Ok((driver, descriptions)) => (Ok(driver), descriptions),
-            Err(why) => (Err(why), Vec::new()),
+            Ok((driver, descriptions)) => {
+                for device in &descriptions {
+                    let mib = device.bytes >> 20;
+                    tracing::info!(device = device.name, product = device.product, mib, "found a device");
+                }
+                (Ok(driver), descriptions)
+            }
+            Err(why) => {
+                tracing::debug!(why, "no device");
+                (Err(why), Vec::new())
+            }
         };
         let devices = descriptions.into_iter().enumerate();
         let devices = devices.map(|(index, description)| Device::new(index, description, config));

@@ -96,10 +96,10 @@ impl Bench {
         let context = Arc::clone(self.multipliers[0].stream.context());
         let b_bytes = factors.b.layout.rows * n * 4;
         let panel_rows = (ROW_NUMBERS_MAX / n.max(k)).clamp(1, m);
-        let needed = b_bytes + 2 * panel_rows * (n + k) * 4;
-        let _charge = ledger.charge(asked.account, needed as u64)?;
+        // The panels are the bench's, and counted with it.
+        let _charge = ledger.charge(asked.account, b_bytes as u64)?;
         let failed = |failure: Failure| match failure.is_out_of_memory() {
-            true => ledger.full(needed as u64).caused_by(failure.to_string()),
+            true => ledger.full(b_bytes as u64).caused_by(failure.to_string()),
             false => context.error(&failure),
         };
         let b = Memory::new(&context, b_bytes).map_err(failed)?;

@@ -215,7 +215,7 @@ fn memory_is_counted_and_what_is_too_much_is_refused_with_figures() {
     let larger = Case::new([1, 4096, 4096], 0.0);
     let refusal = larger.run(&cuda, &account(u64::MAX), &Cancel::default()).expect_err("refused");
     assert_eq!(refusal.reason(), Reason::QuotaExceeded);
-    for named in ["memory of device cuda:0 is used up", &limit.to_string(), "67174400"] {
+    for named in ["memory of device cuda:0 is used up", &limit.to_string(), "67108864"] {
         assert!(refusal.message().contains(named), "{named}: {refusal}");
     }
     assert!(cuda.devices()[0].ledger.is_full(&refusal));
