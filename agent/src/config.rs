@@ -3,6 +3,8 @@
 //! [`Settings`] is what a person writes, every field optional, the same names in all three places. [`Config`] is what
 //! the agent runs on, checked and complete.
 
+mod addresses;
+mod device;
 mod repository;
 mod rule;
 mod store;
@@ -14,9 +16,8 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use serde::Deserialize;
 use vaccel_proto::Endpoint;
-use vaccel_proto::endpoint::CID_ANY;
-use vaccel_proto::limits::{LOCAL_ADDRESS_DEFAULT, VSOCK_PORT_DEFAULT};
 
+pub use device::DeviceConfig;
 pub use repository::RepositoryConfig;
 pub use rule::Rule;
 pub use store::{StoreConfig, StoreSync};
@@ -115,9 +116,30 @@ pub struct Settings {
     #[arg(long, global = true, env = "VACCEL_AGENT_ENGINE", value_name = "NAME")]
     pub engine: Option<String>,
 
-    /// Device for models, for example cpu [default: the engine's best]
+    /// Device for sessions that name none: cpu or cuda:0 [default: cpu for models, by their size for products of
+    /// matrices]
     #[arg(long, global = true, env = "VACCEL_AGENT_DEVICE", value_name = "NAME")]
     pub device: Option<String>,
+
+    /// Folder of the CUDA libraries, which are then looked for in no other; repeat for several [default: where drivers
+    /// and packages put them]
+    #[arg(
+        long,
+        global = true,
+        env = "VACCEL_AGENT_CUDA_LIBRARIES",
+        value_delimiter = ',',
+        value_name = "DIR"
+    )]
+    #[serde(default)]
+    pub cuda_libraries: Vec<PathBuf>,
+
+    /// MiB of each device that the agent may take [default: nine tenths of it]
+    #[arg(long, global = true, env = "VACCEL_AGENT_DEVICE_MIB", value_name = "MIB")]
+    pub device_mib: Option<u64>,
+
+    /// MiB of a device that runs of one model may take beside its weights [default: 1024]
+    #[arg(long, global = true, env = "VACCEL_AGENT_DEVICE_WORKSPACE_MIB", value_name = "MIB")]
+    pub device_workspace_mib: Option<u64>,
 
     /// Threads that compute at the same time [default: number of cores]
     #[arg(long, global = true, env = "VACCEL_AGENT_LANES", value_name = "N")]
@@ -166,6 +188,10 @@ pub struct Settings {
     /// MiB of memory one tenant may share with the agent over unix sockets; 0 for none [default: 1024]
     #[arg(long, global = true, env = "VACCEL_AGENT_TENANT_SHARED_MIB", value_name = "MIB")]
     pub tenant_shared_mib: Option<u64>,
+
+    /// MiB of devices' memory one tenant may have [default: 16384]
+    #[arg(long, global = true, env = "VACCEL_AGENT_TENANT_DEVICE_MIB", value_name = "MIB")]
+    pub tenant_device_mib: Option<u64>,
 
     /// error, warn, info, debug or trace, or per module as in `info,vaccel_agent::transport=debug` [default: info]
     #[arg(long, global = true, env = "VACCEL_AGENT_LOG", value_name = "FILTER")]
@@ -236,6 +262,9 @@ impl Settings {
         if self.model_repository.is_empty() {
             self.model_repository = below.model_repository;
         }
+        if self.cuda_libraries.is_empty() {
+            self.cuda_libraries = below.cuda_libraries;
+        }
         if self.policy.is_empty() {
             self.policy = below.policy;
         }
@@ -259,6 +288,8 @@ impl Settings {
             onnxruntime_mib,
             engine,
             device,
+            device_mib,
+            device_workspace_mib,
             lanes,
             session_lease,
             call_deadline,
@@ -271,6 +302,7 @@ impl Settings {
             tenant_resource_mib,
             tenant_in_flight_mib,
             tenant_shared_mib,
+            tenant_device_mib,
             log,
             log_format
         );
@@ -345,6 +377,8 @@ pub struct EngineConfig {
     pub device: String,
     /// Threads one model run may use.
     pub threads: usize,
+    /// Accelerators.
+    pub devices: DeviceConfig,
 }
 
 impl Default for EngineConfig {
@@ -356,6 +390,7 @@ impl Default for EngineConfig {
             engine: String::new(),
             device: String::new(),
             threads: cores(),
+            devices: DeviceConfig::default(),
         }
     }
 }
@@ -379,6 +414,8 @@ pub struct TenantLimits {
     pub in_flight_bytes: u64,
     /// Bytes of memory shared with the agent.
     pub shared_bytes: u64,
+    /// Bytes of devices' memory.
+    pub device_bytes: u64,
 }
 
 impl Config {
@@ -390,7 +427,7 @@ impl Config {
         let lanes = at_least_one("lanes", settings.lanes.unwrap_or_else(cores))?;
         let engines = EngineConfig::default();
         let config = Self {
-            addresses: addresses(&settings)?,
+            addresses: addresses::addresses(&settings)?,
             ready_file: settings.ready_file,
             insecure: settings.insecure.unwrap_or(false),
             unix_mode: unix_mode(settings.unix_mode.as_deref().unwrap_or("660"))?,
@@ -410,6 +447,11 @@ impl Config {
                 },
                 engine: settings.engine.filter(|name| name != "auto").unwrap_or_default(),
                 device: settings.device.unwrap_or_default(),
+                devices: DeviceConfig::new(
+                    settings.cuda_libraries,
+                    settings.device_mib,
+                    settings.device_workspace_mib,
+                )?,
                 ..engines
             },
             lanes,
@@ -425,59 +467,15 @@ impl Config {
                 resource_bytes: mebibytes(settings.tenant_resource_mib.unwrap_or(1024)),
                 in_flight_bytes: mebibytes(settings.tenant_in_flight_mib.unwrap_or(256)),
                 shared_bytes: mebibytes(settings.tenant_shared_mib.unwrap_or(1024)),
+                device_bytes: mebibytes(settings.tenant_device_mib.unwrap_or(16384)),
             },
             policy: settings.policy,
             log: settings.log.unwrap_or_else(|| "info".into()),
             log_format: settings.log_format.unwrap_or_default(),
         };
-        config.check_addresses()?;
+        addresses::check(&config.addresses, config.tls.is_some(), config.insecure)?;
         Ok(config)
     }
-
-    fn check_addresses(&self) -> Result<(), ConfigError> {
-        for address in &self.addresses {
-            match address {
-                Endpoint::Tls(_) if self.tls.is_none() => {
-                    return Err(ConfigError(format!("{address} needs --tls-cert FILE and --tls-key FILE")));
-                }
-                Endpoint::Tcp(authority) if !self.insecure && !is_loopback(&authority.host) => {
-                    return Err(ConfigError(format!(
-                        "{address} is plain TCP beyond loopback: anybody on the way could read and change it; \
-                         use tls://{authority} with --tls-cert and --tls-key, or --insecure on a network you trust"
-                    )));
-                }
-                _ => {}
-            }
-        }
-        Ok(())
-    }
-}
-
-fn is_loopback(host: &str) -> bool {
-    host.parse::<std::net::IpAddr>().map_or(host == "localhost", |ip| ip.is_loopback())
-}
-
-fn addresses(settings: &Settings) -> Result<Vec<Endpoint>, ConfigError> {
-    let mut addresses = Vec::new();
-    for text in &settings.address {
-        let endpoint: Endpoint = text.parse().map_err(|error| ConfigError(format!("--address: {error}")))?;
-        let endpoint =
-            endpoint.for_listening().map_err(|error| ConfigError(format!("--address: {error}")))?;
-        if addresses.contains(&endpoint) {
-            return Err(ConfigError(format!("--address: {endpoint} is given twice")));
-        }
-        addresses.push(endpoint);
-    }
-    let vsock = Endpoint::Vsock { cid: CID_ANY, port: VSOCK_PORT_DEFAULT };
-    if settings.vsock == Some(true) && !addresses.contains(&vsock) {
-        addresses.push(vsock);
-    }
-    if addresses.is_empty() {
-        let folder = std::env::var_os("XDG_RUNTIME_DIR").map_or_else(std::env::temp_dir, PathBuf::from);
-        addresses.push(Endpoint::Unix(folder.join("vaccel.sock")));
-        addresses.push(LOCAL_ADDRESS_DEFAULT.parse().map_err(|error| ConfigError(format!("{error}")))?);
-    }
-    Ok(addresses)
 }
 
 fn tls_files(
@@ -521,7 +519,7 @@ fn mebibytes(value: u64) -> u64 {
 
 /// Memory this process can have, in bytes: the machine's, or less where a control group (a container, a service with
 /// `MemoryMax`) says so.
-fn machine_memory() -> u64 {
+pub(crate) fn machine_memory() -> u64 {
     /// Where neither file tells, for example without `/proc`.
     const UNKNOWN: u64 = 4 << 30;
     let machine = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
@@ -581,6 +579,8 @@ mod tests {
             ("lanes = 0", "--lanes"),
             ("store-mib = 0", "--store-mib"),
             ("store-sync = 'sometimes'", "store-sync"),
+            ("device-mib = 0", "--device-mib"),
+            ("device-workspace-mib = 0", "--device-workspace-mib"),
         ] {
             let refusal = config(toml).expect_err(toml).to_string();
             assert!(refusal.contains(named), "{toml}: {refusal}");

@@ -4,12 +4,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use serde::Serialize;
 use tokio::time::Instant;
 use vaccel_proto::limits::DEADLINE_MAX;
-use vaccel_proto::v1::{Classification, DType, SgemmReply, SgemmRequest, Tensor};
+use vaccel_proto::v1::{Classification, DType, EngineInfo, SgemmReply, SgemmRequest, Tensor};
 use vaccel_proto::{Error, Reason};
 
-use crate::backend::{Choice, Cost, Engines, Model, ModelFile, Origin, Port, RunRules, identity};
+use crate::backend::{
+    Asked, Choice, Cost, Engines, Model, ModelFile, Origin, Place, Port, RunRules, Sought, identity,
+};
 use crate::config::{Config, EngineConfig, Settings};
 use crate::identity::Tenant;
 use crate::ops::{self, Classifier};
@@ -33,9 +36,7 @@ impl Device {
         let port = || Port { name: "x".into(), dtype: DType::F32, shape: Some(vec![None, Some(1)]) };
         let rules = RunRules { rows_max: Some(rows_max), ..RunRules::default() };
         let model = identity(vec![port()], vec![port()], Cost { run, row }, &rules)?;
-        let limits = Config::new(Settings::default()).map(|config| config.tenant);
-        let limits = limits.map_err(|error| Error::new(Reason::BackendFailed, error.to_string()))?;
-        let account = Accounts::new(limits, |_| 1).of(&Tenant::new(":direct"));
+        let account = account()?;
         Ok(Self { lanes: Scheduler::new(1), model, account })
     }
 
@@ -51,11 +52,67 @@ impl Device {
     }
 }
 
+/// The account of whoever calls in this process.
+fn account() -> Result<Arc<Account>, Error> {
+    let limits = Config::new(Settings::default()).map(|config| config.tenant);
+    let limits = limits.map_err(|error| Error::new(Reason::BackendFailed, error.to_string()))?;
+    Ok(Accounts::new(limits, |_| 1).of(&Tenant::new(":direct")))
+}
+
+/// A library that was looked for.
+#[derive(Clone, Debug, Serialize)]
+pub struct Library {
+    /// What it is for.
+    pub purpose: &'static str,
+    /// Names that serve, best first.
+    pub names: &'static [&'static str],
+    /// Where it was loaded from.
+    pub loaded: Option<String>,
+    /// Places where it was not, each with the reason.
+    pub refusals: Vec<(String, String)>,
+}
+
+impl From<Sought> for Library {
+    fn from(sought: Sought) -> Self {
+        let Sought { purpose, names, refusals, loaded } = sought;
+        Self { purpose, names, loaded, refusals }
+    }
+}
+
+/// A device beside the processor.
+#[derive(Clone, Debug, Serialize)]
+pub struct Accelerator {
+    /// As sessions name it.
+    pub name: String,
+    /// As its maker names it.
+    pub product: String,
+    /// Its memory.
+    pub memory_bytes: u64,
+    /// What it can do, as CUDA numbers it.
+    pub compute_capability: String,
+}
+
+/// What was found beside the processor, and what was not.
+#[derive(Clone, Debug, Serialize)]
+pub struct Accelerators {
+    /// Version of the CUDA driver.
+    pub driver: Option<String>,
+    /// Version of cuBLAS.
+    pub cublas: Option<String>,
+    /// What was looked for.
+    pub libraries: Vec<Library>,
+    /// What can be asked for.
+    pub devices: Vec<Accelerator>,
+    /// Why products or models cannot run on one, with all that was looked for; empty when both can.
+    pub missing: Vec<String>,
+}
+
 /// The embedded classifier and matrix products, called in this process.
 #[derive(Debug)]
 pub struct Direct {
     classifier: Classifier,
     engines: Engines,
+    place: Place,
 }
 
 impl Direct {
@@ -67,7 +124,8 @@ impl Direct {
         let engines = Engines::new(config)?;
         let choice = engines.choose(Choice::default(), 0)?;
         let classifier = Classifier::embedded(&engines, &choice)?;
-        Ok(Self { classifier, engines })
+        let place = Place { device: choice.device, account: account()? };
+        Ok(Self { classifier, engines, place })
     }
 
     /// Labels images as `image_classification` does.
@@ -78,12 +136,68 @@ impl Direct {
         self.classifier.classify(images, top_k, &Cancel::default())
     }
 
+    /// What there is to compute on beside the processor, and what is missing. Loads the libraries.
+    pub fn accelerators(&self) -> Accelerators {
+        let cuda = &self.engines.cuda;
+        let mut missing = cuda.missing();
+        missing.extend(self.engines.missing_for_models());
+        let libraries = cuda.record().into_iter().map(Library::from);
+        let devices = cuda.devices().iter().map(|device| {
+            let of = &device.description;
+            Accelerator {
+                name: of.name.clone(),
+                product: of.product.clone(),
+                memory_bytes: of.bytes,
+                compute_capability: format!("{}.{}", of.capability.0, of.capability.1),
+            }
+        });
+        Accelerators {
+            driver: cuda.driver_version().map(str::to_owned),
+            cublas: cuda.cublas_version().map(str::to_owned),
+            libraries: libraries.collect(),
+            devices: devices.collect(),
+            missing,
+        }
+    }
+
+    /// The engines for models, and what they compute on.
+    pub fn engines(&self) -> Vec<EngineInfo> {
+        self.engines.info()
+    }
+
+    /// Multiplies matrices on a device.
+    ///
+    /// # Errors
+    /// As the operation in a session on this device.
+    pub fn sgemm_on(&self, device: &str, request: &SgemmRequest) -> Result<SgemmReply, Error> {
+        let place = Place { device: device.into(), ..self.place.clone() };
+        ops::sgemm(request, &self.engines.blas, &place, &Cancel::default())
+    }
+
+    /// Bytes a second between pinned memory and a device, up and down.
+    ///
+    /// # Errors
+    /// `DISABLED` for a device that is absent, `QUOTA_EXCEEDED`, `BACKEND_FAILED`.
+    pub fn bandwidths(&self, device: &str) -> Result<[f64; 2], Error> {
+        let cuda = &self.engines.cuda;
+        cuda.bandwidths(cuda.device(device)?)
+    }
+
+    /// How long a product of square matrices takes that are on the device and stay there.
+    ///
+    /// # Errors
+    /// As [`bandwidths`](Self::bandwidths).
+    pub fn sgemm_resident(&self, device: &str, side: usize) -> Result<Duration, Error> {
+        let cuda = &self.engines.cuda;
+        cuda.resident(cuda.device(device)?, side)
+    }
+
     /// Multiplies matrices as `sgemm` does, of sizes that no call could carry, too.
     ///
     /// # Errors
     /// As the operation.
     pub fn sgemm(&self, request: &SgemmRequest) -> Result<SgemmReply, Error> {
-        ops::sgemm(request, &self.engines.blas, &Cancel::default())
+        ops::sgemm(request, &self.engines.blas, &self.place, &Cancel::default())
     }
 }
 
@@ -100,7 +214,8 @@ impl Network {
         let engines = Engines::new(config)?;
         let choice = engines.choose(Choice::default(), 0)?;
         let file = ModelFile::scan(&[("model.onnx", model)], Origin::Host)?;
-        engines.load(&choice, file, &RunRules::default(), &Cancel::default()).map(Self)
+        let asked = Asked { rules: &RunRules::default(), account: None };
+        engines.load(&choice, file, &asked, &Cancel::default()).map(Self)
     }
 
     /// Its first output for its only input.

@@ -11,6 +11,7 @@ mod dispatch;
 mod http2;
 mod identity;
 mod infer;
+pub mod networks;
 mod ops;
 mod policy;
 mod pool;
@@ -19,6 +20,7 @@ mod quota;
 mod repository;
 mod resource;
 mod scheduler;
+pub mod self_test;
 mod service;
 mod session;
 mod shared;
@@ -35,7 +37,7 @@ use vaccel_proto::v1::OperationInfo;
 
 use crate::backend::Workshop;
 pub use crate::config::{Config, ConfigError, Settings};
-pub use crate::direct::{Device, Direct, Network};
+pub use crate::direct::{Accelerator, Accelerators, Device, Direct, Library, Network};
 use crate::dispatch::Dispatch;
 use crate::identity::{Identity, Tokens};
 use crate::policy::Policies;
@@ -64,7 +66,11 @@ impl fmt::Display for StartError {
         match self {
             Self::Config(error) => error.fmt(f),
             Self::Bind(endpoint, error) => write!(f, "cannot listen on {endpoint}: {error}"),
-            Self::Engine(error) => error.fmt(f),
+            // Where something was looked for is for whoever starts the agent, and for nobody else.
+            Self::Engine(error) => match std::error::Error::source(error) {
+                Some(source) => write!(f, "{error}: {source}"),
+                None => error.fmt(f),
+            },
         }
     }
 }

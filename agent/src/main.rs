@@ -11,6 +11,7 @@ use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use vaccel_agent::config::LogFormat;
+use vaccel_agent::self_test::{self, SelfTestError, Verdict};
 use vaccel_agent::{Agent, Config, ConfigError, Settings, StartError, demo};
 
 /// Serves vAccel operations to guests over vsock, unix sockets, TCP and TLS.
@@ -34,6 +35,18 @@ enum Command {
     Serve,
     /// Agent and guest in one process: classify bundled images over real sockets, with latencies
     Demo,
+    /// What this host has to compute on, whether all of it computes the same, and how fast
+    SelfTest {
+        /// A GPU is required: where none can be used, say what is missing and end with exit code 69
+        #[arg(long)]
+        gpu: bool,
+        /// Small sizes, to see that it works
+        #[arg(long)]
+        quick: bool,
+        /// One JSON document instead of text
+        #[arg(long)]
+        json: bool,
+    },
     /// List the operations
     Ops,
     /// Check the configuration and say what it comes to
@@ -42,6 +55,8 @@ enum Command {
 
 /// Something failed while running.
 const EXIT_FAILED: u8 = 1;
+/// A device is required and absent; `EX_UNAVAILABLE` of sysexits.h.
+const EXIT_ABSENT: u8 = 69;
 /// The configuration cannot be used; `EX_CONFIG` of sysexits.h. (2, wrong usage, comes from the flag parser.)
 const EXIT_CONFIG: u8 = 78;
 
@@ -73,6 +88,15 @@ impl From<StartError> for Failure {
     }
 }
 
+impl From<SelfTestError> for Failure {
+    fn from(error: SelfTestError) -> Self {
+        match error {
+            SelfTestError::Start(error) => error.into(),
+            error => failed(error),
+        }
+    }
+}
+
 fn failed(error: impl std::fmt::Display) -> Failure {
     Failure { exit: EXIT_FAILED, message: error.to_string() }
 }
@@ -96,6 +120,17 @@ fn run() -> Result<ExitCode, Failure> {
             start_logs(&Config::new(settings.clone())?)?;
             runtime.block_on(demo::run(settings, &mut std::io::stdout())).map_err(failed)?;
             Ok(ExitCode::SUCCESS)
+        }
+        Command::SelfTest { gpu, quick, json } => {
+            let settings = Settings { log: settings.log.or_else(|| Some("error".into())), ..settings };
+            start_logs(&Config::new(settings.clone())?)?;
+            let options = self_test::Options { gpu, quick, json };
+            let verdict = runtime.block_on(self_test::run(settings, options, &mut std::io::stdout()))?;
+            Ok(match verdict {
+                Verdict::Passed => ExitCode::SUCCESS,
+                Verdict::Failed => EXIT_FAILED.into(),
+                Verdict::Absent => EXIT_ABSENT.into(),
+            })
         }
         Command::Ops => {
             let lines =

@@ -28,6 +28,8 @@ pub(crate) enum Unit {
     InFlightBytes,
     /// Memory that callers share with the agent.
     SharedBytes,
+    /// Memory of devices, for products and for models that the tenant brought.
+    DeviceBytes,
 }
 
 /// Computations of one tenant that nobody waits for and that have not stopped yet. An engine cannot be interrupted
@@ -52,6 +54,7 @@ pub(crate) struct Account {
     resource_bytes: AtomicU64,
     in_flight_bytes: AtomicU64,
     shared_bytes: AtomicU64,
+    device_bytes: AtomicU64,
 }
 
 impl Account {
@@ -67,6 +70,7 @@ impl Account {
             resource_bytes: AtomicU64::new(0),
             in_flight_bytes: AtomicU64::new(0),
             shared_bytes: AtomicU64::new(0),
+            device_bytes: AtomicU64::new(0),
         }
     }
 
@@ -96,6 +100,9 @@ impl Account {
             ),
             Unit::SharedBytes => {
                 (&self.shared_bytes, self.limits.shared_bytes, "shared memory of this tenant", "bytes")
+            }
+            Unit::DeviceBytes => {
+                (&self.device_bytes, self.limits.device_bytes, "devices' memory of this tenant", "bytes")
             }
         }
     }
@@ -230,6 +237,7 @@ mod tests {
             resource_bytes: 10,
             in_flight_bytes: u64::MAX,
             shared_bytes: 1,
+            device_bytes: 0,
         };
         Accounts::new(limits, |_| 1)
     }

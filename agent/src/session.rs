@@ -270,6 +270,7 @@ mod tests {
             resource_bytes: 1,
             in_flight_bytes: 1,
             shared_bytes: 1,
+            device_bytes: 0,
         };
         let counted = Accounts::new(limits, |_| 1).of(tenant).hold(Unit::Sessions, 1).expect("fits");
         let session = sessions.open(tenant, FIRST, Choice::default(), counted).expect("opens");

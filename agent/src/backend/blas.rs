@@ -1,17 +1,21 @@
-//! Matrix products on the processor, and the seam where another device's would go: operations name [`Blas`] and
-//! nothing behind it.
+//! Matrix products: on the processor, or on a device that somebody asked for or that is worth the way. Operations name
+//! [`Blas`] and nothing behind it.
 //!
-//! The kernels are those of the `gemm` crate, chosen for the processor at run time; it takes pointers and strides,
+//! The processor's kernels are those of the `gemm` crate, chosen for it at run time; it takes pointers and strides,
 //! which makes this file one of the few with `unsafe`. Large products are computed by threads that all lanes share,
 //! in blocks that are short enough to stop between two of them.
 
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use gemm::Parallelism;
+use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use vaccel_proto::compute::{Layout, Product};
 use vaccel_proto::{Error, Reason};
 
+use super::CPU;
+use super::cuda::{self, Cuda, Device};
+use crate::quota::Account;
 use crate::scheduler::Cancel;
 
 /// Multiplications of one block, after which a product looks whether it is still wanted: 15 ms on two new cores, and
@@ -29,18 +33,36 @@ const BLOCK_ROWS_MIN: usize = 64;
 /// Multiplications below which waking the other threads takes longer than the product: 20 µs of one core.
 const PARALLEL_MULTIPLICATIONS_MIN: usize = 1 << 21;
 
-/// Computes products with the agent's number of threads.
+/// Multiplications from which a product goes to a device that nobody asked for, when each number that is carried there
+/// and back is also used [`DEVICE_USES_MIN`] times. Below, the way takes longer than what it saves: by the figures of
+/// buses and devices, for a product of this size takes 0.4 ms on a good processor and its way half of that.
+const DEVICE_MULTIPLICATIONS_MIN: usize = 1 << 27;
+const DEVICE_USES_MIN: usize = 64;
+
+/// Numbers from which more than one thread copies: what a core copies in 30 µs.
+const PARALLEL_COPY_NUMBERS_MIN: usize = 1 << 16;
+
+/// Computes products with the agent's number of threads, or on its devices.
 pub(crate) struct Blas {
     threads: usize,
     /// Made by the first large product.
     pool: OnceLock<Result<ThreadPool, String>>,
+    cuda: Arc<Cuda>,
+}
+
+/// Where a product is computed, and for whom.
+#[derive(Clone, Debug)]
+pub(crate) struct Place {
+    /// Empty where its size decides.
+    pub(crate) device: String,
+    pub(crate) account: Arc<Account>,
 }
 
 /// One factor: at least as many numbers as its layout reaches.
 #[derive(Clone, Copy)]
-struct Factor<'a> {
-    numbers: &'a [f32],
-    layout: Layout,
+pub(crate) struct Factor<'a> {
+    pub(super) numbers: &'a [f32],
+    pub(super) layout: Layout,
 }
 
 impl std::fmt::Debug for Blas {
@@ -50,23 +72,30 @@ impl std::fmt::Debug for Blas {
 }
 
 impl Blas {
-    pub(crate) fn new(threads: usize) -> Self {
-        Self { threads, pool: OnceLock::new() }
+    pub(crate) fn new(threads: usize, cuda: Arc<Cuda>) -> Self {
+        Self { threads, pool: OnceLock::new(), cuda }
     }
 
     /// `alpha * a * b + beta * c`, dense. As in BLAS, factors of 0 hide what they multiply: with `alpha` 0 neither
     /// `a` nor `b` is read, with `beta` 0 `c` is not.
     ///
     /// # Errors
-    /// `CANCELLED` when nobody waits any more, `BACKEND_FAILED` when there can be no threads.
-    pub(crate) fn multiply(&self, product: &Product<'_>, cancel: &Cancel) -> Result<Vec<f32>, Error> {
+    /// `CANCELLED` when nobody waits any more, `BACKEND_FAILED` when there can be no threads; on a device that was
+    /// asked for, as [`Cuda::multiply`].
+    pub(crate) fn multiply(
+        &self,
+        product: &Product<'_>,
+        place: &Place,
+        cancel: &Cancel,
+    ) -> Result<Vec<f32>, Error> {
         let (m, n) = product.shape();
         let k = product.a.layout.columns;
         let c = product.c.as_ref().filter(|_| product.beta != 0.0);
-        let mut sum = match c {
-            Some(c) => dense(&c.tensor.elements::<f32>()?, c.layout),
-            None => vec![0.0; m * n],
+        let begin = || match c {
+            Some(c) => Ok(dense(&c.tensor.elements::<f32>()?, c.layout)),
+            None => Ok::<_, Error>(vec![0.0; m * n]),
         };
+        let mut sum = begin()?;
         if product.alpha == 0.0 || m * n * k == 0 {
             if c.is_some() {
                 sum.iter_mut().for_each(|number| *number *= product.beta);
@@ -77,6 +106,16 @@ impl Blas {
         let a = Factor { numbers: &a, layout: product.a.layout };
         let b = Factor { numbers: &b, layout: product.b.layout };
         let scales = (product.alpha, if c.is_some() { product.beta } else { 0.0 });
+        if let Some(device) = self.device(place, [m, n, k])? {
+            match self.on_device(device, &mut sum, scales, [a, b], place, cancel) {
+                Err(error) if place.device.is_empty() && error.reason() != Reason::Cancelled => {
+                    // Nobody asked for the device.
+                    tracing::debug!(device = device.description.name, %error, "the processor multiplies");
+                    sum = begin()?;
+                }
+                computed => return computed.map(|()| sum),
+            }
+        }
         if self.threads > 1 && m.saturating_mul(n).saturating_mul(k) >= PARALLEL_MULTIPLICATIONS_MIN {
             let parallelism = Parallelism::Rayon(self.threads);
             self.pool()?.install(|| add_product(&mut sum, scales, [a, b], parallelism, cancel))?;
@@ -84,6 +123,47 @@ impl Blas {
             add_product(&mut sum, scales, [a, b], Parallelism::None, cancel)?;
         }
         Ok(sum)
+    }
+
+    /// The device for a product of these sizes; none for the processor.
+    fn device(&self, place: &Place, [m, n, k]: [usize; 3]) -> Result<Option<&Device>, Error> {
+        match place.device.as_str() {
+            CPU => Ok(None),
+            "" => {
+                let multiplications = m.saturating_mul(n).saturating_mul(k);
+                // What came in messages can be counted.
+                let carried = m * k + k * n + m * n;
+                let is_worth_it = multiplications >= DEVICE_MULTIPLICATIONS_MIN
+                    && multiplications / carried >= DEVICE_USES_MIN
+                    && n.max(k) <= cuda::ROW_NUMBERS_MAX;
+                Ok(self.cuda.devices().first().filter(|_| is_worth_it))
+            }
+            name => self.cuda.device(name).map(Some),
+        }
+    }
+
+    fn on_device(
+        &self,
+        device: &Device,
+        sum: &mut [f32],
+        (alpha, beta): (f32, f32),
+        [a, b]: [Factor<'_>; 2],
+        place: &Place,
+        cancel: &Cancel,
+    ) -> Result<(), Error> {
+        let pool = if self.threads > 1 { Some(self.pool()?) } else { None };
+        let gather = |part: Factor<'_>, stage: &mut [f32]| match pool {
+            Some(pool) if stage.len() >= PARALLEL_COPY_NUMBERS_MIN => pool.install(|| {
+                let rows = part.numbers.par_chunks(part.layout.stride);
+                stage.par_chunks_mut(part.layout.columns).zip(rows).for_each(copy_row);
+            }),
+            _ => stage
+                .chunks_mut(part.layout.columns)
+                .zip(part.numbers.chunks(part.layout.stride))
+                .for_each(copy_row),
+        };
+        let asked = cuda::Asked { account: Some(&place.account), gather: &gather, cancel };
+        self.cuda.multiply(device, sum, &cuda::Factors { a, b, alpha, beta }, &asked)
     }
 
     fn pool(&self) -> Result<&ThreadPool, Error> {
@@ -94,6 +174,11 @@ impl Blas {
         let message = "the agent has no threads for matrix products; its log says why";
         made.as_ref().map_err(|why| Error::new(Reason::BackendFailed, message).caused_by(why.clone()))
     }
+}
+
+/// Copies a row without what comes after it.
+fn copy_row((to, from): (&mut [f32], &[f32])) {
+    to.copy_from_slice(&from[..to.len()]);
 }
 
 /// The numbers of a matrix without what is between its rows.
@@ -136,7 +221,7 @@ fn add_product(
 
 impl Factor<'_> {
     /// The part of a matrix that begins at a row and column.
-    fn part(self, row: usize, column: usize, rows: usize, columns: usize) -> Self {
+    pub(super) fn part(self, row: usize, column: usize, rows: usize, columns: usize) -> Self {
         let layout = Layout { rows, columns, ..self.layout };
         Self { numbers: &self.numbers[row * self.layout.stride + column..], layout }
     }
@@ -189,6 +274,9 @@ fn add_block(sum: &mut [f32], (alpha, beta): (f32, f32), [a, b]: [Factor<'_>; 2]
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::{Config, DeviceConfig, Settings};
+    use crate::identity::Tenant;
+    use crate::quota::Accounts;
     use vaccel_proto::v1::{NamedTensor, SgemmRequest, Tensor};
 
     fn numbers(count: usize, seed: u32) -> Vec<f32> {
@@ -246,9 +334,20 @@ mod tests {
         cells.map(cell).collect()
     }
 
+    /// A processor without devices.
+    fn cpu(threads: usize) -> Blas {
+        let libraries = vec!["/absent".into()];
+        Blas::new(threads, Arc::new(Cuda::find(&DeviceConfig { libraries, ..DeviceConfig::default() })))
+    }
+
+    fn anywhere() -> Place {
+        let limits = Config::new(Settings::default()).expect("valid").tenant;
+        Place { device: String::new(), account: Accounts::new(limits, |_| 1).of(&Tenant::new("a")) }
+    }
+
     fn check(blas: &Blas, request: &SgemmRequest, data: &[Vec<f32>; 3]) {
         let product = request.product().expect("valid");
-        let found = blas.multiply(&product, &Cancel::default()).expect("computed");
+        let found = blas.multiply(&product, &anywhere(), &Cancel::default()).expect("computed");
         let expected = reference(request, data);
         assert_eq!(found.len(), expected.len());
         for (index, (found, (expected, size))) in found.iter().zip(expected).enumerate() {
@@ -261,7 +360,7 @@ mod tests {
 
     #[test]
     fn products_equal_a_reference_in_f64() {
-        let blas = Blas::new(2);
+        let blas = cpu(2);
         let sizes = [
             [1, 1, 1],
             [2, 3, 4],
@@ -291,7 +390,7 @@ mod tests {
         let product = request.product().expect("valid");
         const { assert!(1100 * 900 * 1301 > BLOCK_MULTIPLICATIONS) };
         for threads in [1, 3] {
-            let found = Blas::new(threads).multiply(&product, &Cancel::default()).expect("computed");
+            let found = cpu(threads).multiply(&product, &anywhere(), &Cancel::default()).expect("computed");
             let row = |row: usize| {
                 let first = SgemmRequest { m: 1, ..request.clone() };
                 let part = |data: &[f32], stride: i64| {
@@ -317,26 +416,27 @@ mod tests {
 
     #[test]
     fn sizes_of_zero_have_the_meaning_of_blas() {
-        let blas = Blas::new(1);
+        let blas = cpu(1);
         let (mut request, data) = request([2, 3, 0], [0, 0, 0], (1.0, 0.5));
         check(&blas, &request, &data);
         request.beta = 0.0;
-        let zeros = blas.multiply(&request.product().expect("valid"), &Cancel::default());
+        let zeros = blas.multiply(&request.product().expect("valid"), &anywhere(), &Cancel::default());
         assert_eq!(zeros.expect("computed"), [0.0; 6]);
         for sizes in [[0, 3, 2], [2, 0, 3], [0, 0, 0]] {
             let (request, _) = super::tests::request(sizes, [0, 0, 0], (1.0, 1.0));
-            let nothing = blas.multiply(&request.product().expect("valid"), &Cancel::default());
+            let nothing = blas.multiply(&request.product().expect("valid"), &anywhere(), &Cancel::default());
             assert!(nothing.expect("computed").is_empty());
         }
     }
 
     #[test]
     fn factors_of_zero_hide_what_they_multiply() {
-        let blas = Blas::new(1);
+        let blas = cpu(1);
         let of = |alpha, beta, a: f32, c: f32| {
             let matrices = vec![flat(&[a, 2.0]), flat(&[3.0, 4.0]), flat(&[c])];
             let request = SgemmRequest { m: 1, n: 1, k: 2, alpha, beta, matrices, ..SgemmRequest::default() };
-            blas.multiply(&request.product().expect("valid"), &Cancel::default()).expect("computed")[0]
+            blas.multiply(&request.product().expect("valid"), &anywhere(), &Cancel::default())
+                .expect("computed")[0]
         };
         assert_eq!(of(1.0, 0.0, 1.0, f32::NAN), 11.0);
         assert_eq!(of(0.0, 2.0, f32::NAN, 4.0), 8.0);
@@ -350,12 +450,14 @@ mod tests {
 
     #[test]
     fn not_a_number_stays_in_its_row_and_column() {
-        let (sizes, blas) = ([70, 90, 50], Blas::new(2));
+        let (sizes, blas) = ([70, 90, 50], cpu(2));
         let (mut request, mut data) = request(sizes, [2, 3, 0], (1.0, 0.0));
         data[0][33 * 52 + 7] = f32::NAN;
         data[1][12 * 93 + 41] = f32::INFINITY;
         request.matrices = data.iter().map(|data| flat(data)).collect();
-        let found = blas.multiply(&request.product().expect("valid"), &Cancel::default()).expect("computed");
+        let found = blas
+            .multiply(&request.product().expect("valid"), &anywhere(), &Cancel::default())
+            .expect("computed");
         for (index, number) in found.iter().enumerate() {
             let touched = index / 90 == 33 || index % 90 == 41;
             assert_eq!(number.is_finite(), !touched, "row {}, column {}", index / 90, index % 90);
@@ -367,7 +469,7 @@ mod tests {
         let (request, _) = request([4, 4, 4], [0, 0, 0], (1.0, 0.0));
         let cancel = Cancel::default();
         cancel.set();
-        let stopped = Blas::new(1).multiply(&request.product().expect("valid"), &cancel);
+        let stopped = cpu(1).multiply(&request.product().expect("valid"), &anywhere(), &cancel);
         assert_eq!(stopped.expect_err("cancelled").reason(), Reason::Cancelled);
     }
 }

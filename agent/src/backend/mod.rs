@@ -6,6 +6,10 @@
 //! need no model, have a seam of their own: [`blas`].
 
 mod blas;
+mod cuda;
+#[cfg(test)]
+#[path = "../../tests/fake_cuda/mod.rs"]
+pub(crate) mod fake_cuda;
 mod file;
 mod flatbuffer;
 mod formats;
@@ -27,9 +31,11 @@ use vaccel_proto::v1::EngineInfo;
 use vaccel_proto::{Error, Reason, hints};
 
 use crate::config::EngineConfig;
+use crate::quota::Account;
 use crate::scheduler::{Cancel, Runner};
 
-pub(crate) use blas::{Blas, dense};
+pub(crate) use blas::{Blas, Place, dense};
+pub(crate) use cuda::{Cuda, Figures, Sought};
 pub(crate) use file::{ModelFile, Origin, Port};
 pub(crate) use identity::{Cost, identity};
 pub(crate) use loaded::{Family, Holder, LoadedModels, Model};
@@ -63,6 +69,18 @@ pub(crate) trait Program: Runner {
 
     /// Whether the engine prepares itself for each combination of input shapes.
     fn prepares_shapes(&self) -> bool;
+
+    /// Bytes of a device that are counted for the model.
+    fn device_bytes(&self) -> u64 {
+        0
+    }
+}
+
+/// How a model is to run, and who pays for its memory on a device: none for the host.
+#[derive(Clone, Copy)]
+pub(crate) struct Asked<'a> {
+    pub(crate) rules: &'a RunRules,
+    pub(crate) account: Option<&'a Arc<Account>>,
 }
 
 /// The engines of this agent.
@@ -72,6 +90,10 @@ pub(crate) struct Engines {
     default: Choice,
     /// Matrix products.
     pub(crate) blas: Blas,
+    /// Accelerators.
+    pub(crate) cuda: Arc<Cuda>,
+    /// Bytes of a device for runs of one model.
+    workspace_bytes: u64,
 }
 
 /// ONNX Runtime is a large library: one that was found and not asked for is loaded on first use.
@@ -131,8 +153,16 @@ impl Engines {
             onnxruntime.get().map_err(|why| Error::new(Reason::Disabled, why))?;
         }
         let default = Choice { engine: config.engine.clone(), device: config.device.clone() };
-        let blas = Blas::new(config.threads);
-        let engines = Self { tract: tract::Tract, onnxruntime, default, blas };
+        let cuda = Arc::new(Cuda::find(&config.devices));
+        let blas = Blas::new(config.threads, Arc::clone(&cuda));
+        let engines = Self {
+            tract: tract::Tract,
+            onnxruntime,
+            default,
+            blas,
+            cuda,
+            workspace_bytes: config.devices.workspace_bytes,
+        };
         engines.choose(Choice::default(), 0)?;
         Ok(engines)
     }
@@ -140,7 +170,13 @@ impl Engines {
     /// All engines, present or not.
     pub(crate) fn info(&self) -> Vec<EngineInfo> {
         let onnxruntime = match (self.onnxruntime.absent_because(), self.onnxruntime.loaded.get()) {
-            (None, Some(Ok(engine))) => engine.info(),
+            (None, Some(Ok(engine))) => {
+                let mut info = engine.info();
+                if engine.missing_of_cuda().is_empty() {
+                    info.devices.extend(self.cuda.names());
+                }
+                info
+            }
             (why, _) => EngineInfo {
                 name: ONNXRUNTIME.into(),
                 version: why.map_or("found, loaded on first use", |_| "").into(),
@@ -159,6 +195,21 @@ impl Engines {
         vec![self.tract.info(), onnxruntime, noop]
     }
 
+    /// Why models cannot run on a device, with paths: for the host's operator.
+    pub(crate) fn missing_for_models(&self) -> Vec<String> {
+        let library = match self.onnxruntime.get() {
+            Err(why) => vec![format!("ONNX Runtime: {why}")],
+            Ok(engine) => {
+                let absent = engine.missing_of_cuda();
+                let told =
+                    |path: &PathBuf| format!("ONNX Runtime's CUDA provider: {} is not there", path.display());
+                absent.iter().map(told).collect()
+            }
+        };
+        let toolkit = self.cuda.toolkit().iter().filter(|sought| sought.loaded.is_none());
+        library.into_iter().chain(toolkit.map(Sought::told)).collect()
+    }
+
     /// Fills in what a session left open, and checks that it can be had. An engine that stays open is the best one
     /// that loads.
     ///
@@ -168,7 +219,8 @@ impl Engines {
         let is_named = !["", "auto"].contains(&asked.engine.as_str());
         let engine = if is_named { asked.engine } else { self.default.engine.clone() };
         let device = if asked.device.is_empty() { self.default.device.clone() } else { asked.device };
-        let choice = Choice { engine: wished(engine, is_named, hints::wish(hints))?, device };
+        let (device, wish) = self.wished_device(device, hints::wish(hints));
+        let choice = Choice { engine: wished(engine, is_named, wish)?, device };
         if !["", TRACT, ONNXRUNTIME, NOOP].contains(&choice.engine.as_str()) {
             let asked = vaccel_proto::error::shown(&choice.engine);
             return Err(Error::field("engine", format!("{TRACT}, {ONNXRUNTIME} or {NOOP}"), asked));
@@ -179,12 +231,24 @@ impl Engines {
             return Err(Error::new(Reason::Disabled, message));
         }
         if !["", CPU].contains(&choice.device.as_str()) {
-            let asked = vaccel_proto::error::shown(&choice.device);
-            let message =
-                format!("device {asked} was asked for and is absent; the engines here compute on: {CPU}");
-            return Err(Error::new(Reason::Disabled, message));
+            self.cuda.device(&choice.device)?;
+            if choice.engine == TRACT {
+                let device = choice.device;
+                let message = format!("device {device} was asked for, and engine {TRACT} computes on: {CPU}");
+                return Err(Error::new(Reason::Disabled, message));
+            }
         }
         Ok(choice)
+    }
+
+    /// The device that a session means, and what is left of its wishes: one for nothing but GPUs is one for a device.
+    fn wished_device(&self, device: String, wish: u32) -> (String, u32) {
+        let only_gpus = wish & hints::GPU != 0 && wish & (MODEL_KINDS | NOOP_KINDS) == 0;
+        match self.cuda.devices().first() {
+            Some(first) if device.is_empty() && only_gpus => (first.description.name.clone(), 0),
+            Some(first) if device == "cuda" => (first.description.name.clone(), wish),
+            _ => (device, wish),
+        }
     }
 
     /// Loads a scanned model. Takes as long as the model takes: for a lane.
@@ -195,11 +259,55 @@ impl Engines {
         &self,
         choice: &Choice,
         mut file: ModelFile,
-        rules: &RunRules,
+        asked: &Asked<'_>,
         cancel: &Cancel,
     ) -> Result<Model, Error> {
+        let program = if ["", CPU].contains(&choice.device.as_str()) {
+            let engine = self.engine(choice, &file)?;
+            engine.load(&mut file, cancel)?
+        } else {
+            self.load_on(choice, &file, asked, cancel)?
+        };
+        file.operators.clear();
+        // The engine has made its own of them.
+        file.bytes = Bytes::new();
+        Ok(Model::new(file, program, asked.rules))
+    }
+
+    /// Loads a scanned model on a device.
+    fn load_on(
+        &self,
+        choice: &Choice,
+        file: &ModelFile,
+        asked: &Asked<'_>,
+        cancel: &Cancel,
+    ) -> Result<Arc<dyn Program>, Error> {
+        let device = &choice.device;
+        if file.format != Format::Onnx {
+            let title = file.format.title();
+            let message = format!(
+                "device {device} was asked for and takes ONNX, this model is a {title}; device {CPU} takes it"
+            );
+            return Err(Error::new(Reason::ModelRejected, message));
+        }
+        self.cuda.device(device)?;
+        let engine = self.onnxruntime.get().map_err(|why| {
+            let absent = self.onnxruntime.absent_because().unwrap_or_default();
+            let message = format!(
+                "device {device} was asked for, and models run there on engine {ONNXRUNTIME} alone: {absent}; \
+                 device {CPU} is there"
+            );
+            Error::new(Reason::Disabled, message).caused_by(why.to_owned())
+        })?;
+        let workspace_bytes = self.workspace_bytes;
+        let on = onnxruntime::OnDevice { cuda: &self.cuda, device, account: asked.account, workspace_bytes };
+        engine.load_on(&on, file, cancel)
+    }
+
+    /// The engine that loads a scanned model on the processor.
+    fn engine(&self, choice: &Choice, file: &ModelFile) -> Result<&dyn Engine, Error> {
         let onnx = file.format == Format::Onnx;
-        let engine: &dyn Engine = match choice.engine.as_str() {
+        Ok(match choice.engine.as_str() {
             TRACT => &self.tract,
             ONNXRUNTIME if !onnx => {
                 let title = file.format.title();
@@ -219,12 +327,7 @@ impl Engines {
             _ if !onnx => &self.tract,
             // Found and broken, and nobody asked for it: the built-in engine serves.
             _ => self.onnxruntime.get().map_or(&self.tract as &dyn Engine, |engine| engine),
-        };
-        let program = engine.load(&mut file, cancel)?;
-        file.operators.clear();
-        // The engine has made its own of them.
-        file.bytes = Bytes::new();
-        Ok(Model::new(file, program, rules))
+        })
     }
 }
 

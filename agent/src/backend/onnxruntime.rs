@@ -4,6 +4,10 @@
 //! share one arena of bounded size; what does not fit there fails by itself. Constants are not folded at loading: that
 //! would happen outside of the arena, once for each of up to a million nodes.
 
+mod device;
+#[cfg(test)]
+mod tests;
+
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -11,16 +15,21 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use bytes::Bytes;
 use ort::AsPointer;
 use ort::environment::{Environment, EnvironmentBuilder, GlobalThreadPoolOptions};
+use ort::ep;
 use ort::logging::LogLevel;
-use ort::session::builder::GraphOptimizationLevel;
+use ort::memory::AllocationDevice;
+use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::session::{RunOptions, Session, SessionInputValue};
 use ort::value::{DynValue, PrimitiveTensorElementType, TensorElementType, TensorRef, ValueType};
 use vaccel_proto::tensor::{Element, strings, with_lengths};
 use vaccel_proto::v1::{DType, EngineInfo, Tensor};
 use vaccel_proto::{Error, Reason};
 
+use super::cuda::{Cuda, Device};
 use super::{CPU, Engine, ModelFile, ONNXRUNTIME, Program, check_reply, rejected};
+use crate::quota::Account;
 use crate::scheduler::{Cancel, Runner};
+use device::{DeviceProgram, Where};
 
 /// Folders where packages put shared libraries.
 const USUAL_FOLDERS: &[&str] = &[
@@ -37,6 +46,9 @@ pub(super) fn usual_place() -> Option<PathBuf> {
     let folders = beside.into_iter().chain(USUAL_FOLDERS.iter().map(PathBuf::from));
     folders.map(|folder| folder.join("libonnxruntime.so")).find(|path| path.is_file())
 }
+
+/// What the library loads to compute on CUDA devices; it looks for both beside itself.
+const CUDA_PROVIDER: [&str; 2] = ["libonnxruntime_providers_shared.so", "libonnxruntime_providers_cuda.so"];
 
 /// The library can be loaded once in a process; whoever asks again shares it.
 static LIBRARY: OnceLock<Result<Library, String>> = OnceLock::new();
@@ -176,17 +188,126 @@ impl Engine for OnnxRuntime {
 }
 
 impl OnnxRuntime {
-    fn session(&self, model: &[u8], cancel: &Cancel) -> ort::Result<Session> {
-        let mut builder = Session::builder(&self.library.environment)?
+    fn builder(&self) -> ort::Result<SessionBuilder> {
+        Ok(Session::builder(&self.library.environment)?
             .with_optimization_level(GraphOptimizationLevel::Level3)?
             .with_env_allocators()?
-            .with_config_entry("optimization.disable_specified_optimizers", "ConstantFolding")?;
-        let canceler = builder.canceler();
-        let interrupt = move || {
-            let _ = canceler.cancel();
-        };
-        cancel.interruptible(interrupt, || builder.commit_from_memory(model))
+            .with_config_entry("optimization.disable_specified_optimizers", "ConstantFolding")?)
     }
+
+    fn session(&self, model: &[u8], cancel: &Cancel) -> ort::Result<Session> {
+        commit(self.builder()?, model, cancel)
+    }
+
+    /// Files of the CUDA provider that are not where the library looks for them.
+    pub(super) fn missing_of_cuda(&self) -> Vec<PathBuf> {
+        let library = self.library.path.canonicalize().unwrap_or_else(|_| self.library.path.clone());
+        let folder = library.parent().map(Path::to_path_buf).unwrap_or_default();
+        CUDA_PROVIDER.iter().map(|name| folder.join(name)).filter(|path| !path.is_file()).collect()
+    }
+
+    /// Loads a model on a device, and on nothing else.
+    ///
+    /// # Errors
+    /// `DISABLED` where the library cannot use the device, `QUOTA_EXCEEDED` where there is not the memory,
+    /// `MODEL_REJECTED` with the library's message.
+    pub(super) fn load_on(
+        &self,
+        request: &OnDevice<'_>,
+        model: &ModelFile,
+        cancel: &Cancel,
+    ) -> Result<Arc<dyn Program>, Error> {
+        let OnDevice { cuda, device: name, account, workspace_bytes } = *request;
+        let device = cuda.device(name)?;
+        let missing = self.missing_of_cuda();
+        if !missing.is_empty() {
+            let message = format!(
+                "device {name} was asked for, and ONNX Runtime here cannot use it: {} is not beside its library; \
+                 device cpu is there",
+                CUDA_PROVIDER[1]
+            );
+            let places = missing.iter().map(|path| format!("{} is not there", path.display()));
+            return Err(
+                Error::new(Reason::Disabled, message).caused_by(places.collect::<Vec<_>>().join(", "))
+            );
+        }
+        let bytes = workspace_bytes.saturating_add(model.bytes.len() as u64);
+        let charge = device.ledger.charge(account, bytes)?;
+        let has_graphs = device::fits_a_graph(&model.operators);
+        let builder = self.on_cuda(cuda, device, bytes, has_graphs)?;
+        let session = device.engine(false, || commit(builder, &model.bytes, cancel)).map_err(|error| {
+            rejected(&format!("ONNX Runtime on device {name} (nothing of it may run on another one)"), error)
+        })?;
+        let place = Where {
+            cuda: Arc::clone(cuda),
+            device: device.index(),
+            account: account.cloned(),
+            bytes,
+            memory: AllocationDevice::CUDA,
+            has_graphs,
+        };
+        let program = DeviceProgram::new(session, place, charge, [&model.inputs, &model.outputs])?;
+        Ok(Arc::new(program))
+    }
+
+    /// A session that is on a device or not at all.
+    fn on_cuda(
+        &self,
+        cuda: &Cuda,
+        device: &Device,
+        bytes: u64,
+        has_graphs: bool,
+    ) -> Result<SessionBuilder, Error> {
+        let toolkit = cuda.toolkit();
+        let number = i32::try_from(device.index()).expect("an index of what the driver counted");
+        let provider = ep::CUDA::default()
+            .with_device_id(number)
+            .with_memory_limit(usize::try_from(bytes).unwrap_or(usize::MAX))
+            .with_arena_extend_strategy(ep::ArenaExtendStrategy::SameAsRequested)
+            // A search through all algorithms takes seconds for each shape, and memory that is not in the arena.
+            .with_conv_algorithm_search(ep::cuda::ConvAlgorithmSearch::Heuristic)
+            .with_tf32(false)
+            .with_cuda_graph(has_graphs)
+            .build()
+            .error_on_failure();
+        let build = || -> ort::Result<SessionBuilder> {
+            Ok(self.builder()?.with_disable_cpu_fallback()?.with_execution_providers([provider])?)
+        };
+        build().map_err(|error| {
+            let absent: Vec<_> = toolkit.iter().filter(|sought| sought.loaded.is_none()).collect();
+            let names: Vec<_> = absent.iter().map(|sought| sought.names[0]).collect();
+            let names = if names.is_empty() {
+                "its libraries are there".into()
+            } else {
+                names.join(", ") + " absent"
+            };
+            let message = format!(
+                "device {} was asked for, and ONNX Runtime here cannot use it ({names}); device cpu is there",
+                device.description.name
+            );
+            let told = absent.iter().map(|sought| sought.told()).collect::<Vec<_>>().join("; ");
+            Error::new(Reason::Disabled, message).caused_by(format!("{error}; {told}"))
+        })
+    }
+}
+
+/// A device for a model, and whose memory it takes.
+#[derive(Clone, Copy)]
+pub(super) struct OnDevice<'a> {
+    pub(super) cuda: &'a Arc<Cuda>,
+    pub(super) device: &'a str,
+    /// None for a model of the host's.
+    pub(super) account: Option<&'a Arc<Account>>,
+    /// For runs, beside the weights.
+    pub(super) workspace_bytes: u64,
+}
+
+fn commit(mut builder: SessionBuilder, model: &[u8], cancel: &Cancel) -> ort::Result<Session> {
+    let canceler = builder.canceler();
+    let interrupt = move || {
+        let _ = canceler.cancel();
+    };
+    cancel.interruptible(interrupt, || builder.commit_from_memory(model))
 }
 
 struct OnnxRuntimeProgram {
@@ -221,7 +342,7 @@ impl Runner for OnnxRuntimeProgram {
             let _ = terminator.terminate();
         };
         let results = cancel.interruptible(interrupt, || session.run_with_options(values, &*options));
-        let results = results.map_err(|error| self.misfit(&inputs, &error))?;
+        let results = results.map_err(|error| self.refusal(&inputs, &error))?;
         let wanted = outputs.iter().map(|&index| {
             let left_out = || Error::new(Reason::BackendFailed, "ONNX Runtime left out an output");
             results.get(&self.outputs[index]).ok_or_else(left_out)
@@ -249,9 +370,8 @@ fn failed(error: ort::Error) -> Error {
 }
 
 impl OnnxRuntimeProgram {
-    /// Shapes that do not fit are the caller's error, and so is what does not fit in the arena; everything else is the
-    /// backend's.
-    fn misfit(&self, inputs: &[Tensor], error: &ort::Error) -> Error {
+    /// What does not fit in the arena is the caller's error, as shapes that do not fit are.
+    fn refusal(&self, inputs: &[Tensor], error: &ort::Error) -> Error {
         /// What the library says of a tensor beyond the arena, or beyond what can be counted: it has no code for it.
         const OUT_OF_MEMORY: &[&str] = &["BFCArena", "Integer overflow", "storage size overflowed"];
         let text = error.to_string();
@@ -263,14 +383,20 @@ impl OnnxRuntimeProgram {
             );
             return Error::new(Reason::QuotaExceeded, message).caused_by(text);
         }
-        if error.code() == ort::ErrorCode::InvalidArgument {
-            let signatures: Vec<String> = inputs.iter().map(Tensor::signature).collect();
-            let why = super::public(&text);
-            let message = format!("inputs: {} do not fit this model: {why}", signatures.join(", "));
-            return Error::new(Reason::BadArgument, message);
-        }
-        Error::new(Reason::BackendFailed, "ONNX Runtime failed while running the model").caused_by(text)
+        misfit(inputs, error)
     }
+}
+
+/// Shapes that do not fit are the caller's error, everything else is the backend's.
+fn misfit(inputs: &[Tensor], error: &ort::Error) -> Error {
+    let text = error.to_string();
+    if error.code() == ort::ErrorCode::InvalidArgument {
+        let signatures: Vec<String> = inputs.iter().map(Tensor::signature).collect();
+        let why = super::public(&text);
+        let message = format!("inputs: {} do not fit this model: {why}", signatures.join(", "));
+        return Error::new(Reason::BadArgument, message);
+    }
+    Error::new(Reason::BackendFailed, "ONNX Runtime failed while running the model").caused_by(text)
 }
 
 /// Bytes of what the library made; what is no tensor is refused later.

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use tokio::time::Instant;
 use vaccel_proto::{Error, Reason};
 
-use super::{Choice, Engines, LoadedModels, Model, ModelFile, Origin};
+use super::{Asked, Choice, Engines, LoadedModels, Model, ModelFile, Origin};
 use crate::scheduler::{Asker, Cancel, Scheduler};
 
 /// Engines and lanes.
@@ -58,6 +58,7 @@ impl Workshop {
         let asker =
             Asker { deadline: asker.deadline.min(Instant::now() + self.load_deadline), ..asker.clone() };
         let workshop = Arc::clone(self);
+        let account = (load.origin == Origin::Guest).then(|| Arc::clone(&asker.account));
         let loaded = self.scheduler.run(&asker, move |cancel| {
             let Load { choice, origin, rules, files } = load;
             let read = |(name, read): (String, Reader)| Ok((name, read(cancel)?));
@@ -65,7 +66,8 @@ impl Workshop {
             let files: Vec<(&str, Bytes)> =
                 files.iter().map(|(name, data)| (name.as_str(), data.clone())).collect();
             let file = ModelFile::scan(&files, origin)?;
-            workshop.engines.load(&choice, file, &rules, cancel)
+            let asked = Asked { rules: &rules, account: account.as_ref() };
+            workshop.engines.load(&choice, file, &asked, cancel)
         });
         let model = loaded.await.map_err(|error| match error.reason() {
             Reason::Deadline => Error::new(Reason::Deadline, format!("loading the model: {error}")),

@@ -19,10 +19,10 @@ use vaccel_proto::limits::{CHUNK_BYTES_MAX, DEADLINE_MAX, MESSAGE_BYTES_MAX};
 use vaccel_proto::v1::{File, ResourceKind};
 use vaccel_proto::{Error, Reason};
 
-use super::{Caller, Dispatch, Measured};
+use super::{Caller, Dispatch, Figures, Measured};
 use crate::identity::Tenant;
 use crate::infer::{Who, check_name};
-use crate::quota::Account;
+use crate::quota::{Account, Unit};
 use crate::resource::{Hash, Holdings, Resource, UploadBegin};
 use crate::scheduler::Asker;
 
@@ -161,11 +161,21 @@ impl Dispatch {
         .await
     }
 
-    /// What was counted: for the caller, or where it is an operator for everybody.
-    pub(crate) async fn metrics(&self, caller: &Caller) -> Result<Vec<Measured>, Error> {
-        self.call(caller, "metrics", self.call_deadline, async |_, _| {
+    /// What was counted: for the caller, or where it is an operator for everybody, with what the devices are doing.
+    pub(crate) async fn metrics(&self, caller: &Caller) -> Result<Metrics, Error> {
+        self.call(caller, "metrics", self.call_deadline, async |account, _| {
             let whose = Some(&caller.tenant).filter(|tenant| !self.policies.is_operator(tenant));
-            Ok(self.inference.repository.measured(whose))
+            let models = self.inference.repository.measured(whose);
+            let device_bytes = account.used(Unit::DeviceBytes);
+            if whose.is_some() {
+                return Ok(Metrics { models, device_bytes, ..Metrics::default() });
+            }
+            // The driver takes its time, and its own when a device is in trouble.
+            let cuda = Arc::clone(&self.workshop.engines.cuda);
+            let counted = cuda.devices().iter();
+            let counted = counted.map(|one| (one.description.name.clone(), one.ledger.used())).collect();
+            let devices = tokio::task::spawn_blocking(move || cuda.figures()).await.unwrap_or_default();
+            Ok(Metrics { models, device_bytes, counted, devices })
         })
         .await
     }
@@ -293,6 +303,18 @@ impl Dispatch {
         })
         .await
     }
+}
+
+/// What metrics are made of.
+#[derive(Default)]
+pub(crate) struct Metrics {
+    pub(crate) models: Vec<Measured>,
+    /// Bytes of devices that the caller has.
+    pub(crate) device_bytes: u64,
+    /// For operators: bytes of each device that the agent and all its tenants have.
+    pub(crate) counted: Vec<(String, u64)>,
+    /// For operators: what one tenant does would show in another's figures.
+    pub(crate) devices: Vec<Figures>,
 }
 
 /// Files by version.

@@ -24,6 +24,7 @@ use vaccel_proto::v1::{
 };
 use vaccel_proto::{Error, Reason};
 
+pub(crate) use crate::backend::Figures;
 pub(crate) use self::pieces::Pieces;
 use self::pieces::{check_piece, gather, next_piece};
 use crate::backend::{Choice, Workshop};
@@ -39,6 +40,7 @@ use crate::resource::{ReadBegin, Reading, Registered, Store, UploadBegin};
 use crate::scheduler::past_deadline;
 use crate::session::{ConnectionId, Session, Sessions};
 use crate::shared::{Room, SharedMemory};
+pub(crate) use inference::Metrics;
 
 /// When a caller should try again while the agent stops: its successor is usually up by then.
 const SHUTDOWN_RETRY_AFTER: Duration = Duration::from_millis(500);

@@ -37,9 +37,9 @@ impl Operation for FpgaMmultRequest {
 
     async fn execute(self, context: &Context<'_>) -> Result<Timed<FpgaMmultReply>, Error> {
         self.product()?;
-        let workshop = Arc::clone(context.workshop);
+        let (workshop, place) = (Arc::clone(context.workshop), context.place());
         let work = move |cancel: &Cancel| {
-            let c = workshop.engines.blas.multiply(&self.product()?, cancel)?;
+            let c = workshop.engines.blas.multiply(&self.product()?, &place, cancel)?;
             Ok(FpgaMmultReply { tensors: vec![floats("c", &self.arrays()?[0].shape, c)] })
         };
         context.workshop.scheduler.run(&context.asker(), work).await

@@ -16,7 +16,7 @@ use vaccel_proto::{Error, Reason};
 
 use super::image_input::{ImageInput, Scores, check_pixels};
 use super::{Context, EMBEDDED_MODEL, EMBEDDED_NAME, Operation};
-use crate::backend::{Choice, Engines, Model, ModelFile, Origin, RunRules};
+use crate::backend::{Asked, Choice, Engines, Model, ModelFile, Origin, RunRules};
 use crate::scheduler::{Cancel, Timed};
 
 /// Images that run together. All batches are powers of two, so that an engine that plans by shape needs few plans.
@@ -79,7 +79,8 @@ impl Classifier {
     pub(crate) fn embedded(engines: &Engines, choice: &Choice) -> Result<Self, Error> {
         let files = [(EMBEDDED_NAME, Bytes::from_static(EMBEDDED_MODEL))];
         let file = ModelFile::scan(&files, Origin::Host)?;
-        let model = engines.load(choice, file, &RunRules::default(), &Cancel::default())?;
+        let asked = Asked { rules: &RunRules::default(), account: None };
+        let model = engines.load(choice, file, &asked, &Cancel::default())?;
         Self::new(Arc::new(model))
     }
 

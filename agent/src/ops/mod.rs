@@ -37,7 +37,7 @@ use vaccel_proto::v1::{
 };
 use vaccel_proto::{Error, Reason, v1};
 
-use crate::backend::{Load, Model, NOOP, Origin, Reader, RunRules, Workshop};
+use crate::backend::{Choice, Load, Model, NOOP, Origin, Place, Reader, RunRules, Workshop};
 use crate::identity::Tenant;
 use crate::quota::Account;
 use crate::repository::Repository;
@@ -169,6 +169,11 @@ impl Context<'_> {
         Asker::new(self.account, self.deadline)
     }
 
+    /// Where its products are computed.
+    fn place(&self) -> Place {
+        Place { device: self.session.choice.device.clone(), account: Arc::clone(self.account) }
+    }
+
     /// Runs work on a loaded model, when it is the call's turn there.
     pub(crate) async fn compute_on<T: Send + 'static>(
         &self,
@@ -251,10 +256,16 @@ impl Context<'_> {
         };
         // What the model's configuration says of engines goes before what the session wishes.
         let wish = version.wish();
-        let choice = if wish.engine.is_empty() {
+        let own = &self.session.choice.device;
+        if !wish.device.is_empty() && !own.is_empty() && wish.device != *own {
+            let message = format!("model {name} is for device {}, this session's is {own}", wish.device);
+            return Err(Error::new(Reason::Disabled, message));
+        }
+        let choice = if wish == Choice::default() {
             self.session.choice.clone()
         } else {
-            self.workshop.engines.choose(wish, 0)?
+            let device = if wish.device.is_empty() { own.clone() } else { wish.device };
+            self.workshop.engines.choose(Choice { device, ..wish }, 0)?
         };
         let begun = Instant::now();
         let served = self.repository.served(self.tenant, &version, &choice, &self.asker()).await?;

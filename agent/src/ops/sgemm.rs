@@ -16,7 +16,7 @@ use vaccel_proto::compute::Product;
 use vaccel_proto::v1::{DType, NamedTensor, SgemmReply, SgemmRequest, Tensor};
 
 use super::{Context, Operation};
-use crate::backend::{Blas, dense};
+use crate::backend::{Blas, Place, dense};
 use crate::scheduler::{Cancel, Timed};
 
 impl Operation for SgemmRequest {
@@ -37,15 +37,20 @@ impl Operation for SgemmRequest {
     }
 
     async fn execute(self, context: &Context<'_>) -> Result<Timed<SgemmReply>, Error> {
-        let workshop = Arc::clone(context.workshop);
-        let work = move |cancel: &Cancel| compute(&self, &workshop.engines.blas, cancel);
+        let (workshop, place) = (Arc::clone(context.workshop), context.place());
+        let work = move |cancel: &Cancel| compute(&self, &workshop.engines.blas, &place, cancel);
         context.workshop.scheduler.run(&context.asker(), work).await
     }
 }
 
 /// The operation itself, for a lane.
-pub(crate) fn compute(request: &SgemmRequest, blas: &Blas, cancel: &Cancel) -> Result<SgemmReply, Error> {
-    Ok(SgemmReply { matrices: vec![multiplied("c", &request.product()?, blas, cancel)?] })
+pub(crate) fn compute(
+    request: &SgemmRequest,
+    blas: &Blas,
+    place: &Place,
+    cancel: &Cancel,
+) -> Result<SgemmReply, Error> {
+    Ok(SgemmReply { matrices: vec![multiplied("c", &request.product()?, blas, place, cancel)?] })
 }
 
 /// A product as the tensor of a reply.
@@ -53,9 +58,10 @@ pub(super) fn multiplied(
     name: &str,
     product: &Product<'_>,
     blas: &Blas,
+    place: &Place,
     cancel: &Cancel,
 ) -> Result<NamedTensor, Error> {
-    Ok(floats(name, &shape(product)?, blas.multiply(product, cancel)?))
+    Ok(floats(name, &shape(product)?, blas.multiply(product, place, cancel)?))
 }
 
 /// What vAccel's noop plugin makes of a product: `c` as it came, or zeros where none did.

@@ -32,9 +32,9 @@ impl Operation for TorchSgemmRequest {
     }
 
     async fn execute(self, context: &Context<'_>) -> Result<Timed<TorchSgemmReply>, Error> {
-        let workshop = Arc::clone(context.workshop);
+        let (workshop, place) = (Arc::clone(context.workshop), context.place());
         let work = move |cancel: &Cancel| {
-            let out = multiplied("out", &self.product()?, &workshop.engines.blas, cancel)?;
+            let out = multiplied("out", &self.product()?, &workshop.engines.blas, &place, cancel)?;
             Ok(TorchSgemmReply { tensors: vec![out] })
         };
         context.workshop.scheduler.run(&context.asker(), work).await

@@ -5,7 +5,7 @@
 //! `dynamic_batching`, `instance_group`, `model_warmup`, `response_cache`, `sequence_batching`, `parameters`.
 //! Of `dynamic_batching` the preferred sizes are not followed (sizes are measured), and a timeout always rejects.
 //! *Refused,* because ignoring them would change results: `ensemble_scheduling`, `batch_input`, `batch_output`,
-//! `reshape`, optional, ragged and shape tensors, decoupled models, operator libraries, repository agents, GPUs.
+//! `reshape`, optional, ragged and shape tensors, decoupled models, operator libraries, repository agents.
 //! *Without effect:* everything else, which only tunes another server.
 
 use std::collections::HashSet;
@@ -209,11 +209,6 @@ pub(super) fn check(name: &str, config: &ModelConfig) -> Result<(), String> {
             "{field}: this agent does not have it, and the model would give other results without"
         ));
     }
-    if config.instance_group.iter().any(|group| group.kind() == Kind::Gpu) {
-        return Err(
-            "instance_group.kind: KIND_GPU was asked for and is absent; use KIND_AUTO or KIND_CPU".into()
-        );
-    }
     for (what, dims) in config
         .input
         .iter()
@@ -225,6 +220,12 @@ pub(super) fn check(name: &str, config: &ModelConfig) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// The device that a configuration asks for; empty where it leaves that open.
+pub(super) fn device(config: &ModelConfig) -> String {
+    let group = config.instance_group.iter().find(|group| group.kind() == Kind::Gpu);
+    group.map_or_else(String::new, |group| format!("cuda:{}", group.gpus.first().unwrap_or(&0)))
 }
 
 /// Instances that a configuration asks for; none where it leaves that open.
@@ -442,7 +443,6 @@ mod tests {
         for (text, field) in [
             ("ensemble_scheduling { }", "ensemble_scheduling"),
             ("input [ { name: 'x' reshape { shape: [ 1 ] } } ]", "reshape"),
-            ("instance_group [ { kind: KIND_GPU } ]", "KIND_GPU"),
             ("model_transaction_policy { decoupled: true }", "decoupled"),
             ("name: 'other'", "name"),
             ("backend: 'python'", "backend"),
@@ -454,6 +454,18 @@ mod tests {
         }
         check("m", &read_text("optimization { graph { level: 1 } } backend: 'onnxruntime'").expect("valid"))
             .expect("served");
+    }
+
+    #[test]
+    fn a_gpu_is_a_device() {
+        for (text, expected) in [
+            ("", ""),
+            ("instance_group [ { kind: KIND_CPU } ]", ""),
+            ("instance_group [ { kind: KIND_GPU } ]", "cuda:0"),
+            ("instance_group [ { kind: KIND_CPU }, { kind: KIND_GPU gpus: [ 1, 0 ] } ]", "cuda:1"),
+        ] {
+            assert_eq!(device(&read_text(text).expect(text)), expected);
+        }
     }
 
     #[test]

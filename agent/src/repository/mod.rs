@@ -5,12 +5,14 @@
 //! else's. What no tenant uses any more, and what was not used for longest when memory is short, is unloaded from
 //! memory; the next call loads it again.
 //!
-//! `folder` is the disk, `config` what a person wrote, `version` what was made of both, `stats` what its runs took.
+//! `folder` is the disk, `config` what a person wrote, `version` what was made of both, `stats` what its runs took,
+//! `room` what gives way.
 //!
 //! **Invariant:** a look-up takes a tenant; another tenant's model answers exactly as an absent one.
 
 mod config;
 mod folder;
+mod room;
 mod stats;
 mod version;
 mod warmup;
@@ -18,7 +20,7 @@ mod warmup;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -65,6 +67,17 @@ struct Table {
     loaded: Vec<Weak<Version>>,
     stats: HashMap<Tenant, BTreeMap<(String, u64), Arc<Stats>>>,
     looked: Option<Instant>,
+}
+
+impl Table {
+    /// What is counted for a model on devices: for a tenant what it brought, for an operator also the host's, which
+    /// others may have had loaded.
+    fn device_bytes(&self, tenant: Option<&Tenant>, model: &str, version: u64) -> u64 {
+        let own = self.own.iter().filter(|(own, _)| tenant.is_none_or(|tenant| tenant == *own));
+        let own = own.filter_map(|(_, models)| models.get(model));
+        let host = self.host.get(model).filter(|_| tenant.is_none());
+        own.chain(host).filter_map(|entry| entry.versions.get(&version)).map(|one| one.device_bytes()).sum()
+    }
 }
 
 /// Whether a tenant may use a model of the host's.
@@ -172,7 +185,10 @@ impl Repository {
         let mut entries = BTreeMap::new();
         for (name, path) in on_disk {
             let before = self.table().host.get(&name).cloned();
-            let entry = look_at(&name, &path, before.as_deref());
+            let mut entry = look_at(&name, &path, before.as_deref());
+            if let Some(why) = self.absent_device(entry.versions.values()) {
+                entry = Entry { versions: BTreeMap::new(), failed: Some(why) };
+            }
             if let Some(why) = &entry.failed {
                 tracing::warn!(model = name, why, "a model of the repository cannot be served");
             }
@@ -180,6 +196,14 @@ impl Repository {
         }
         self.table().host = entries;
         self.changed();
+    }
+
+    /// Why versions cannot be served on the device that their configuration asks for.
+    fn absent_device<'a>(&self, mut versions: impl Iterator<Item = &'a Arc<Version>>) -> Option<String> {
+        let wish = versions.next()?.wish();
+        let wish = Some(wish).filter(|wish| !wish.device.is_empty())?;
+        let error = self.workshop.engines.choose(wish, 0).err()?;
+        Some(format!("instance_group.kind: KIND_GPU: {error}"))
     }
 
     /// The version of a model that a call means.
@@ -288,7 +312,10 @@ impl Repository {
         asker: &Asker,
     ) -> Result<Arc<Served>, Error> {
         let was_loaded = version.is_loaded();
-        let served = version.served(&self.workshop, asker, choice).await;
+        let mut served = version.served(&self.workshop, asker, choice).await;
+        while served.as_ref().is_err_and(|error| self.give_way(version, choice, error)) {
+            served = version.served(&self.workshop, asker, choice).await;
+        }
         if served.is_err() {
             self.changed();
         }
@@ -321,32 +348,6 @@ impl Repository {
         let table = self.table();
         let all = table.host.values().flat_map(|entry| entry.versions.values());
         all.filter(|version| version.has_warmup()).cloned().collect()
-    }
-
-    /// Unloads what was not used for longest until what is loaded fits.
-    fn make_room(&self, newest: &Arc<Version>) {
-        let mut table = self.table();
-        table
-            .loaded
-            .retain(|one| one.upgrade().is_some_and(|one| one.is_loaded() && !Arc::ptr_eq(&one, newest)));
-        table.loaded.push(Arc::downgrade(newest));
-        let mut loaded: Vec<Arc<Version>> = table.loaded.iter().filter_map(Weak::upgrade).collect();
-        drop(table);
-        // What guests brought gives way before what all of them use.
-        loaded.sort_by_key(|version| (version.origin == Origin::Host, version.used.load(Ordering::Relaxed)));
-        let mut bytes: u64 = loaded.iter().map(|version| version.bytes()).sum();
-        for version in loaded.iter().filter(|version| !Arc::ptr_eq(version, newest)) {
-            if bytes <= self.bytes_max {
-                break;
-            }
-            tracing::info!(
-                model = version.name,
-                version = version.number,
-                "unloaded: memory for models is used up"
-            );
-            bytes -= version.bytes();
-            version.unload();
-        }
     }
 
     /// Loads a model of the host for a tenant, or loads it again: what changed on the disk is loaded before it takes
@@ -410,6 +411,9 @@ impl Repository {
             (number, Arc::new(version))
         });
         let entry = Entry { versions: entry.collect(), failed: None };
+        if let Some(why) = self.absent_device(entry.versions.values()) {
+            return Err(refuse(why));
+        }
         for version in entry.versions.values() {
             version::touch(version, &self.clock);
             self.served(tenant, version, &choice(version)?, asker).await?;
@@ -520,6 +524,7 @@ impl Repository {
             all.entry(key).or_default().add(&stats.read());
         }
         let measured = |((model, version), counts): (&(String, u64), Counts)| Measured {
+            device_bytes: table.device_bytes(tenant, model, *version),
             model: model.clone(),
             version: *version,
             counts,

@@ -81,6 +81,8 @@ pub(crate) struct Measured {
     pub(crate) model: String,
     pub(crate) version: u64,
     pub(crate) counts: Counts,
+    /// Bytes of devices that are counted for it.
+    pub(crate) device_bytes: u64,
 }
 
 impl Counts {

@@ -153,7 +153,29 @@ impl Version {
     pub(crate) fn wish(&self) -> Choice {
         let engine = self.given.as_ref().map(config::engine);
         let engine = if engine == Some(Ok(Engine::Tract)) { "tract" } else { "" };
-        Choice { engine: engine.into(), device: String::new() }
+        let device = self.given.as_ref().map(config::device).unwrap_or_default();
+        Choice { engine: engine.into(), device }
+    }
+
+    /// Whether it is in memory for a device.
+    pub(super) fn is_on(&self, device: &str) -> bool {
+        self.made().iter().any(|(choice, slot)| choice.device == device && slot.initialized())
+    }
+
+    /// Makes it one that is in memory for a device.
+    #[cfg(test)]
+    pub(super) fn load_on(&self, device: &str) {
+        let rules = config::rules(None, self.origin);
+        let model = identity(Vec::new(), Vec::new(), Cost::default(), &rules).expect("a model");
+        let served = Served::new(ModelConfig::default(), model, &self.labels, None);
+        let choice = Choice { engine: String::new(), device: device.into() };
+        self.made().insert(choice, Arc::new(OnceCell::new_with(Some(Arc::new(served)))));
+    }
+
+    /// Bytes of devices that are counted for it.
+    pub(super) fn device_bytes(&self) -> u64 {
+        let made = self.made();
+        made.values().filter_map(|slot| slot.get()).map(|served| served.model.program.device_bytes()).sum()
     }
 
     /// The loaded version; the first call loads it. How long that took is in the result.

@@ -38,6 +38,7 @@ fn account(tenant: &Tenant, resource_bytes: u64) -> Arc<Account> {
         resource_bytes,
         in_flight_bytes: 1,
         shared_bytes: 1,
+        device_bytes: 0,
     };
     Accounts::new(limits, |_| 1).of(tenant)
 }

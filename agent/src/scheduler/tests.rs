@@ -24,6 +24,7 @@ fn accounts(weights: &'static [(&'static str, u32)]) -> Accounts {
         resource_bytes: 1,
         in_flight_bytes: 1,
         shared_bytes: 1,
+        device_bytes: 0,
     };
     Accounts::new(limits, move |tenant| {
         weights.iter().find(|(name, _)| *name == tenant.as_str()).map_or(1, |(_, weight)| *weight)

@@ -12,6 +12,7 @@ mod engines;
 mod families;
 mod formats;
 mod genop;
+mod gpu;
 mod guest;
 mod guest_programs;
 mod hostile;

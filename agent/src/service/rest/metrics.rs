@@ -5,7 +5,7 @@
 use std::fmt::Write;
 use std::time::Duration;
 
-use crate::dispatch::{Counts, Failure, Measured};
+use crate::dispatch::{Counts, Failure, Figures, Measured, Metrics};
 
 type Figure = fn(&Counts) -> u64;
 
@@ -40,9 +40,29 @@ const FIGURES: [(&str, &str, &str, Figure); 11] = [
     ("nv_cache_num_misses_per_model", "counter", "requests not in the cache", |counts| counts.misses.count),
 ];
 
+type DeviceFigure = fn(&Figures) -> Option<f64>;
+
+#[allow(clippy::cast_precision_loss, reason = "bytes of a device are below 2^53")]
+fn bytes(bytes: Option<u64>) -> Option<f64> {
+    bytes.map(|bytes| bytes as f64)
+}
+
+/// The same of devices; what one does not tell is left out.
+const DEVICE_FIGURES: [(&str, &str, &str, DeviceFigure); 6] = [
+    ("nv_gpu_utilization", "gauge", "part of the time in which something ran", |device| device.utilization),
+    ("nv_gpu_memory_total_bytes", "gauge", "bytes of memory", |device| bytes(device.memory_total_bytes)),
+    ("nv_gpu_memory_used_bytes", "gauge", "bytes in use, of all processes", |device| {
+        bytes(device.memory_used_bytes)
+    }),
+    ("nv_gpu_power_usage", "gauge", "watts", |device| device.power_watts),
+    ("nv_gpu_power_limit", "gauge", "watts that are allowed", |device| device.power_limit_watts),
+    ("nv_energy_consumption", "counter", "joules since the driver was loaded", |device| device.energy_joules),
+];
+
 /// The text of all figures.
-pub(super) fn text(measured: &[Measured]) -> String {
+pub(super) fn text(metrics: &Metrics) -> String {
     let mut out = String::new();
+    let measured = &metrics.models;
     let labels = |one: &Measured| format!("model=\"{}\",version=\"{}\"", quoted(&one.model), one.version);
     for (name, kind, help, figure) in FIGURES {
         head(&mut out, name, kind, help);
@@ -58,7 +78,36 @@ pub(super) fn text(measured: &[Measured]) -> String {
             let _ = writeln!(out, "{name}{{{},reason=\"{}\"}} {count}", labels(one), why.name());
         }
     }
+    let name = "vaccel_model_device_bytes";
+    head(&mut out, name, "gauge", "bytes of devices that are counted for a model");
+    for one in measured {
+        let _ = writeln!(out, "{name}{{{}}} {}", labels(one), one.device_bytes);
+    }
+    let name = "vaccel_device_bytes";
+    head(&mut out, name, "gauge", "bytes of devices that the caller has");
+    let _ = writeln!(out, "{name} {}", metrics.device_bytes);
+    if !metrics.counted.is_empty() {
+        let name = "vaccel_device_counted_bytes";
+        head(&mut out, name, "gauge", "bytes of a device that the agent and all callers have");
+        for (device, bytes) in &metrics.counted {
+            let _ = writeln!(out, "{name}{{device=\"{}\"}} {bytes}", quoted(device));
+        }
+    }
+    devices(&mut out, &metrics.devices);
     out
+}
+
+fn devices(out: &mut String, devices: &[Figures]) {
+    for (name, kind, help, figure) in DEVICE_FIGURES {
+        let told: Vec<_> = devices.iter().filter_map(|one| Some((one, figure(one)?))).collect();
+        if told.is_empty() {
+            continue;
+        }
+        head(out, name, kind, help);
+        for (one, figure) in told {
+            let _ = writeln!(out, "{name}{{gpu_uuid=\"{}\"}} {figure}", quoted(&one.uuid));
+        }
+    }
 }
 
 fn head(out: &mut String, name: &str, kind: &str, help: &str) {

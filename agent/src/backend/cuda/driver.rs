@@ -1,0 +1,533 @@
+//! The CUDA driver: devices, memory, streams and events, with owners that give back.
+//!
+//! *Why not a binding of all of CUDA:* some thirty functions are used. Declared here they cost no build time, come from
+//! the folder that the configuration names and from no list of guesses, and a library that lacks one is an error with
+//! the function's name and not a panic; so that tests can put a driver of their own in that folder.
+//!
+//! *Source:* CUDA driver API, `cuda.h`; the versions of functions that it gives their plain names.
+
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::path::PathBuf;
+use std::ptr::NonNull;
+use std::sync::{Arc, OnceLock};
+
+use vaccel_proto::{Error, Reason};
+
+use super::library::{Library, Sought, Wanted, functions};
+
+const DRIVER: Wanted = Wanted { purpose: "the CUDA driver", names: &["libcuda.so.1"] };
+
+/// `CUDA_ERROR_OUT_OF_MEMORY`.
+const OUT_OF_MEMORY: c_int = 2;
+/// Errors from here to [`LASTING_MAX`] are of the context: nothing works there any more (`CUDA_ERROR_ILLEGAL_ADDRESS`
+/// to `CUDA_ERROR_LAUNCH_FAILED`).
+const LASTING_MIN: c_int = 700;
+const LASTING_MAX: c_int = 719;
+/// `CU_STREAM_NON_BLOCKING`: not held up by the stream that other code of the process uses.
+const STREAM_NON_BLOCKING: c_uint = 1;
+/// `CU_EVENT_DISABLE_TIMING`: an event that only orders.
+const EVENT_DISABLE_TIMING: c_uint = 2;
+/// `CU_MEMHOSTALLOC_PORTABLE`: pinned for all contexts.
+const HOST_PORTABLE: c_uint = 1;
+/// `CU_STREAM_CAPTURE_MODE_RELAXED`.
+const CAPTURE_RELAXED: c_int = 2;
+/// `CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR` and `_MINOR`.
+const CAPABILITY: [c_int; 2] = [75, 76];
+
+type Raw = *mut c_void;
+
+functions! {
+    /// Entries of the driver.
+    Functions {
+        init = "cuInit": (c_uint);
+        version = "cuDriverGetVersion": (*mut c_int);
+        error_name = "cuGetErrorName": (c_int, *mut *const c_char);
+        device_count = "cuDeviceGetCount": (*mut c_int);
+        device_get = "cuDeviceGet": (*mut c_int, c_int);
+        device_name = "cuDeviceGetName": (*mut c_char, c_int, c_int);
+        device_bytes = "cuDeviceTotalMem_v2": (*mut usize, c_int);
+        device_attribute = "cuDeviceGetAttribute": (*mut c_int, c_int, c_int);
+        context_retain = "cuDevicePrimaryCtxRetain": (*mut Raw, c_int);
+        context_release = "cuDevicePrimaryCtxRelease_v2": (c_int);
+        context_enter = "cuCtxSetCurrent": (Raw);
+        capture_mode = "cuThreadExchangeStreamCaptureMode": (*mut c_int);
+        memory_alloc = "cuMemAlloc_v2": (*mut u64, usize);
+        memory_free = "cuMemFree_v2": (u64);
+        host_alloc = "cuMemHostAlloc": (*mut Raw, usize, c_uint);
+        host_free = "cuMemFreeHost": (Raw);
+        copy_up = "cuMemcpyHtoDAsync_v2": (u64, *const c_void, usize, Raw);
+        copy_down = "cuMemcpyDtoHAsync_v2": (Raw, u64, usize, Raw);
+        stream_create = "cuStreamCreate": (*mut Raw, c_uint);
+        stream_destroy = "cuStreamDestroy_v2": (Raw);
+        stream_wait = "cuStreamSynchronize": (Raw);
+        stream_after = "cuStreamWaitEvent": (Raw, Raw, c_uint);
+        event_create = "cuEventCreate": (*mut Raw, c_uint);
+        event_destroy = "cuEventDestroy_v2": (Raw);
+        event_record = "cuEventRecord": (Raw, Raw);
+    }
+}
+
+/// The loaded driver.
+pub(super) struct Driver {
+    functions: Functions,
+    /// As in 13.0.
+    pub(super) version: String,
+}
+
+/// What a device is.
+#[derive(Clone, Debug)]
+pub(crate) struct Description {
+    /// As sessions name it.
+    pub(crate) name: String,
+    /// As its maker names it.
+    pub(crate) product: String,
+    pub(crate) bytes: u64,
+    /// Compute capability.
+    pub(crate) capability: (c_int, c_int),
+}
+
+/// The driver, and the devices it knows.
+type Started = (Arc<Driver>, Vec<Description>);
+
+/// A call of a library that did not succeed.
+#[derive(Debug)]
+pub(super) struct Failure {
+    call: &'static str,
+    status: c_int,
+    name: String,
+}
+
+impl Failure {
+    pub(super) fn new(call: &'static str, status: c_int, name: impl Into<String>) -> Self {
+        Self { call, status, name: name.into() }
+    }
+
+    pub(super) fn out_of_memory(call: &'static str) -> Self {
+        Self::new(call, OUT_OF_MEMORY, "out of memory")
+    }
+
+    pub(super) fn is_out_of_memory(&self) -> bool {
+        self.status == OUT_OF_MEMORY
+    }
+
+    pub(super) fn is_lasting(&self) -> bool {
+        (LASTING_MIN..=LASTING_MAX).contains(&self.status)
+    }
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} answered {} ({})", self.call, self.name, self.status)
+    }
+}
+
+impl Driver {
+    /// Loads the driver and asks it for its devices.
+    pub(super) fn load(folders: &[PathBuf]) -> (Result<Started, String>, Sought) {
+        let (library, sought) = Library::look(DRIVER, folders);
+        let loaded = library.ok_or_else(|| sought.told()).and_then(|library| {
+            let driver = Functions::of(library).and_then(Self::start);
+            driver.map_err(|why| format!("{}: {why}", sought.told()))
+        });
+        (loaded, sought)
+    }
+
+    #[allow(unsafe_code, reason = "calls of the driver")]
+    fn start(functions: Functions) -> Result<Started, String> {
+        let mut driver = Self { functions, version: String::new() };
+        let (mut version, mut count) = (0, 0);
+        // SAFETY: no flags are defined for `cuInit`; the others fill the integer they are given.
+        unsafe {
+            let functions = &driver.functions;
+            driver.check("cuInit", (functions.init)(0))?;
+            driver.check("cuDriverGetVersion", (functions.version)(&raw mut version))?;
+            driver.check("cuDeviceGetCount", (functions.device_count)(&raw mut count))?;
+        }
+        driver.version = format!("{}.{}", version / 1000, version % 1000 / 10);
+        let devices = (0..count).map(|index| driver.describe(index)).collect::<Result<Vec<_>, _>>()?;
+        if devices.is_empty() {
+            return Err("it knows no device".into());
+        }
+        Ok((Arc::new(driver), devices))
+    }
+
+    #[allow(unsafe_code, reason = "calls of the driver")]
+    fn describe(&self, index: c_int) -> Result<Description, Failure> {
+        /// Longer than any name so far.
+        const NAME_BYTES: c_int = 256;
+        let (mut device, mut bytes, mut capability) = (0, 0, [0; 2]);
+        let mut name: [c_char; NAME_BYTES as usize] = [0; NAME_BYTES as usize];
+        // SAFETY: each call fills what it is given: integers, and of the name at most the bytes it is told of, with a
+        // zero among them; the array was all zeros, so that it ends in any case.
+        let product = unsafe {
+            let functions = &self.functions;
+            self.check("cuDeviceGet", (functions.device_get)(&raw mut device, index))?;
+            let named = (functions.device_name)(name.as_mut_ptr(), NAME_BYTES - 1, device);
+            self.check("cuDeviceGetName", named)?;
+            self.check("cuDeviceTotalMem", (functions.device_bytes)(&raw mut bytes, device))?;
+            for (value, attribute) in capability.iter_mut().zip(CAPABILITY) {
+                let asked = (functions.device_attribute)(value, attribute, device);
+                self.check("cuDeviceGetAttribute", asked)?;
+            }
+            CStr::from_ptr(name.as_ptr()).to_string_lossy().into_owned()
+        };
+        let capability = (capability[0], capability[1]);
+        Ok(Description { name: format!("cuda:{index}"), product, bytes: bytes as u64, capability })
+    }
+
+    #[allow(unsafe_code, reason = "a call of the driver")]
+    fn check(&self, call: &'static str, status: c_int) -> Result<(), Failure> {
+        if status == 0 {
+            return Ok(());
+        }
+        let mut name = std::ptr::null();
+        // SAFETY: the call fills the pointer with a text that lives as long as the library, or leaves it null.
+        let name = unsafe {
+            let found = (self.functions.error_name)(status, &raw mut name) == 0 && !name.is_null();
+            found.then(|| CStr::from_ptr(name).to_string_lossy().into_owned())
+        };
+        Err(Failure { call, status, name: name.unwrap_or_else(|| "an unknown error".into()) })
+    }
+}
+
+impl From<Failure> for String {
+    fn from(failure: Failure) -> Self {
+        failure.to_string()
+    }
+}
+
+/// A device that is in use: its primary context, which it shares with other libraries of the process.
+pub(super) struct Context {
+    driver: Arc<Driver>,
+    pub(super) description: Description,
+    index: c_int,
+    raw: Raw,
+    /// Why nothing works there any more.
+    broken: OnceLock<String>,
+}
+
+// SAFETY: the context is a handle that the driver lets any thread make its current one.
+#[allow(unsafe_code, reason = "a handle of the driver")]
+unsafe impl Send for Context {}
+// SAFETY: as above; the driver's calls may be made by several threads at a time.
+#[allow(unsafe_code, reason = "a handle of the driver")]
+unsafe impl Sync for Context {}
+
+impl Context {
+    /// Begins to use a device.
+    #[allow(unsafe_code, reason = "calls of the driver")]
+    pub(super) fn new(
+        driver: &Arc<Driver>,
+        index: usize,
+        description: Description,
+    ) -> Result<Arc<Self>, Failure> {
+        let index = c_int::try_from(index).expect("an index of what the driver counted");
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: the device is one that the driver counted; the call fills the handle.
+        let retained = unsafe { (driver.functions.context_retain)(&raw mut raw, index) };
+        driver.check("cuDevicePrimaryCtxRetain", retained)?;
+        let broken = OnceLock::new();
+        Ok(Arc::new(Self { driver: Arc::clone(driver), description, index, raw, broken }))
+    }
+
+    /// Makes this the thread's device, which every call below needs.
+    #[allow(unsafe_code, reason = "a call of the driver")]
+    pub(super) fn enter(&self) -> Result<&Functions, Failure> {
+        let functions = &self.driver.functions;
+        // While ONNX Runtime captures a graph, memory may be taken only by threads that say that they have no part in
+        // it; others would spoil the capture and be refused themselves.
+        let mut mode = CAPTURE_RELAXED;
+        // SAFETY: the context is retained until this is dropped; the second call takes the mode and puts the one that
+        // was before in its place.
+        let (entered, relaxed) =
+            unsafe { ((functions.context_enter)(self.raw), (functions.capture_mode)(&raw mut mode)) };
+        self.driver.check("cuCtxSetCurrent", entered)?;
+        self.driver.check("cuThreadExchangeStreamCaptureMode", relaxed)?;
+        Ok(functions)
+    }
+
+    fn check(&self, call: &'static str, status: c_int) -> Result<(), Failure> {
+        self.driver.check(call, status)
+    }
+
+    /// # Errors
+    /// `BACKEND_FAILED` once the device has failed for good.
+    pub(super) fn is_sound(&self) -> Result<(), Error> {
+        match self.broken.get() {
+            Some(why) => Err(self.unusable().caused_by(why.clone())),
+            None => Ok(()),
+        }
+    }
+
+    /// The error of a call that failed; one after which nothing works there any more is remembered.
+    pub(super) fn error(&self, failure: &Failure) -> Error {
+        if failure.is_lasting() {
+            tracing::error!(device = self.description.name, %failure, "the device is not used any more");
+            let _ = self.broken.set(failure.to_string());
+            return self.unusable().caused_by(failure.to_string());
+        }
+        let message = format!("device {} failed", self.description.name);
+        Error::new(Reason::BackendFailed, message).caused_by(failure.to_string())
+    }
+
+    fn unusable(&self) -> Error {
+        let name = &self.description.name;
+        let message =
+            format!("device {name} failed and is not used until the agent starts again; device cpu is there");
+        Error::new(Reason::BackendFailed, message)
+    }
+}
+
+impl Drop for Context {
+    #[allow(unsafe_code, reason = "a call of the driver")]
+    fn drop(&mut self) {
+        // SAFETY: retained once in `new`; whatever is of the context holds it.
+        unsafe { (self.driver.functions.context_release)(self.index) };
+    }
+}
+
+/// Memory of a device.
+pub(super) struct Memory {
+    context: Arc<Context>,
+    pub(super) address: u64,
+    pub(super) bytes: usize,
+}
+
+impl Memory {
+    /// At least a byte, so that there is an address.
+    #[allow(unsafe_code, reason = "a call of the driver")]
+    pub(super) fn new(context: &Arc<Context>, bytes: usize) -> Result<Self, Failure> {
+        let (mut address, bytes) = (0, bytes.max(1));
+        // SAFETY: the call fills the address.
+        let made = unsafe { (context.enter()?.memory_alloc)(&raw mut address, bytes) };
+        context.check("cuMemAlloc", made)?;
+        Ok(Self { context: Arc::clone(context), address, bytes })
+    }
+}
+
+impl Drop for Memory {
+    #[allow(unsafe_code, reason = "a call of the driver")]
+    fn drop(&mut self) {
+        if let Ok(functions) = self.context.enter() {
+            // SAFETY: allocated in `new`, freed here alone. Whoever lets a stream use it waits for the stream before it
+            // drops this.
+            unsafe { (functions.memory_free)(self.address) };
+        }
+    }
+}
+
+/// Memory of the host that the device copies from and to by itself.
+pub(super) struct Pinned {
+    context: Arc<Context>,
+    address: NonNull<u8>,
+    bytes: usize,
+}
+
+// SAFETY: memory that nobody else has; borrows of it follow those of this owner.
+#[allow(unsafe_code, reason = "memory with one owner")]
+unsafe impl Send for Pinned {}
+
+impl Pinned {
+    #[allow(unsafe_code, reason = "a call of the driver")]
+    pub(super) fn new(context: &Arc<Context>, bytes: usize) -> Result<Self, Failure> {
+        let mut address: Raw = std::ptr::null_mut();
+        // SAFETY: the call fills the address.
+        let made = unsafe { (context.enter()?.host_alloc)(&raw mut address, bytes, HOST_PORTABLE) };
+        context.check("cuMemHostAlloc", made)?;
+        let address = NonNull::new(address.cast::<u8>());
+        let address = address.ok_or_else(|| Failure::new("cuMemHostAlloc", 0, "no address"))?;
+        // SAFETY: the memory is that long and nobody's yet; what the driver leaves in it is nothing to rely on.
+        unsafe { address.as_ptr().write_bytes(0, bytes) };
+        Ok(Self { context: Arc::clone(context), address, bytes })
+    }
+
+    #[allow(unsafe_code, reason = "memory with one owner")]
+    fn slice(&self) -> &[u8] {
+        // SAFETY: the memory is that long, was initialised in `new`, and is written only through `slice_mut` or by a
+        // copy that `Stream` has started and waited for before anybody can call this.
+        unsafe { std::slice::from_raw_parts(self.address.as_ptr(), self.bytes) }
+    }
+
+    #[allow(unsafe_code, reason = "memory with one owner")]
+    fn slice_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.address.as_ptr(), self.bytes) }
+    }
+}
+
+impl Drop for Pinned {
+    #[allow(unsafe_code, reason = "a call of the driver")]
+    fn drop(&mut self) {
+        if let Ok(functions) = self.context.enter() {
+            // SAFETY: allocated in `new`, freed here alone, after the stream that used it was waited for.
+            unsafe { (functions.host_free)(self.address.as_ptr().cast()) };
+        }
+    }
+}
+
+/// A stream with the pinned memory that goes up and down on it. What was started may be going on until
+/// [`wait`](Self::wait); the memory can be seen only when it is not.
+pub(super) struct Stream {
+    context: Arc<Context>,
+    pub(super) raw: Raw,
+    event: Raw,
+    up: Pinned,
+    down: Pinned,
+    busy: bool,
+    /// Whether a copy reads or writes the memory that comes down.
+    down_busy: bool,
+}
+
+// SAFETY: handles that the driver lets any thread use, one at a time, and memory that belongs to them.
+#[allow(unsafe_code, reason = "handles of the driver")]
+unsafe impl Send for Stream {}
+
+impl Stream {
+    /// A stream with so many pinned bytes for each direction.
+    #[allow(unsafe_code, reason = "calls of the driver")]
+    pub(super) fn new(context: &Arc<Context>, bytes: usize) -> Result<Self, Failure> {
+        let (up, down) = (Pinned::new(context, bytes)?, Pinned::new(context, bytes)?);
+        let (mut raw, mut event) = (std::ptr::null_mut(), std::ptr::null_mut());
+        let functions = context.enter()?;
+        // SAFETY: each call fills its handle; the stream is destroyed where the event cannot be made.
+        unsafe {
+            context.check("cuStreamCreate", (functions.stream_create)(&raw mut raw, STREAM_NON_BLOCKING))?;
+            let made = (functions.event_create)(&raw mut event, EVENT_DISABLE_TIMING);
+            context.check("cuEventCreate", made).inspect_err(|_| {
+                (functions.stream_destroy)(raw);
+            })?;
+        }
+        Ok(Self { context: Arc::clone(context), raw, event, up, down, busy: false, down_busy: false })
+    }
+
+    pub(super) fn context(&self) -> &Arc<Context> {
+        &self.context
+    }
+
+    /// Waits until all that was started is done.
+    #[allow(unsafe_code, reason = "a call of the driver")]
+    pub(super) fn wait(&mut self) -> Result<(), Failure> {
+        if !self.busy {
+            return Ok(());
+        }
+        // SAFETY: the stream is alive.
+        let waited = unsafe { (self.context.enter()?.stream_wait)(self.raw) };
+        self.context.check("cuStreamSynchronize", waited)?;
+        (self.busy, self.down_busy) = (false, false);
+        Ok(())
+    }
+
+    /// Fills the memory that goes up, once nothing reads it any more, and starts to copy all that was filled of it to
+    /// a place of the device's.
+    pub(super) fn upload(
+        &mut self,
+        to: &Memory,
+        offset: usize,
+        fill: impl FnOnce(&mut [u8]) -> usize,
+    ) -> Result<(), Failure> {
+        self.wait()?;
+        let bytes = fill(self.up.slice_mut());
+        self.start_up(to, offset, bytes, Way::Up)
+    }
+
+    /// The same with the memory that comes down afterwards, without waiting for what `upload` started.
+    pub(super) fn upload_result(
+        &mut self,
+        to: &Memory,
+        fill: impl FnOnce(&mut [u8]) -> usize,
+    ) -> Result<(), Failure> {
+        if self.down_busy {
+            self.wait()?;
+        }
+        let bytes = fill(self.down.slice_mut());
+        self.down_busy = true;
+        self.start_up(to, 0, bytes, Way::Down)
+    }
+
+    #[allow(unsafe_code, reason = "a call of the driver")]
+    fn start_up(&mut self, to: &Memory, offset: usize, bytes: usize, way: Way) -> Result<(), Failure> {
+        let from = match way {
+            Way::Up => &self.up,
+            Way::Down => &self.down,
+        };
+        assert!(
+            bytes <= from.bytes && offset.checked_add(bytes).is_some_and(|end| end <= to.bytes),
+            "it fits"
+        );
+        let functions = self.context.enter()?;
+        self.busy = true;
+        // SAFETY: both places are that long by the assertion. The pinned memory is the stream's own and not seen until
+        // `wait`; the device's is kept by the caller until it has waited (see `Memory`).
+        let started = unsafe {
+            (functions.copy_up)(to.address + offset as u64, from.address.as_ptr().cast(), bytes, self.raw)
+        };
+        self.context.check("cuMemcpyHtoDAsync", started)
+    }
+
+    /// Starts to copy the first bytes of a place of the device's down.
+    #[allow(unsafe_code, reason = "a call of the driver")]
+    pub(super) fn download(&mut self, from: &Memory, offset: usize, bytes: usize) -> Result<(), Failure> {
+        assert!(
+            bytes <= self.down.bytes && offset.checked_add(bytes).is_some_and(|end| end <= from.bytes),
+            "it fits"
+        );
+        let functions = self.context.enter()?;
+        (self.busy, self.down_busy) = (true, true);
+        // SAFETY: as for `start_up`.
+        let started = unsafe {
+            (functions.copy_down)(
+                self.down.address.as_ptr().cast(),
+                from.address + offset as u64,
+                bytes,
+                self.raw,
+            )
+        };
+        self.context.check("cuMemcpyDtoHAsync", started)
+    }
+
+    /// What came down, once all is done.
+    pub(super) fn downloaded(&mut self) -> Result<&[u8], Failure> {
+        self.wait()?;
+        Ok(self.down.slice())
+    }
+
+    /// Lets what is started here from now on happen after all that was started on the other.
+    #[allow(unsafe_code, reason = "calls of the driver")]
+    pub(super) fn follow(&mut self, other: &mut Self) -> Result<(), Failure> {
+        let functions = self.context.enter()?;
+        (self.busy, other.busy) = (true, true);
+        // SAFETY: the handles are alive; the event is the other stream's own, and recorded again only by its next call
+        // of this, which does not change what was waited for.
+        unsafe {
+            self.context.check("cuEventRecord", (functions.event_record)(other.event, other.raw))?;
+            self.context.check("cuStreamWaitEvent", (functions.stream_after)(self.raw, other.event, 0))
+        }
+    }
+
+    /// Notes that another library started something on the stream.
+    pub(super) fn started(&mut self) {
+        self.busy = true;
+    }
+}
+
+/// Which of a stream's memories.
+#[derive(Clone, Copy)]
+enum Way {
+    Up,
+    Down,
+}
+
+impl Drop for Stream {
+    #[allow(unsafe_code, reason = "calls of the driver")]
+    fn drop(&mut self) {
+        // A device that fails here has failed for good, and touches nothing any more.
+        let _ = self.wait();
+        if let Ok(functions) = self.context.enter() {
+            // SAFETY: made in `new`, destroyed here alone.
+            unsafe {
+                (functions.event_destroy)(self.event);
+                (functions.stream_destroy)(self.raw);
+            }
+        }
+    }
+}

@@ -1,0 +1,385 @@
+//! NVIDIA devices: found when the agent runs, and used when somebody asks for one.
+//!
+//! `library` looks for files and tells where it looked, `driver`, `cublas` and `nvml` are what each of them does,
+//! `product` multiplies, `lane` carries tensors of models, `toolkit` is what ONNX Runtime needs, `memory` counts.
+//! Nothing of CUDA is needed to build the agent, and a host without it has the agent it always had. A device that was
+//! asked for and cannot be had is an error: to guests it says which library is missing, to the host's operator also
+//! where it was looked for (`vaccel-agent self-test --gpu`).
+
+mod cublas;
+mod driver;
+mod lane;
+mod library;
+mod memory;
+mod nvml;
+mod product;
+#[cfg(test)]
+mod tests;
+mod toolkit;
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::time::Duration;
+
+use vaccel_proto::compute::Layout;
+use vaccel_proto::{Error, Reason};
+
+use crate::backend::blas::Factor;
+use crate::config::DeviceConfig;
+use crate::scheduler::Cancel;
+
+pub(crate) use driver::Description;
+pub(crate) use lane::Buffer;
+pub(crate) use library::Sought;
+pub(crate) use memory::{Charge, Ledger};
+pub(crate) use nvml::Figures;
+pub(crate) use product::{Asked, Factors, ROW_NUMBERS_MAX};
+
+use cublas::Cublas;
+use driver::{Context, Driver, Failure, Stream};
+use nvml::Nvml;
+use product::Bench;
+use toolkit::Toolkit;
+
+/// Products at the same time on one device: one computes while another's first rows are on their way. Each has
+/// [`Bench::BYTES`] of the device and 64 MiB of pinned memory for good.
+const BENCHES: usize = 2;
+
+/// Why there is no device, for guests: paths of the host are for its operator.
+const ABSENT: &str = "the CUDA driver (libcuda.so.1) is not in the host's library folders, or has no device";
+
+/// What was found of CUDA on this host.
+pub(crate) struct Cuda {
+    folders: Vec<PathBuf>,
+    driver: Result<Arc<Driver>, String>,
+    driver_sought: Sought,
+    devices: Vec<Device>,
+    cublas: OnceLock<(Result<Arc<Cublas>, String>, Sought)>,
+    nvml: OnceLock<(Result<Nvml, String>, Sought)>,
+    toolkit: OnceLock<Toolkit>,
+}
+
+impl std::fmt::Debug for Cuda {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Cuda").field("devices", &self.names()).finish_non_exhaustive()
+    }
+}
+
+/// A device. Nothing is done with it before it is used.
+pub(crate) struct Device {
+    pub(crate) description: Description,
+    index: usize,
+    /// Its memory, as far as the agent lets it be used.
+    pub(crate) ledger: Arc<Ledger>,
+    context: OnceLock<Result<Arc<Context>, String>>,
+    opened: OnceLock<Result<Opened, String>>,
+    lanes: [Mutex<Option<Stream>>; lane::LANES],
+    turn: AtomicUsize,
+    /// Held alone by whoever captures a graph.
+    capture: RwLock<()>,
+}
+
+impl Device {
+    fn new(index: usize, description: Description, config: &DeviceConfig) -> Self {
+        // What is left is for the context, for other libraries' own needs, and for whoever else uses the device.
+        let limit = config.bytes_max.unwrap_or(description.bytes / 10 * 9).min(description.bytes);
+        let ledger = Ledger::new(&description.name, limit);
+        let (context, opened) = (OnceLock::new(), OnceLock::new());
+        let (lanes, turn, capture) = (Default::default(), AtomicUsize::new(0), RwLock::default());
+        Self { description, index, ledger, context, opened, lanes, turn, capture }
+    }
+}
+
+impl Device {
+    /// Its number among the devices.
+    pub(crate) fn index(&self) -> usize {
+        self.index
+    }
+
+    /// Runs an engine's work on the device. An engine takes memory when it wants, which another one's capture of a
+    /// graph does not bear: whoever captures is alone.
+    pub(crate) fn engine<T>(&self, captures: bool, work: impl FnOnce() -> T) -> T {
+        if captures {
+            let _alone = self.capture.write().unwrap_or_else(PoisonError::into_inner);
+            return work();
+        }
+        let _together = self.capture.read().unwrap_or_else(PoisonError::into_inner);
+        work()
+    }
+}
+
+/// One that nobody has, else the next by turns.
+fn turn<'a, T>(all: &'a [Mutex<T>], next: &AtomicUsize) -> MutexGuard<'a, T> {
+    all.iter().find_map(|one| one.try_lock().ok()).unwrap_or_else(|| {
+        let next = next.fetch_add(1, Ordering::Relaxed) % all.len();
+        all[next].lock().unwrap_or_else(PoisonError::into_inner)
+    })
+}
+
+/// A device whose products have been compared with the processor's.
+struct Opened {
+    context: Arc<Context>,
+    cublas: Arc<Cublas>,
+    cublas_version: String,
+    benches: [Mutex<Option<Bench>>; BENCHES],
+}
+
+impl Cuda {
+    /// Loads the driver, where there is one, and asks it for its devices.
+    pub(crate) fn find(config: &DeviceConfig) -> Self {
+        let (driver, driver_sought) = Driver::load(&config.libraries);
+        let (driver, descriptions) = match driver {
+            Ok((driver, descriptions)) => {
+                for device in &descriptions {
+                    let mib = device.bytes >> 20;
+                    tracing::info!(device = device.name, product = device.product, mib, "found a device");
+                }
+                (Ok(driver), descriptions)
+            }
+            Err(why) => {
+                tracing::debug!(why, "no device");
+                (Err(why), Vec::new())
+            }
+        };
+        let devices = descriptions.into_iter().enumerate();
+        let devices = devices.map(|(index, description)| Device::new(index, description, config));
+        Self {
+            folders: config.libraries.clone(),
+            driver,
+            driver_sought,
+            devices: devices.collect(),
+            cublas: OnceLock::new(),
+            nvml: OnceLock::new(),
+            toolkit: OnceLock::new(),
+        }
+    }
+
+    /// All devices, the first is what `cuda` means.
+    pub(crate) fn devices(&self) -> &[Device] {
+        &self.devices
+    }
+
+    /// Names of the devices.
+    pub(crate) fn names(&self) -> Vec<String> {
+        self.devices.iter().map(|device| device.description.name.clone()).collect()
+    }
+
+    /// The device of a name.
+    ///
+    /// # Errors
+    /// `DISABLED` with what is missing and what is there.
+    pub(crate) fn device(&self, name: &str) -> Result<&Device, Error> {
+        let found = self.devices.iter().find(|device| device.description.name == name);
+        found.ok_or_else(|| {
+            let there = self.names().join(", ");
+            let why = if self.devices.is_empty() { ABSENT.into() } else { format!("devices are {there}") };
+            let message = format!(
+                "device {} was asked for and is absent: {why}; device cpu is there",
+                vaccel_proto::error::shown(name)
+            );
+            let error = Error::new(Reason::Disabled, message);
+            match &self.driver {
+                Ok(_) => error,
+                Err(why) => error.caused_by(why.clone()),
+            }
+        })
+    }
+
+    /// What was looked for, where, and why it was not loaded. Loads what has not been needed yet.
+    pub(crate) fn record(&self) -> Vec<Sought> {
+        let (cublas, nvml) = (&self.cublas().1, &self.nvml().1);
+        let first = [self.driver_sought.clone(), cublas.clone(), nvml.clone()];
+        first.into_iter().chain(self.toolkit().iter().cloned()).collect()
+    }
+
+    /// What ONNX Runtime needs to use a device, loaded as far as it is there.
+    pub(crate) fn toolkit(&self) -> &[Sought] {
+        &self.toolkit.get_or_init(|| Toolkit::load(&self.folders)).sought
+    }
+
+    /// The error of an engine that a device failed under, if that is what its text says; the device is not used any
+    /// more.
+    pub(crate) fn failure(&self, device: &Device, text: &str) -> Option<Error> {
+        let (_, after) = text.split_once("CUDA failure ")?;
+        let status = after.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()?;
+        let failure = Failure::new("ONNX Runtime", status, text);
+        let context = self.context(device).ok()?;
+        failure.is_lasting().then(|| context.error(&failure))
+    }
+
+    /// Why no product can be computed on any device, with all that was looked for; none when one can.
+    pub(crate) fn missing(&self) -> Vec<String> {
+        let driver = self.driver.as_ref().err().cloned();
+        let cublas = self.cublas().0.as_ref().err().cloned();
+        let devices = self.devices.iter().filter_map(|device| {
+            let why = self.open(device).err()?;
+            Some(format!("{}: {why}", device.description.name))
+        });
+        let devices = if cublas.is_none() { devices.collect() } else { Vec::new() };
+        driver.into_iter().chain(cublas).chain(devices).collect()
+    }
+
+    /// The driver's version, as in 13.0.
+    pub(crate) fn driver_version(&self) -> Option<&str> {
+        self.driver.as_ref().ok().map(|driver| driver.version.as_str())
+    }
+
+    /// cuBLAS's version, once a device has been used.
+    pub(crate) fn cublas_version(&self) -> Option<&str> {
+        let opened = self.devices.iter().find_map(|device| device.opened.get()?.as_ref().ok());
+        opened.map(|opened| opened.cublas_version.as_str())
+    }
+
+    fn cublas(&self) -> &(Result<Arc<Cublas>, String>, Sought) {
+        self.cublas.get_or_init(|| Cublas::load(&self.folders))
+    }
+
+    fn nvml(&self) -> &(Result<Nvml, String>, Sought) {
+        self.nvml.get_or_init(|| Nvml::load(&self.folders))
+    }
+
+    /// What the devices are doing; nothing where that cannot be told. Takes as long as the driver takes.
+    pub(crate) fn figures(&self) -> Vec<Figures> {
+        if self.devices.is_empty() {
+            return Vec::new();
+        }
+        self.nvml().0.as_ref().map(Nvml::figures).unwrap_or_default()
+    }
+
+    /// What everything else of a device hangs on.
+    fn context<'a>(&self, device: &'a Device) -> Result<&'a Arc<Context>, Error> {
+        let context = device.context.get_or_init(|| {
+            let driver = self.driver.as_ref().map_err(String::clone)?;
+            Context::new(driver, device.index, device.description.clone()).map_err(String::from)
+        });
+        context.as_ref().map_err(|why| {
+            let message = format!("device {} cannot be used", device.description.name);
+            Error::new(Reason::BackendFailed, message).caused_by(why.clone())
+        })
+    }
+
+    fn open<'a>(&self, device: &'a Device) -> Result<&'a Opened, &'a str> {
+        let opened = device.opened.get_or_init(|| {
+            let cublas = self.cublas().0.as_ref().map_err(String::clone)?;
+            let context = self.context(device).map_err(|error| told(&error))?;
+            let opened = Opened::new(context, cublas, device);
+            opened.inspect_err(|why| {
+                tracing::warn!(device = device.description.name, why, "the device cannot be used");
+            })
+        });
+        opened.as_ref().map_err(String::as_str)
+    }
+
+    /// How long a product of square matrices takes on a device, without the way there and back.
+    ///
+    /// # Errors
+    /// `DISABLED` for a device that cannot multiply, `QUOTA_EXCEEDED`, `BACKEND_FAILED`.
+    pub(crate) fn resident(&self, device: &Device, side: usize) -> Result<Duration, Error> {
+        let opened = self.open_for_products(device)?;
+        opened.with_bench(device, |bench| bench.resident(side, &device.ledger))
+    }
+
+    fn open_for_products<'a>(&self, device: &'a Device) -> Result<&'a Opened, Error> {
+        self.open(device).map_err(|why| {
+            let message = format!(
+                "device {} was asked for and cannot multiply matrices: cuBLAS is not in the host's library \
+                 folders or does not work; device cpu is there",
+                device.description.name
+            );
+            Error::new(Reason::Disabled, message).caused_by(why.to_owned())
+        })
+    }
+
+    /// Adds a product to `beta` times the sum, on a device.
+    ///
+    /// # Errors
+    /// `DISABLED` for a device that cannot multiply, `BAD_ARGUMENT` for rows that are too long for it, `CANCELLED`,
+    /// `QUOTA_EXCEEDED` where it has not the memory, `BACKEND_FAILED`.
+    pub(crate) fn multiply(
+        &self,
+        device: &Device,
+        sum: &mut [f32],
+        factors: &Factors<'_>,
+        asked: &Asked<'_>,
+    ) -> Result<(), Error> {
+        let name = &device.description.name;
+        let longest = factors.b.layout.columns.max(factors.a.layout.columns);
+        if longest > ROW_NUMBERS_MAX {
+            let expected = format!("at most {ROW_NUMBERS_MAX} for device {name}; device cpu takes more");
+            return Err(Error::field("k, n", expected, longest));
+        }
+        let opened = self.open_for_products(device)?;
+        opened.with_bench(device, |bench| {
+            if asked.cancel.is_set() {
+                return Err(Error::new(Reason::Cancelled, "nobody waits for the product"));
+            }
+            bench.multiply(sum, factors, asked, &device.ledger)
+        })
+    }
+}
+
+impl Opened {
+    fn new(context: &Arc<Context>, cublas: &Arc<Cublas>, device: &Device) -> Result<Self, String> {
+        let charge = device.ledger.charge(None, Bench::BYTES).map_err(|error| error.to_string())?;
+        let mut bench = Bench::new(context, cublas, charge)?;
+        let cublas_version = bench.version()?;
+        check(&mut bench, &device.ledger)?;
+        let benches = [Mutex::new(Some(bench)), Mutex::default()];
+        Ok(Self { context: Arc::clone(context), cublas: Arc::clone(cublas), cublas_version, benches })
+    }
+
+    fn with_bench<T>(
+        &self,
+        device: &Device,
+        work: impl FnOnce(&mut Bench) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        self.context.is_sound()?;
+        let mut bench = turn(&self.benches, &device.turn);
+        if bench.is_none() {
+            let charge = device.ledger.charge(None, Bench::BYTES)?;
+            let made = Bench::new(&self.context, &self.cublas, charge);
+            *bench = Some(made.map_err(|failure| device.failed(&self.context, &failure, Bench::BYTES))?);
+        }
+        work(bench.as_mut().expect("made just now"))
+    }
+}
+
+/// An error with its cause, for the host's operator.
+fn told(error: &Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
+}
+
+/// Compares a product with the processor's: a device or library that computes something else must not be used. The
+/// numbers are small integers, for which all orders of adding give the same.
+fn check(bench: &mut Bench, ledger: &Arc<Ledger>) -> Result<(), String> {
+    const SIDE: usize = 48;
+    let numbers = |factor: usize| -> Vec<f32> {
+        (0..SIDE * SIDE)
+            .map(|index| f32::from(u8::try_from(index * factor % 17).unwrap_or(0)) - 8.0)
+            .collect()
+    };
+    let (a, b) = (numbers(7), numbers(5));
+    let layout = Layout::dense(SIDE, SIDE);
+    let factors = Factors {
+        a: Factor { numbers: &a, layout },
+        b: Factor { numbers: &b, layout },
+        alpha: 1.0,
+        beta: 0.0,
+    };
+    let mut found = vec![f32::NAN; SIDE * SIDE];
+    let gather = |part: Factor<'_>, stage: &mut [f32]| stage.copy_from_slice(&part.numbers[..stage.len()]);
+    let asked = Asked { account: None, gather: &gather, cancel: &Cancel::default() };
+    bench.multiply(&mut found, &factors, &asked, ledger).map_err(|error| told(&error))?;
+    for (index, found) in found.iter().enumerate() {
+        let (row, column) = (index / SIDE, index % SIDE);
+        let terms = (0..SIDE).map(|depth| a[row * SIDE + depth] * b[depth * SIDE + column]);
+        let expected: f32 = terms.sum();
+        if *found != expected {
+            return Err(format!(
+                "its product of known matrices has {found} where the processor has {expected}"
+            ));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,244 @@
+//! Models on a device: what carries, keeps and launches, on the driver of the tests, whose "device memory" the library
+//! of the processor can read. What cannot be had here is CUDA's own part of the library.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use vaccel_proto::v1::Tensor;
+
+use super::super::cuda::Ledger;
+use super::super::{Asked, Choice, Engines, Origin, RunRules, fake_cuda};
+use super::*;
+use crate::config::{Config, DeviceConfig, EngineConfig, Settings, TenantLimits};
+use crate::identity::Tenant;
+use crate::quota::{Accounts, Unit};
+
+#[allow(dead_code, unreachable_pub, clippy::unwrap_used, reason = "shared with other tests")]
+#[path = "../../../tests/it/support/onnx.rs"]
+mod onnx;
+
+/// What a model's memory is counted as.
+const CHARGE: u64 = 1000;
+
+fn library() -> PathBuf {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/onnxruntime/libonnxruntime.so");
+    assert!(path.is_file(), "no ONNX Runtime at {}: run ./test once, it installs it", path.display());
+    path
+}
+
+fn engine() -> OnnxRuntime {
+    OnnxRuntime::load(&library(), Share { threads: 1, bytes: 1 << 30 }).expect("the library is there")
+}
+
+fn cuda(folder: &Path, bytes_max: Option<u64>) -> Arc<Cuda> {
+    let libraries = vec![fake_cuda::build(folder, &[])];
+    Arc::new(Cuda::find(&DeviceConfig { libraries, bytes_max, ..DeviceConfig::default() }))
+}
+
+/// The program of a model on the first device.
+fn program(cuda: &Arc<Cuda>, model: Bytes) -> Result<DeviceProgram, Error> {
+    program_of(cuda, model, None)
+}
+
+fn program_of(
+    cuda: &Arc<Cuda>,
+    model: Bytes,
+    account: Option<&Arc<Account>>,
+) -> Result<DeviceProgram, Error> {
+    let engine = engine();
+    let file = ModelFile::scan(&[("model.onnx", model)], Origin::Guest)?;
+    let session = engine.session(&file.bytes, &Cancel::default()).expect("a session");
+    let ledger: &Arc<Ledger> = &cuda.devices()[0].ledger;
+    let place = Where {
+        cuda: Arc::clone(cuda),
+        device: 0,
+        account: account.cloned(),
+        bytes: CHARGE,
+        memory: AllocationDevice::CPU,
+        has_graphs: true,
+    };
+    DeviceProgram::new(session, place, ledger.charge(account, CHARGE)?, [&file.inputs, &file.outputs])
+}
+
+fn run(program: &DeviceProgram, inputs: Vec<Tensor>) -> Result<Vec<Tensor>, Error> {
+    program.run(inputs, &[0], u64::MAX, &Cancel::default())
+}
+
+fn rows(count: i64, first: f32) -> Tensor {
+    let numbers: Vec<f32> = (0..2 * count).map(|_| first).collect();
+    Tensor::new(&[count, 2], &numbers).expect("valid")
+}
+
+fn numbers(tensor: &Tensor) -> Vec<f32> {
+    tensor.elements::<f32>().expect("numbers").to_vec()
+}
+
+#[test]
+fn every_run_has_its_own_numbers_at_places_that_stay() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cuda = cuda(folder.path(), None);
+    let program = program(&cuda, onnx::add()).expect("loaded");
+    // The first run of a shape tells sizes, the second has memory, the third would launch a graph.
+    for round in 0..4_u8 {
+        for count in [1, 3, 0, 2] {
+            let first = f32::from(round) * 10.0;
+            let outputs = run(&program, vec![rows(count, first)]).expect("ran");
+            assert_eq!(outputs[0].shape, [count, 2]);
+            let expected = [first + 1.0, first + 2.0].repeat(usize::try_from(count).expect("small"));
+            assert_eq!(numbers(&outputs[0]), expected, "round {round}, {count} rows");
+        }
+    }
+    let ledger = Arc::clone(&cuda.devices()[0].ledger);
+    // In and out of 1, 3, 0 and 2 rows of 8 bytes.
+    assert_eq!(ledger.used(), CHARGE + 2 * (1 + 3 + 2) * 8);
+    drop(program);
+    assert_eq!(ledger.used(), 0, "all given back");
+}
+
+#[test]
+fn calls_at_the_same_time_keep_apart() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cuda = cuda(folder.path(), None);
+    let program = program(&cuda, onnx::add()).expect("loaded");
+    std::thread::scope(|scope| {
+        for thread in 0..3_u8 {
+            let program = &program;
+            scope.spawn(move || {
+                for round in 0..40_u8 {
+                    let first = f32::from(thread) * 100.0 + f32::from(round);
+                    let outputs = run(program, vec![rows(5, first)]).expect("ran");
+                    assert_eq!(numbers(&outputs[0]), [first + 1.0, first + 2.0].repeat(5));
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn shapes_beyond_what_is_kept_take_the_place_of_the_oldest() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cuda = cuda(folder.path(), None);
+    let program = program(&cuda, onnx::add()).expect("loaded");
+    for count in (1..=40).chain([1, 40]) {
+        let outputs = run(&program, vec![rows(count, 1.0)]).expect("ran");
+        assert_eq!(outputs[0].shape, [count, 2]);
+    }
+    // At most 8 of them, and one more while it ran.
+    assert!(cuda.devices()[0].ledger.used() <= CHARGE + 9 * 2 * 40 * 8);
+}
+
+#[test]
+fn outputs_whose_size_depends_on_numbers_come_as_they_are() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cuda = cuda(folder.path(), None);
+    let nodes = vec![onnx::node("NonZero", &["x"], &["y"])];
+    let (x, y) = (onnx::port("x", onnx::F32, &[4]), onnx::port("y", onnx::I64, &[1, -1]));
+    let program = program(&cuda, onnx::model(nodes, vec![], vec![x], vec![y])).expect("loaded");
+    for (given, expected) in [
+        ([1.0, 0.0, 0.0, 1.0], vec![0_i64, 3]),
+        ([1.0, 0.0, 1.0, 0.0], vec![0, 2]),
+        ([0.0, 0.0, 0.0, 1.0], vec![3]),
+        ([1.0, 1.0, 1.0, 1.0], vec![0, 1, 2, 3]),
+        ([0.0_f32; 4], vec![]),
+    ] {
+        let outputs = run(&program, vec![Tensor::new(&[4], &given).expect("valid")]).expect("ran");
+        assert_eq!(outputs[0].elements::<i64>().expect("indices").as_ref(), expected);
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused_and_the_next_call_goes_on() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cuda = cuda(folder.path(), Some(CHARGE + 1000));
+    let program = program(&cuda, onnx::add()).expect("loaded");
+    let refusal = run(&program, vec![rows(200, 1.0)]).expect_err("1600 bytes");
+    assert_eq!(refusal.reason(), Reason::QuotaExceeded);
+    // Two shapes that fit one at a time: the one that waits gives way.
+    for count in [50, 60, 50, 60] {
+        assert_eq!(run(&program, vec![rows(count, 1.0)]).expect("fits")[0].shape, [count, 2]);
+    }
+    // Room for the input alone: the output comes to the host.
+    assert_eq!(run(&program, vec![rows(100, 1.0)]).expect("fits")[0].shape, [100, 2]);
+    let wrong = run(&program, vec![Tensor::new(&[1, 3], &[0.0_f32; 3]).expect("valid")]);
+    assert_eq!(wrong.expect_err("another shape").reason(), Reason::BadArgument);
+    for _ in 0..3 {
+        let long = program.run(vec![rows(2, 1.0)], &[0], 15, &Cancel::default()).expect_err("16 bytes");
+        assert_eq!(long.reason(), Reason::MessageTooLarge);
+    }
+    let cancel = Cancel::default();
+    cancel.set();
+    let stopped = program.run(vec![rows(2, 1.0)], &[0], u64::MAX, &cancel);
+    assert_eq!(stopped.expect_err("cancelled").reason(), Reason::Cancelled);
+}
+
+#[test]
+fn what_a_tenants_model_takes_is_the_tenants() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cuda = cuda(folder.path(), None);
+    let limits = Config::new(Settings::default()).expect("valid").tenant;
+    let limits = TenantLimits { device_bytes: CHARGE + 100, ..limits };
+    let account = Accounts::new(limits, |_| 1).of(&Tenant::new("a"));
+    let used = || account.used(Unit::DeviceBytes);
+    let program = program_of(&cuda, onnx::add(), Some(&account)).expect("loaded");
+    run(&program, vec![rows(5, 1.0)]).expect("ran");
+    assert_eq!(used(), CHARGE + 80, "in and out of 5 rows");
+    let refusal = run(&program, vec![rows(20, 1.0)]).expect_err("160 bytes");
+    assert!(refusal.message().contains("devices' memory of this tenant: at most 1100 bytes"), "{refusal}");
+    let another = program_of(&cuda, onnx::add(), Some(&account)).map(drop).expect_err("twice as much");
+    assert_eq!(another.reason(), Reason::QuotaExceeded);
+    drop(program);
+    assert_eq!(used(), 0);
+}
+
+#[test]
+fn strings_stay_on_the_host() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cuda = cuda(folder.path(), None);
+    const STRING: u64 = 8;
+    let nodes = vec![onnx::node("Identity", &["x"], &["y"])];
+    let ports = ["x", "y"].map(|name| onnx::port(name, STRING, &[-1]));
+    let [x, y] = ports;
+    let refusal = program(&cuda, onnx::model(nodes, vec![], vec![x], vec![y])).map(drop);
+    assert_eq!(refusal.expect_err("strings").reason(), Reason::ModelRejected);
+}
+
+#[test]
+fn a_library_without_cuda_is_told_as_such_and_nothing_runs_elsewhere() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let devices =
+        DeviceConfig { libraries: vec![fake_cuda::build(folder.path(), &[])], ..DeviceConfig::default() };
+    let config = EngineConfig { onnxruntime: Some(library()), devices, ..EngineConfig::default() };
+    let engines = Engines::new(&config).expect("the library is there");
+    let wish = Choice { engine: String::new(), device: "cuda".into() };
+    let choice = engines.choose(wish, 0).expect("a device is there");
+    assert_eq!(choice.device, "cuda:0");
+    let file = ModelFile::scan(&[("model.onnx", onnx::add())], Origin::Guest).expect("valid");
+    let asked = Asked { rules: &RunRules::default(), account: None };
+    let refusal = engines.load(&choice, file, &asked, &Cancel::default()).map(drop).expect_err("no provider");
+    assert_eq!(refusal.reason(), Reason::Disabled);
+    assert!(refusal.message().contains("libonnxruntime_providers_cuda.so"), "{refusal}");
+    assert!(!refusal.message().contains("/target/"), "{refusal}");
+    let cause = std::error::Error::source(&refusal).expect("for the log").to_string();
+    assert!(cause.contains("target/onnxruntime/libonnxruntime_providers_cuda.so"), "{cause}");
+    assert_eq!(engines.cuda.devices()[0].ledger.used(), 0);
+}
+
+#[test]
+fn a_device_that_fails_under_the_library_is_not_used_any_more() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cuda = cuda(folder.path(), None);
+    let device = &cuda.devices()[0];
+    assert!(cuda.failure(device, "CUDA failure 2: out of memory ; GPU=0").is_none());
+    assert!(cuda.failure(device, "another text").is_none());
+    let failed = cuda.failure(device, "CUDA failure 700: an illegal memory access").expect("lasting");
+    assert_eq!(failed.reason(), Reason::BackendFailed);
+    let refusal = cuda.upload(device, &[]).expect_err("refused from now on");
+    assert!(refusal.message().contains("not used until the agent starts again"), "{refusal}");
+}
+
+#[test]
+fn graphs_are_for_models_that_launch_the_same_every_time() {
+    let named = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+    assert!(device::fits_a_graph(&named(&["Conv", "Relu"])));
+    assert!(!device::fits_a_graph(&named(&["Conv", "If"])));
+}

@@ -1,0 +1,23 @@
+//! Builds the driver of `cuda.c` in a folder, under the names that the agent looks for.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Names of the libraries, all of which one file serves.
+const NAMES: &[&str] = &["libcuda.so.1", "libcublas.so.13", "libnvidia-ml.so.1"];
+
+/// A folder with the libraries, built with settings such as `-DDEVICES=2`.
+pub(crate) fn build(folder: &Path, settings: &[&str]) -> PathBuf {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fake_cuda/cuda.c");
+    let library = folder.join("libfake.so");
+    let mut compiler = Command::new("cc");
+    compiler
+        .args(["-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Wno-type-limits", "-Werror", "-pthread"])
+        .args(settings);
+    let output = compiler.arg("-o").arg(&library).arg(source).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    for name in NAMES {
+        std::fs::hard_link(&library, folder.join(name)).unwrap();
+    }
+    folder.to_owned()
+}
