@@ -24,9 +24,9 @@ use vaccel_proto::v1::{
 };
 use vaccel_proto::{Error, Reason};
 
-pub(crate) use crate::backend::Figures;
 pub(crate) use self::pieces::Pieces;
 use self::pieces::{check_piece, gather, next_piece};
+pub(crate) use crate::backend::Figures;
 use crate::backend::{Choice, Workshop};
 use crate::config::{Config, ConfigError};
 use crate::identity::Tenant;
