@@ -17,7 +17,7 @@ use vaccel_client::proto::v1::sessions_client::SessionsClient;
 use vaccel_client::proto::v1::{
     CloseSessionRequest, File, ImageClassificationRequest, ListResourcesRequest, ModelRunRequest,
     NoopRequest, ProfileRequest, ReadResourceRequest, RegisterResourceReply, RegisterResourceRequest,
-    RenewSessionRequest, ResourceInfo, RunRequest, TfModelLoadRequest, TfModelRunRequest,
+    RenewSessionRequest, ResourceInfo, RunRequest, Shared, TfModelLoadRequest, TfModelRunRequest,
     TfModelUnloadRequest, TfliteModelLoadRequest, TfliteModelRunRequest, TfliteModelUnloadRequest,
     TorchModelLoadRequest, TorchModelRunRequest, TorchModelUnloadRequest, UnregisterResourceRequest,
     UploadRequest, Usage,
@@ -145,6 +145,11 @@ async fn ask(
         ("ImageClassificationRequest.model", run(link, own, classify(r())).await),
         ("ModelRunRequest.model", run(link, own, infer()).await),
     ];
+    // A region has a name of the same kind; `shared` asks for one that is really another's.
+    let shared = Some(Shared { region: s(), ..Shared::default() });
+    let in_region = RunRequest { session: own.into(), shared, op: Some(Op::Noop(NoopRequest {})) };
+    let ran = OperationsClient::new(link.clone()).run(in_region).await;
+    asked.push(("Shared.region", ran.map(drop)));
     for (field, op) in families(resource) {
         asked.push(("RunRequest.session", run(link, session, op.clone()).await));
         asked.push((field, run(link, own, op).await));
