@@ -73,10 +73,10 @@ impl Mapping {
         if self.check(&range).is_none() {
             return false;
         }
-        // SAFETY: the range is within the mapping, which lives as long as `self` and which no reference in Rust is
-        // to be written through: views are of bytes that their owner has not given away, and the copy may overlap
-        // with nothing, because `bytes` is either outside or, where it is a view, another range of an allocator's.
-        unsafe { std::ptr::copy(bytes.as_ptr(), self.raw.as_mut_ptr().add(offset), bytes.len()) };
+        // SAFETY: the range is within the mapping, which lives as long as `self`. Views of this process that look at it
+        // are views of places that the peer gave away twice, and read what happens to be there, as if the peer itself
+        // had written; a copy that overlaps with its source copies as `memmove` does.
+        unsafe { copy(bytes, self.raw.as_mut_ptr().add(offset)) };
         true
     }
 
@@ -105,5 +105,80 @@ impl Mapping {
 
     fn check(&self, range: &Range<usize>) -> Option<()> {
         (range.start <= range.end && range.end <= self.raw.len()).then_some(())
+    }
+}
+
+/// Longer copies go past the caches: they would push out everything else, and be gone before they are read.
+const PAST_CACHES_BYTES_MIN: usize = 4 << 20;
+
+/// Copies bytes to a place.
+///
+/// # Safety
+/// So many bytes may be written there.
+unsafe fn copy(from: &[u8], to: *mut u8) {
+    #[cfg(target_arch = "x86_64")]
+    if from.len() >= PAST_CACHES_BYTES_MIN && !from.as_ptr_range().contains(&to.cast_const()) {
+        // SAFETY: the caller's; the place does not begin inside of what is copied.
+        return unsafe { copy_past_caches(from, to) };
+    }
+    // SAFETY: the caller's.
+    unsafe { std::ptr::copy(from.as_ptr(), to, from.len()) }
+}
+
+/// Copies without reading what stood there, as an ordinary copy makes the caches do: a third less for the memory to do.
+///
+/// # Safety
+/// As for [`copy`].
+#[cfg(target_arch = "x86_64")]
+unsafe fn copy_past_caches(from: &[u8], to: *mut u8) {
+    use std::arch::x86_64::{_mm_loadu_si128, _mm_sfence, _mm_stream_si128};
+    const LINE: usize = 64;
+    const PART: usize = 16;
+    let head = to.align_offset(LINE).min(from.len());
+    let (head, rest) = from.split_at(head);
+    let (lines, tail) = rest.split_at(rest.len() / LINE * LINE);
+    // SAFETY: all three parts are within the place, one after the other, and the second begins on a line; every
+    // processor of this architecture has these instructions, and the fence orders them before what follows.
+    unsafe {
+        std::ptr::copy(head.as_ptr(), to, head.len());
+        let middle = to.add(head.len());
+        for (line, at) in lines.chunks_exact(LINE).zip((0..).step_by(LINE)) {
+            for part in (0..LINE).step_by(PART) {
+                let value = _mm_loadu_si128(line.as_ptr().add(part).cast());
+                _mm_stream_si128(middle.add(at + part).cast(), value);
+            }
+        }
+        _mm_sfence();
+        std::ptr::copy(tail.as_ptr(), middle.add(lines.len()), tail.len());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_is_there_wherever_it_begins_and_ends() {
+        let file = tempfile::tempfile().unwrap();
+        let bytes = PAST_CACHES_BYTES_MIN + 4096;
+        file.set_len(bytes as u64).unwrap();
+        let mapping = Mapping::new(&file, bytes).unwrap();
+        for length in [0, 1, 63, 5000, PAST_CACHES_BYTES_MIN, PAST_CACHES_BYTES_MIN + 77] {
+            for offset in [0, 1, 15, 64, 3000] {
+                let given: Vec<u8> = (0..length + 3).map(|at| u8::try_from(at % 251).unwrap()).collect();
+                for source in [&given[..length], &given[3..]] {
+                    mapping.write(0, &vec![0xff; bytes]);
+                    assert!(mapping.write(offset, source));
+                    let all = mapping.view(0..bytes).unwrap();
+                    assert!(all[offset..offset + length] == *source, "{length} at {offset}");
+                    let others = all[..offset].iter().chain(&all[offset + length..]);
+                    assert!(others.copied().all(|byte| byte == 0xff), "{length} at {offset}");
+                }
+            }
+        }
+        assert!(!mapping.write(bytes, &[1]) && !mapping.write(usize::MAX, &[1]));
+        assert!(mapping.view(1..bytes + 1).is_none() && mapping.place(&[1]).is_none());
+        let part = mapping.view(10..20).unwrap();
+        assert_eq!(mapping.place(&part), Some(10..20));
     }
 }
