@@ -130,11 +130,11 @@ impl Agent {
         }
 
         let workshop = Workshop::new(engines, Scheduler::new(config.lanes), config.load_deadline);
-        let dispatch = Arc::new(Dispatch::new(&config, workshop, policies, store)?);
+        let pool = Pool::default();
+        let dispatch = Arc::new(Dispatch::new(&config, workshop, policies, store, pool.clone())?);
         let gate = Gate::new(Arc::clone(&dispatch), Identity::new(tokens));
         let gate = gate.map_err(|error| ConfigError::new(error.to_string()))?;
         let (closing, is_closing) = watch::channel(false);
-        let pool = Pool::default();
         let entrance = Arc::new(Entrance::new(
             gate,
             Arc::clone(&dispatch),

@@ -1,8 +1,11 @@
 //! Memory that callers on this machine share with the agent, for tensors that would take longer through a socket.
 //!
 //! The agent makes it, so that it is what it says: sealed against getting shorter, and named by nothing but a number
-//! that nobody can guess. A tenant's regions are counted against its limit and found by nobody else. What lies in one
-//! can change while it is read: tensors of numbers are read there, strings are copied first.
+//! that nobody can guess. A tenant's regions are counted against its limit and found by nobody else.
+//!
+//! What lies in a region can change while it is read. Where operations do nothing but arithmetic on it, any numbers are
+//! as good as others, and they read it there. An engine of models is foreign code that may check a number and then read
+//! it again (an index, a size, the order in a sort): it gets a copy, for which the tenant is charged.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -13,10 +16,12 @@ use bytes::Bytes;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use vaccel_client::shared::{Mapping, REGION};
 use vaccel_proto::tensor::{Aligned, Carrier};
+use vaccel_proto::v1::run_request::Op;
 use vaccel_proto::v1::{DType, Place, RunReply, RunRequest, Shared};
 use vaccel_proto::{Error, Reason};
 
 use crate::identity::Tenant;
+use crate::pool::Pool;
 use crate::quota::{Account, Hold, Unit};
 
 /// Tensors of a reply that are put in the room, in bytes: shorter ones are as fast in the message.
@@ -27,7 +32,29 @@ const NAME_BYTES: usize = 16;
 
 /// All regions.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct SharedMemory(Arc<Mutex<Regions>>);
+pub(crate) struct SharedMemory {
+    regions: Arc<Mutex<Regions>>,
+    /// For copies.
+    pool: Pool,
+}
+
+/// Whether an operation only computes with the numbers of its tensors, whatever they are.
+fn is_arithmetic(request: &RunRequest) -> bool {
+    use Op::{FpgaArraycopy, FpgaMmult, FpgaParallel, FpgaVectoradd, Minmax, Sgemm, TorchSgemm};
+    let op = request.op.as_ref();
+    op.is_some_and(|op| {
+        matches!(
+            op,
+            Sgemm(_)
+                | TorchSgemm(_)
+                | Minmax(_)
+                | FpgaArraycopy(_)
+                | FpgaMmult(_)
+                | FpgaParallel(_)
+                | FpgaVectoradd(_)
+        )
+    })
+}
 
 type Regions = HashMap<Tenant, HashMap<String, Arc<Mapping>>>;
 
@@ -64,8 +91,13 @@ impl Drop for Region {
 }
 
 impl SharedMemory {
+    /// No regions; what has to be copied goes to buffers of the pool.
+    pub(crate) fn new(pool: Pool) -> Self {
+        Self { regions: Arc::default(), pool }
+    }
+
     fn all(&self) -> MutexGuard<'_, Regions> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.regions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Makes a region of a tenant's.
@@ -92,11 +124,21 @@ impl SharedMemory {
         Ok(Region { memory: self.clone(), tenant: tenant.clone(), name, file, _counted: counted })
     }
 
-    /// Gives the tensors of a request their data, as views of the region. Returns where those of the reply go.
+    /// Gives the tensors of a request their data: views of the region for arithmetic and where `is_unread` says that
+    /// nobody looks at it, else copies. Returns where those of the reply go.
     ///
     /// # Errors
-    /// `NOT_FOUND` for a region that is none of the tenant's, `BAD_ARGUMENT` for places outside of it.
-    pub(crate) fn fill(&self, tenant: &Tenant, request: &mut RunRequest) -> Result<Option<Room>, Error> {
+    /// `NOT_FOUND` for a region that is none of the tenant's, `BAD_ARGUMENT` for places outside of it,
+    /// `QUOTA_EXCEEDED`.
+    pub(crate) fn fill(
+        &self,
+        tenant: &Tenant,
+        account: &Arc<Account>,
+        request: &mut RunRequest,
+        is_unread: bool,
+    ) -> Result<Option<Room>, Error> {
+        let is_in_place = is_unread || is_arithmetic(request);
+        let mut counted = account.hold(Unit::InFlightBytes, 0)?;
         let Some(Shared { region, places, room }) = request.shared.take() else { return Ok(None) };
         let mapping = self.all().get(tenant).and_then(|regions| regions.get(&region)).cloned();
         let mapping = mapping.ok_or_else(|| Error::not_found(REGION, &region))?;
@@ -123,11 +165,17 @@ impl SharedMemory {
             }
             let range = range(&format!("shared.places[{index}]"), place)?;
             let view = mapping.view(range).unwrap_or_default();
-            // The lengths of strings must stay what they were when they were checked.
-            tensor.data = if tensor.dtype() == DType::Bytes { Bytes::copy_from_slice(&view) } else { view };
+            tensor.data = if is_in_place && tensor.dtype() != DType::Bytes {
+                view
+            } else {
+                counted.grow(place.bytes)?;
+                let mut copy = self.pool.take(view.len());
+                copy.put(&view);
+                copy.freeze()
+            };
         }
         let room = room.filter(|room| room.bytes > 0).map(|room| range("shared.room", &room)).transpose()?;
-        Ok(Some(Room { mapping: Arc::clone(&mapping), rest: room.unwrap_or(0..0) }))
+        Ok(Some(Room { mapping: Arc::clone(&mapping), rest: room.unwrap_or(0..0), _counted: counted }))
     }
 }
 
@@ -147,6 +195,8 @@ fn sealed(bytes: u64) -> std::io::Result<File> {
 pub(crate) struct Room {
     mapping: Arc<Mapping>,
     rest: std::ops::Range<usize>,
+    /// Copies of what came.
+    _counted: Hold,
 }
 
 impl Room {
@@ -184,5 +234,44 @@ impl Room {
         };
         tensor.data = Bytes::new();
         Place { offset: offset as u64, bytes: length as u64 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Config, Settings};
+    use crate::quota::Accounts;
+    use vaccel_proto::v1::{ModelRunRequest, NamedTensor, SgemmRequest, Tensor};
+
+    #[test]
+    fn only_arithmetic_sees_what_its_caller_can_still_change() {
+        let limits = Config::new(Settings::default()).expect("valid").tenant;
+        let tenant = Tenant::new("a");
+        let account = Accounts::new(limits, |_| 1).of(&tenant);
+        let memory = SharedMemory::default();
+        let region = memory.make(&tenant, &account, 1 << 20).expect("memory");
+        let filled = |op: fn(Vec<NamedTensor>) -> Op, dtype: DType, is_unread| {
+            let tensor = Tensor { dtype: dtype.into(), shape: vec![16], ..Tensor::default() };
+            let tensors = vec![NamedTensor { name: String::new(), tensor: Some(tensor) }];
+            let places = vec![Place { offset: 4096, bytes: 64 }];
+            let shared = Some(Shared { region: region.name().into(), places, room: None });
+            let mut request = RunRequest { session: String::new(), shared, op: Some(op(tensors)) };
+            let room =
+                memory.fill(&tenant, &account, &mut request, is_unread).expect("fits").expect("shared");
+            let data = request.carriers_mut()[0].tensor_mut().expect("there").data.clone();
+            assert_eq!(data, [0; 64][..]);
+            let is_copied = room.mapping.place(&data).is_none();
+            assert_eq!(account.used(Unit::InFlightBytes), if is_copied { 64 } else { 0 });
+            is_copied
+        };
+        let model = |inputs| Op::ModelRun(ModelRunRequest { inputs, ..Default::default() });
+        let sgemm = |matrices| Op::Sgemm(SgemmRequest { matrices, ..Default::default() });
+        assert!(filled(model, DType::F32, false) && filled(model, DType::I64, false));
+        assert!(!filled(model, DType::F32, true) && filled(model, DType::Bytes, true));
+        assert!(!filled(sgemm, DType::F32, false) && filled(sgemm, DType::Bytes, false));
+        assert_eq!(account.used(Unit::InFlightBytes), 0);
+        drop(region);
+        assert_eq!(account.used(Unit::SharedBytes), 0);
     }
 }

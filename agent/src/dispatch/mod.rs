@@ -27,12 +27,13 @@ use vaccel_proto::{Error, Reason};
 pub(crate) use self::pieces::Pieces;
 use self::pieces::{check_piece, gather, next_piece};
 pub(crate) use crate::backend::Figures;
-use crate::backend::{Choice, Workshop};
+use crate::backend::{Choice, NOOP, Workshop};
 use crate::config::{Config, ConfigError};
 use crate::identity::Tenant;
 use crate::infer::Inference;
 use crate::ops::{self, Context};
 use crate::policy::Policies;
+use crate::pool::Pool;
 use crate::quota::{Account, Accounts, Hold, Unit};
 use crate::repository::Repository;
 pub(crate) use crate::repository::{Counts, Failure, Measured, to_json, type_name, type_named};
@@ -143,6 +144,7 @@ impl Dispatch {
         workshop: Workshop,
         policies: Policies,
         store: Store,
+        pool: Pool,
     ) -> Result<Self, ConfigError> {
         let (workshop, policies) = (Arc::new(workshop), Arc::new(policies));
         let (weights, models) = (Arc::clone(&policies), Arc::clone(&policies));
@@ -172,7 +174,7 @@ impl Dispatch {
             workshop,
             inference,
             policies,
-            shared: SharedMemory::default(),
+            shared: SharedMemory::new(pool),
             cold,
             in_flight: Arc::default(),
         })
@@ -517,7 +519,8 @@ impl Dispatch {
         reply_bytes_max: u64,
     ) -> Result<RunReply, Error> {
         let session = self.session(caller, &request.session)?;
-        let room = self.shared.fill(&caller.tenant, &mut request)?;
+        let is_unread = session.choice.engine == NOOP;
+        let room = self.shared.fill(&caller.tenant, account, &mut request, is_unread)?;
         let reply_bytes_max = reply_bytes_max.max(room.as_ref().map_or(0, Room::bytes));
         let op = request.op.ok_or_else(|| {
             let known: Vec<String> = ops::list().into_iter().map(|operation| operation.name).collect();

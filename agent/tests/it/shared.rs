@@ -206,6 +206,19 @@ async fn a_program_of_its_own_reads_and_writes_in_place() {
 }
 
 #[tokio::test]
+async fn what_is_copied_is_the_tenants_bytes_in_flight() {
+    let agent = Agent::unix(&["--engine", "tract", "--tenant-in-flight-mib", "1"]);
+    let (session, model) = doubling(&agent).await;
+    let raw = region(&agent, 4 * MEBIBYTE);
+    let place = Place { offset: 0, bytes: 2 << 20 };
+    let shared = Shared { region: raw.name, places: vec![place], room: None };
+    let input = named("x", Tensor { shape: vec![1 << 19], ..tensor(Bytes::new()) });
+    let refusal = run(&session, &model, vec![input], shared).await.unwrap_err();
+    assert_eq!(refusal.reason(), Reason::QuotaExceeded, "{refusal}");
+    session.noop().await.unwrap();
+}
+
+#[tokio::test]
 async fn memory_cannot_be_made_shorter_and_goes_with_its_connection() {
     let agent = Agent::unix(&["--tenant-shared-mib", "2"]);
     let (session, model) = doubling(&agent).await;

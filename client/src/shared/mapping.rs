@@ -2,7 +2,7 @@
 //!
 //! The agent makes the memory and seals it, so that nobody can make it shorter and an access to it cannot fail. What
 //! cannot be prevented is that the other side writes while this one reads. So what lies in it is only ever copied, or
-//! looked at as numbers, of which any bits are some: no length, offset or structure is read from it.
+//! computed with as numbers, of which any bits are some: no length, offset, index or structure is read from it.
 
 #![allow(unsafe_code, reason = "memory that is mapped is a pointer and a length")]
 
