@@ -121,7 +121,7 @@ impl Client {
     }
 
     /// Memory to produce the data of a tensor in, of so many bytes, all 0 or what calls before left there. Where agent
-    /// and client share memory it lies there, and calls with it copy nothing.
+    /// and client share memory it lies there, and calls with it need not copy it.
     pub async fn buffer(&self, bytes: usize) -> Buffer {
         self.link().memory().buffer(bytes).await
     }
