@@ -336,8 +336,8 @@ fn is_lost_region(error: &Error) -> bool {
 /// What a region is called in errors.
 pub const REGION: &str = "region";
 
-/// Memory to produce a tensor's data in. Where client and agent share memory it lies there, and the client does not copy
-/// it for a call; elsewhere it is memory as any other.
+/// Memory to produce a tensor's data in. Where client and agent share memory it lies there, and the client does not
+/// copy it for a call; elsewhere it is memory as any other.
 #[derive(Debug)]
 pub struct Buffer {
     content: Content,
