@@ -10,7 +10,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use http::header::{CONTENT_TYPE, HeaderMap, HeaderValue, TE};
 use http_body::{Frame, SizeHint};
 use http_body_util::BodyExt;
@@ -122,7 +122,7 @@ async fn receive(
     let mut trailers = None;
     while let Some(frame) = body.frame().await.transpose()? {
         match frame.into_data() {
-            Ok(data) => message.add(data)?,
+            Ok(data) => message.add(&data)?,
             Err(frame) => {
                 trailers = frame.into_trailers().ok();
                 break;
@@ -130,55 +130,60 @@ async fn receive(
         }
     }
     let Some(framed) = message.finish()? else { return Ok((None, trailers)) };
-    let message = match framed.first() {
-        Some(0) => framed.slice(GRPC_HEADER_BYTES..),
-        _ if may_be_compressed => gzip::expand(framed).await?,
-        _ => return Err(broken("is compressed, which was not asked for")),
-    };
+    let is_compressed = framed.first() != Some(&0);
+    let message =
+        if is_compressed && may_be_compressed { gzip::expand(framed).await? } else { plain(&framed)? };
     Ok((Some(message), trailers))
 }
 
-/// A message as far as it has come.
-#[derive(Default)]
-struct Gathered {
-    /// One that came in one piece stays there.
-    whole: Option<Bytes>,
-    bytes: Vec<u8>,
+/// A message as far as it has come, with gRPC's framing before it.
+#[derive(Debug, Default)]
+pub(crate) struct Gathered {
+    pub(crate) bytes: BytesMut,
+    /// Bytes to come, once the length is known.
+    pub(crate) missing: Option<usize>,
 }
 
 impl Gathered {
-    fn add(&mut self, data: Bytes) -> Result<(), Status> {
-        if self.bytes.is_empty() && self.whole.is_none() {
-            match framed_length(&data)? {
-                Some(length) if length == data.len() => {
-                    self.whole = Some(data);
-                    return Ok(());
-                }
-                length => self.bytes.reserve_exact(length.unwrap_or(0).max(data.len())),
-            }
+    pub(crate) fn add(&mut self, mut bytes: &[u8]) -> Result<(), Status> {
+        if self.missing.is_none() {
+            let wanted = GRPC_HEADER_BYTES - self.bytes.len();
+            let (now, later) = bytes.split_at(wanted.min(bytes.len()));
+            self.bytes.extend_from_slice(now);
+            bytes = later;
+            let Some(length) = framed_length(&self.bytes)? else { return Ok(()) };
+            self.missing = Some(length - GRPC_HEADER_BYTES);
+            self.bytes.reserve(length - GRPC_HEADER_BYTES);
         }
-        self.bytes.extend_from_slice(&data);
-        let length = framed_length(&self.bytes)?;
-        let is_more = self.whole.is_some() && !data.is_empty()
-            || length.is_some_and(|length| self.bytes.len() > length);
-        if is_more { Err(broken("is more than one message")) } else { Ok(()) }
+        let missing = self.missing.unwrap_or(0);
+        if bytes.len() > missing {
+            return Err(broken("is more than one message"));
+        }
+        self.bytes.extend_from_slice(bytes);
+        self.missing = Some(missing - bytes.len());
+        Ok(())
     }
 
-    /// The message with its framing.
-    fn finish(self) -> Result<Option<Bytes>, Status> {
-        let bytes = self.whole.unwrap_or_else(|| self.bytes.into());
-        if bytes.is_empty() {
-            return Ok(None);
+    /// The message with its framing; none when nothing came.
+    pub(crate) fn finish(self) -> Result<Option<Bytes>, Status> {
+        match self.missing {
+            Some(0) => Ok(Some(self.bytes.freeze())),
+            None if self.bytes.is_empty() => Ok(None),
+            _ => Err(broken("ends in the middle of a message")),
         }
-        if framed_length(&bytes)? != Some(bytes.len()) {
-            return Err(broken("ends in the middle of a message"));
-        }
-        Ok(Some(bytes))
+    }
+}
+
+/// The message behind its framing, if it is not compressed.
+pub(crate) fn plain(framed: &Bytes) -> Result<Bytes, Status> {
+    match framed.first() {
+        Some(0) => Ok(framed.slice(GRPC_HEADER_BYTES..)),
+        _ => Err(broken("is compressed, which was not asked for")),
     }
 }
 
 /// Bytes of a message and its framing, once its beginning is there.
-pub(crate) fn framed_length(bytes: &[u8]) -> Result<Option<usize>, Status> {
+fn framed_length(bytes: &[u8]) -> Result<Option<usize>, Status> {
     let Some(&[_, length @ ..]) = bytes.first_chunk::<GRPC_HEADER_BYTES>() else {
         return Ok(None);
     };
@@ -224,7 +229,7 @@ mod tests {
     fn gathered(bytes: &[u8], piece: usize) -> Result<Option<Bytes>, Status> {
         let mut message = Gathered::default();
         for part in bytes.chunks(piece) {
-            message.add(Bytes::copy_from_slice(part))?;
+            message.add(part)?;
         }
         message.finish()
     }

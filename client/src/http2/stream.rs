@@ -7,9 +7,8 @@ use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue};
 use tonic::{Code, Status};
 use vaccel_guest::hpack::{Broken, Headers};
-use vaccel_proto::tensor::GRPC_HEADER_BYTES;
 
-use crate::unary::{self, broken, framed_length};
+use crate::unary::{self, Gathered, broken};
 
 /// A call.
 #[derive(Debug, Default)]
@@ -61,7 +60,11 @@ impl Stream {
         match head.grpc {
             None if is_last => Ok(Some(Err(broken("ends without a status")))),
             None => Ok(None),
-            Some(0) => Ok(Some(std::mem::take(&mut self.reply).whole())),
+            Some(0) => {
+                let message = std::mem::take(&mut self.reply).finish();
+                let framed = message.and_then(|framed| framed.ok_or_else(|| broken("has no message")));
+                Ok(Some(framed.and_then(|framed| unary::plain(&framed))))
+            }
             Some(_) => head.status(block).map(|status| Some(Err(status))),
         }
     }
@@ -119,45 +122,5 @@ impl Head {
             }
         }
         Ok(Status::from_header_map(&fields).unwrap_or_else(|| broken("ends without a status")))
-    }
-}
-
-/// A message as far as it has come, with gRPC's framing before it.
-#[derive(Debug, Default)]
-struct Gathered {
-    bytes: BytesMut,
-    /// Bytes to come, once the length is known.
-    missing: Option<usize>,
-}
-
-impl Gathered {
-    fn add(&mut self, mut bytes: &[u8]) -> Result<(), Status> {
-        if self.missing.is_none() {
-            let wanted = GRPC_HEADER_BYTES - self.bytes.len();
-            let (now, later) = bytes.split_at(wanted.min(bytes.len()));
-            self.bytes.extend_from_slice(now);
-            bytes = later;
-            let Some(length) = framed_length(&self.bytes)? else { return Ok(()) };
-            self.missing = Some(length - GRPC_HEADER_BYTES);
-            self.bytes.reserve(length - GRPC_HEADER_BYTES);
-        }
-        let missing = self.missing.unwrap_or(0);
-        if bytes.len() > missing {
-            return Err(broken("is more than one message"));
-        }
-        self.bytes.extend_from_slice(bytes);
-        self.missing = Some(missing - bytes.len());
-        Ok(())
-    }
-
-    fn whole(self) -> Outcome {
-        match self.missing {
-            Some(0) if self.bytes.first() != Some(&0) => {
-                Err(broken("is compressed, which was not asked for"))
-            }
-            Some(0) => Ok(self.bytes.freeze().slice(GRPC_HEADER_BYTES..)),
-            None if self.bytes.is_empty() => Err(broken("has no message")),
-            _ => Err(broken("ends in the middle of a message")),
-        }
     }
 }
