@@ -124,7 +124,7 @@ impl Direct {
         let engines = Engines::new(config)?;
         let choice = engines.choose(Choice::default(), 0)?;
         let classifier = Classifier::embedded(&engines, &choice)?;
-        let place = Place { device: choice.device, account: account()? };
+        let place = Place { device: choice.device, account: account()?, room: None };
         Ok(Self { classifier, engines, place })
     }
 
@@ -183,13 +183,15 @@ impl Direct {
         cuda.bandwidths(cuda.device(device)?)
     }
 
-    /// How long a product of square matrices takes that are on the device and stay there.
+    /// How long a product of square matrices takes without the agent: of matrices that are on the device and stay there,
+    /// and with the way there and back, from and to pinned memory.
     ///
     /// # Errors
     /// As [`bandwidths`](Self::bandwidths).
-    pub fn sgemm_resident(&self, device: &str, side: usize) -> Result<Duration, Error> {
+    pub fn sgemm_alone(&self, device: &str, side: usize) -> Result<[Duration; 2], Error> {
         let cuda = &self.engines.cuda;
-        cuda.resident(cuda.device(device)?, side)
+        let alone = cuda.alone(cuda.device(device)?, side)?;
+        Ok([alone.resident, alone.pinned])
     }
 
     /// Multiplies matrices as `sgemm` does, of sizes that no call could carry, too.

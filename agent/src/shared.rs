@@ -5,19 +5,22 @@
 //!
 //! What lies in a region can change while it is read. Where operations do nothing but arithmetic on it, any numbers are
 //! as good as others, and they read it there. An engine of models is foreign code that may check a number and then read
-//! it again (an index, a size, the order in a sort): it gets a copy, for which the tenant is charged.
+//! it again (an index, a size, the order in a sort): it gets a copy, for which the tenant is charged. On a device it has
+//! one anyway, which is the device's, made straight from the region.
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
-use vaccel_client::shared::{Mapping, REGION};
+pub(crate) use vaccel_client::shared::Mapping;
+use vaccel_client::shared::REGION;
 use vaccel_proto::tensor::{Aligned, Carrier};
 use vaccel_proto::v1::run_request::Op;
-use vaccel_proto::v1::{DType, Place, RunReply, RunRequest, Shared};
+use vaccel_proto::v1::{DType, Place, RunReply, RunRequest, Shared, Tensor};
 use vaccel_proto::{Error, Reason};
 
 use crate::identity::Tenant;
@@ -38,12 +41,14 @@ pub(crate) struct SharedMemory {
     pool: Pool,
 }
 
-/// Whether an operation only computes with the numbers of its tensors, whatever they are.
-fn is_arithmetic(request: &RunRequest) -> bool {
+/// Whether whoever runs an operation can be trusted with tensors that change: those that compute with the numbers,
+/// whatever they are, and runs of models, for which the caller of [`Room::own`] answers.
+fn is_in_place(request: &RunRequest) -> bool {
     use Op::{FpgaArraycopy, FpgaMmult, FpgaParallel, FpgaVectoradd, Minmax, Sgemm, TorchSgemm};
+    use Op::{ModelRun, TfModelRun, TfliteModelRun, TorchModelRun};
     let op = request.op.as_ref();
     op.is_some_and(|op| {
-        matches!(
+        let computes = matches!(
             op,
             Sgemm(_)
                 | TorchSgemm(_)
@@ -52,7 +57,8 @@ fn is_arithmetic(request: &RunRequest) -> bool {
                 | FpgaMmult(_)
                 | FpgaParallel(_)
                 | FpgaVectoradd(_)
-        )
+        );
+        computes || matches!(op, ModelRun(_) | TfModelRun(_) | TfliteModelRun(_) | TorchModelRun(_))
     })
 }
 
@@ -124,8 +130,8 @@ impl SharedMemory {
         Ok(Region { memory: self.clone(), tenant: tenant.clone(), name, file, _counted: counted })
     }
 
-    /// Gives the tensors of a request their data: views of the region for arithmetic and where `is_unread` says that
-    /// nobody looks at it, else copies. Returns where those of the reply go.
+    /// Gives the tensors of a request their data: views of the region for arithmetic, for runs of models, and where
+    /// `is_unread` says that nobody looks at it, else copies. Returns where those of the reply go.
     ///
     /// # Errors
     /// `NOT_FOUND` for a region that is none of the tenant's, `BAD_ARGUMENT` for places outside of it,
@@ -136,8 +142,8 @@ impl SharedMemory {
         account: &Arc<Account>,
         request: &mut RunRequest,
         is_unread: bool,
-    ) -> Result<Option<Room>, Error> {
-        let is_in_place = is_unread || is_arithmetic(request);
+    ) -> Result<Option<Arc<Room>>, Error> {
+        let is_in_place = is_unread || is_in_place(request);
         let mut counted = account.hold(Unit::InFlightBytes, 0)?;
         let Some(Shared { region, places, room }) = request.shared.take() else { return Ok(None) };
         let mapping = self.all().get(tenant).and_then(|regions| regions.get(&region)).cloned();
@@ -168,15 +174,21 @@ impl SharedMemory {
             tensor.data = if is_in_place && tensor.dtype() != DType::Bytes {
                 view
             } else {
-                counted.grow(place.bytes)?;
-                let mut copy = self.pool.take(view.len());
-                copy.put(&view);
-                copy.freeze()
+                copy(&self.pool, &mut counted, &view)?
             };
         }
         let room = room.filter(|room| room.bytes > 0).map(|room| range("shared.room", &room)).transpose()?;
-        Ok(Some(Room { mapping: Arc::clone(&mapping), rest: room.unwrap_or(0..0), _counted: counted }))
+        let (counted, rest) = (Mutex::new(counted), Mutex::new(room.unwrap_or(0..0)));
+        Ok(Some(Arc::new(Room { mapping: Arc::clone(&mapping), pool: self.pool.clone(), rest, counted })))
     }
+}
+
+/// A copy of what lies in a region, which is counted.
+fn copy(pool: &Pool, counted: &mut Hold, view: &[u8]) -> Result<Bytes, Error> {
+    counted.grow(view.len() as u64)?;
+    let mut copy = pool.take(view.len());
+    copy.put(view);
+    Ok(copy.freeze())
 }
 
 /// A file in memory that nobody can make shorter.
@@ -190,22 +202,54 @@ fn sealed(bytes: u64) -> std::io::Result<File> {
     Ok(file.into())
 }
 
-/// Where tensors of a reply go.
+/// The region that a call's tensors lie in, and where those of its reply go.
 #[derive(Debug)]
 pub(crate) struct Room {
     mapping: Arc<Mapping>,
-    rest: std::ops::Range<usize>,
+    pool: Pool,
+    rest: Mutex<Range<usize>>,
     /// Copies of what came.
-    _counted: Hold,
+    counted: Mutex<Hold>,
 }
 
 impl Room {
+    pub(crate) fn mapping(&self) -> &Arc<Mapping> {
+        &self.mapping
+    }
+
+    fn rest(&self) -> MutexGuard<'_, Range<usize>> {
+        self.rest.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     pub(crate) fn bytes(&self) -> u64 {
-        self.rest.len() as u64
+        self.rest().len() as u64
+    }
+
+    /// Copies what of these tensors lies in the region, for whoever may look twice.
+    ///
+    /// # Errors
+    /// `QUOTA_EXCEEDED`.
+    pub(crate) fn own(&self, tensors: &mut [Tensor]) -> Result<(), Error> {
+        let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+        for tensor in tensors.iter_mut().filter(|tensor| self.mapping.place(&tensor.data).is_some()) {
+            tensor.data = copy(&self.pool, &mut counted, &tensor.data)?;
+        }
+        Ok(())
+    }
+
+    /// A part of the room for a tensor of so many bytes, which nobody else gets; none if there is not so much.
+    pub(crate) fn take(&self, bytes: usize) -> Option<Range<usize>> {
+        /// Where tensors begin, in bytes: a cache line.
+        const ALIGNMENT: usize = 64;
+        let mut rest = self.rest();
+        let begin = rest.start.next_multiple_of(ALIGNMENT);
+        let end = begin.checked_add(bytes).filter(|end| *end <= rest.end)?;
+        rest.start = end;
+        Some(begin..end)
     }
 
     /// Puts the tensors of a reply there, as far as they fit.
-    pub(crate) fn place(mut self, reply: &mut RunReply) {
+    pub(crate) fn place(&self, reply: &mut RunReply) {
         let carriers = reply.carriers_mut();
         let places: Vec<Place> = carriers.into_iter().map(|carrier| self.place_one(carrier)).collect();
         if places.iter().any(|place| place.bytes > 0) {
@@ -213,27 +257,19 @@ impl Room {
         }
     }
 
-    fn place_one(&mut self, carrier: &mut dyn Carrier) -> Place {
-        /// Where tensors begin, in bytes: a cache line.
-        const ALIGNMENT: usize = 64;
+    fn place_one(&self, carrier: &mut dyn Carrier) -> Place {
         let long = carrier.tensor_mut().filter(|tensor| tensor.data.len() >= PLACED_BYTES_MIN);
         let Some(tensor) = long else { return Place::default() };
         let length = tensor.data.len();
-        let offset = match self.mapping.place(&tensor.data) {
-            // An input that is passed on is there already.
-            Some(there) => there.start,
-            None => {
-                let begin = self.rest.start.next_multiple_of(ALIGNMENT);
-                if begin.checked_add(length).is_none_or(|end| end > self.rest.end) {
-                    return Place::default();
-                }
-                self.mapping.write(begin, &tensor.data);
-                self.rest.start = begin + length;
-                begin
-            }
-        };
+        let there = self.mapping.place(&tensor.data).or_else(|| {
+            let part = self.take(length)?;
+            self.mapping.write(part.start, &tensor.data);
+            Some(part)
+        });
+        // An input that is passed on is there already, and so is what a device wrote there.
+        let Some(there) = there else { return Place::default() };
         tensor.data = Bytes::new();
-        Place { offset: offset as u64, bytes: length as u64 }
+        Place { offset: there.start as u64, bytes: length as u64 }
     }
 }
 
@@ -259,7 +295,11 @@ mod tests {
             let mut request = RunRequest { session: String::new(), shared, op: Some(op(tensors)) };
             let room =
                 memory.fill(&tenant, &account, &mut request, is_unread).expect("fits").expect("shared");
-            let data = request.carriers_mut()[0].tensor_mut().expect("there").data.clone();
+            let mut tensor = request.carriers_mut()[0].tensor_mut().expect("there").clone();
+            if matches!(request.op, Some(Op::ModelRun(_))) && !is_unread {
+                room.own(std::slice::from_mut(&mut tensor)).expect("within the limit");
+            }
+            let data = tensor.data;
             assert_eq!(data, [0; 64][..]);
             let is_copied = room.mapping.place(&data).is_none();
             assert_eq!(account.used(Unit::InFlightBytes), if is_copied { 64 } else { 0 });

@@ -17,7 +17,7 @@ use crate::http1::Http1;
 use crate::link::{Link, Options};
 use crate::retry::Deadline;
 use crate::session::{Session, SessionOptions};
-use crate::shared::Buffer;
+use crate::shared::{Buffer, SHARED_BYTES_DEFAULT};
 use crate::tls::Tls;
 
 /// How long a dial may take.
@@ -69,7 +69,7 @@ impl Client {
             options: Options {
                 connect_timeout: CONNECT_TIMEOUT_DEFAULT,
                 connections: CONNECTIONS_DEFAULT,
-                shares_memory: true,
+                shared_bytes: SHARED_BYTES_DEFAULT,
                 compresses: false,
             },
             deadline: DEADLINE_DEFAULT,
@@ -183,11 +183,13 @@ impl Builder {
         self
     }
 
-    /// Whether long tensors go through memory that the agent shares, where it does; they do if not said. It is for
-    /// agents on this machine, behind unix sockets, and makes no other difference than that of time.
+    /// Bytes of memory to share with an agent on this machine, behind a unix socket, if it has so much to give; 128 MiB
+    /// if not said, 0 for none. Long tensors go through it, as far as they fit there together, and it makes no other
+    /// difference than that of time. Pages take memory once they were written; all of them do once one of the agent's
+    /// devices computes with something there.
     #[must_use]
-    pub fn shares_memory(mut self, yes: bool) -> Self {
-        self.options.shares_memory = yes;
+    pub fn shared_bytes(mut self, bytes: usize) -> Self {
+        self.options.shared_bytes = bytes;
         self
     }
 

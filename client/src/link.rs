@@ -53,8 +53,8 @@ pub(crate) struct Options {
     pub(crate) connect_timeout: Duration,
     /// Connections at most.
     pub(crate) connections: usize,
-    /// Whether long tensors go through shared memory, where there is some.
-    pub(crate) shares_memory: bool,
+    /// Bytes to share with the agent, if it is on this machine.
+    pub(crate) shared_bytes: usize,
     /// Whether messages of runs are sent and taken in gzip.
     pub(crate) compresses: bool,
 }
@@ -84,9 +84,9 @@ struct Slot {
 impl Link {
     /// A link that is not dialed yet.
     pub(crate) fn new(dialer: Dialer, token: Option<&str>, options: &Options) -> Result<Self, Error> {
-        let Options { connect_timeout, connections, shares_memory, compresses } = *options;
+        let Options { connect_timeout, connections, shared_bytes, compresses } = *options;
         let head = Arc::new(Head::new(dialer.endpoint(), token, compresses)?);
-        let memory = Memory::new(dialer.endpoint(), shares_memory, connect_timeout);
+        let memory = Memory::new(dialer.endpoint(), shared_bytes, connect_timeout);
         let (dialer, failures, slot) = (Arc::new(dialer), Default::default(), Default::default());
         Ok(Self {
             shared: Arc::new(Shared { dialer, head, connect_timeout, connections, memory, failures, slot }),

@@ -7,6 +7,7 @@
 
 use std::sync::{Arc, OnceLock};
 
+use bytes::Bytes;
 use gemm::Parallelism;
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
@@ -17,6 +18,7 @@ use super::CPU;
 use super::cuda::{self, Cuda, Device};
 use crate::quota::Account;
 use crate::scheduler::Cancel;
+use crate::shared::Room;
 
 /// Multiplications of one block, after which a product looks whether it is still wanted: 15 ms on two new cores, and
 /// still 100 ms at 20 GFLOP/s, which is what an old core does.
@@ -56,6 +58,8 @@ pub(crate) struct Place {
     /// Empty where its size decides.
     pub(crate) device: String,
     pub(crate) account: Arc<Account>,
+    /// Memory that the caller shares, if matrices lie there or may go there.
+    pub(crate) room: Option<Arc<Room>>,
 }
 
 /// One factor: at least as many numbers as its layout reaches.
@@ -76,7 +80,7 @@ impl Blas {
         Self { threads, pool: OnceLock::new(), cuda }
     }
 
-    /// `alpha * a * b + beta * c`, dense. As in BLAS, factors of 0 hide what they multiply: with `alpha` 0 neither
+    /// The numbers of `alpha * a * b + beta * c`, dense. As in BLAS, factors of 0 hide what they multiply: with `alpha` 0 neither
     /// `a` nor `b` is read, with `beta` 0 `c` is not.
     ///
     /// # Errors
@@ -87,7 +91,7 @@ impl Blas {
         product: &Product<'_>,
         place: &Place,
         cancel: &Cancel,
-    ) -> Result<Vec<f32>, Error> {
+    ) -> Result<Bytes, Error> {
         let (m, n) = product.shape();
         let k = product.a.layout.columns;
         let c = product.c.as_ref().filter(|_| product.beta != 0.0);
@@ -95,34 +99,34 @@ impl Blas {
             Some(c) => Ok(dense(&c.tensor.elements::<f32>()?, c.layout)),
             None => Ok::<_, Error>(vec![0.0; m * n]),
         };
-        let mut sum = begin()?;
         if product.alpha == 0.0 || m * n * k == 0 {
+            let mut sum = begin()?;
             if c.is_some() {
                 sum.iter_mut().for_each(|number| *number *= product.beta);
             }
-            return Ok(sum);
+            return Ok(bytes(sum));
         }
         let (a, b) = (product.a.tensor.elements::<f32>()?, product.b.tensor.elements::<f32>()?);
         let a = Factor { numbers: &a, layout: product.a.layout };
         let b = Factor { numbers: &b, layout: product.b.layout };
         let scales = (product.alpha, if c.is_some() { product.beta } else { 0.0 });
         if let Some(device) = self.device(place, [m, n, k])? {
-            match self.on_device(device, &mut sum, scales, [a, b], place, cancel) {
+            match self.on_device(device, &begin, scales, [a, b], place, cancel) {
                 Err(error) if place.device.is_empty() && error.reason() != Reason::Cancelled => {
                     // Nobody asked for the device.
                     tracing::debug!(device = device.description.name, %error, "the processor multiplies");
-                    sum = begin()?;
                 }
-                computed => return computed.map(|()| sum),
+                computed => return computed,
             }
         }
+        let mut sum = begin()?;
         if self.threads > 1 && m.saturating_mul(n).saturating_mul(k) >= PARALLEL_MULTIPLICATIONS_MIN {
             let parallelism = Parallelism::Rayon(self.threads);
             self.pool()?.install(|| add_product(&mut sum, scales, [a, b], parallelism, cancel))?;
         } else {
             add_product(&mut sum, scales, [a, b], Parallelism::None, cancel)?;
         }
-        Ok(sum)
+        Ok(bytes(sum))
     }
 
     /// The device for a product of these sizes; none for the processor.
@@ -142,15 +146,16 @@ impl Blas {
         }
     }
 
+    /// `begin` makes what the product is added to.
     fn on_device(
         &self,
         device: &Device,
-        sum: &mut [f32],
+        begin: &dyn Fn() -> Result<Vec<f32>, Error>,
         (alpha, beta): (f32, f32),
         [a, b]: [Factor<'_>; 2],
         place: &Place,
         cancel: &Cancel,
-    ) -> Result<(), Error> {
+    ) -> Result<Bytes, Error> {
         let pool = if self.threads > 1 { Some(self.pool()?) } else { None };
         let gather = |part: Factor<'_>, stage: &mut [f32]| match pool {
             Some(pool) if stage.len() >= PARALLEL_COPY_NUMBERS_MIN => pool.install(|| {
@@ -163,7 +168,25 @@ impl Blas {
                 .for_each(copy_row),
         };
         let asked = cuda::Asked { account: Some(&place.account), gather: &gather, cancel };
-        self.cuda.multiply(device, sum, &cuda::Factors { a, b, alpha, beta }, &asked)
+        let factors = cuda::Factors { a, b, alpha, beta };
+        let room = place.room.as_deref().inspect(|room| self.cuda.offer(room.mapping()));
+        let product_bytes = a.layout.rows * b.layout.columns * size_of::<f32>();
+        if let Some((view, held)) =
+            room.filter(|_| beta == 0.0).and_then(|room| self.there(device, room, product_bytes))
+        {
+            self.cuda.multiply(device, cuda::Sum::There(held), &factors, &asked)?;
+            return Ok(view);
+        }
+        let mut sum = begin()?;
+        self.cuda.multiply(device, cuda::Sum::Here(&mut sum), &factors, &asked)?;
+        Ok(bytes(sum))
+    }
+
+    /// A place of the reply's room that a device reaches, and what will be seen there.
+    fn there(&self, device: &Device, room: &Room, bytes: usize) -> Option<(Bytes, cuda::Held)> {
+        let part = room.take(bytes)?;
+        let held = self.cuda.held(device, room.mapping().pointer(&part)?)?;
+        Some((room.mapping().view(part)?, held))
     }
 
     fn pool(&self) -> Result<&ThreadPool, Error> {
@@ -174,6 +197,19 @@ impl Blas {
         let message = "the agent has no threads for matrix products; its log says why";
         made.as_ref().map_err(|why| Error::new(Reason::BackendFailed, message).caused_by(why.clone()))
     }
+}
+
+/// Numbers as the bytes of a tensor, where they are.
+pub(crate) fn bytes(numbers: Vec<f32>) -> Bytes {
+    struct Numbers(Vec<f32>);
+
+    impl AsRef<[u8]> for Numbers {
+        fn as_ref(&self) -> &[u8] {
+            bytemuck::cast_slice(&self.0)
+        }
+    }
+
+    Bytes::from_owner(Numbers(numbers))
 }
 
 /// Copies a row without what comes after it.
@@ -342,12 +378,17 @@ mod tests {
 
     fn anywhere() -> Place {
         let limits = Config::new(Settings::default()).expect("valid").tenant;
-        Place { device: String::new(), account: Accounts::new(limits, |_| 1).of(&Tenant::new("a")) }
+        let account = Accounts::new(limits, |_| 1).of(&Tenant::new("a"));
+        Place { device: String::new(), account, room: None }
+    }
+
+    fn multiply(blas: &Blas, request: &SgemmRequest, cancel: &Cancel) -> Result<Vec<f32>, Error> {
+        let product = request.product().expect("valid");
+        blas.multiply(&product, &anywhere(), cancel).map(|bytes| bytemuck::pod_collect_to_vec(&bytes))
     }
 
     fn check(blas: &Blas, request: &SgemmRequest, data: &[Vec<f32>; 3]) {
-        let product = request.product().expect("valid");
-        let found = blas.multiply(&product, &anywhere(), &Cancel::default()).expect("computed");
+        let found = multiply(blas, request, &Cancel::default()).expect("computed");
         let expected = reference(request, data);
         assert_eq!(found.len(), expected.len());
         for (index, (found, (expected, size))) in found.iter().zip(expected).enumerate() {
@@ -387,10 +428,9 @@ mod tests {
     fn a_product_of_many_blocks_is_the_same() {
         // 1.2 times one block; the deepest block and the last rows are shorter than the others.
         let (request, data) = request([1100, 900, 1301], [1, 0, 2], (1.5, 0.5));
-        let product = request.product().expect("valid");
         const { assert!(1100 * 900 * 1301 > BLOCK_MULTIPLICATIONS) };
         for threads in [1, 3] {
-            let found = cpu(threads).multiply(&product, &anywhere(), &Cancel::default()).expect("computed");
+            let found = multiply(&cpu(threads), &request, &Cancel::default()).expect("computed");
             let row = |row: usize| {
                 let first = SgemmRequest { m: 1, ..request.clone() };
                 let part = |data: &[f32], stride: i64| {
@@ -420,11 +460,11 @@ mod tests {
         let (mut request, data) = request([2, 3, 0], [0, 0, 0], (1.0, 0.5));
         check(&blas, &request, &data);
         request.beta = 0.0;
-        let zeros = blas.multiply(&request.product().expect("valid"), &anywhere(), &Cancel::default());
+        let zeros = multiply(&blas, &request, &Cancel::default());
         assert_eq!(zeros.expect("computed"), [0.0; 6]);
         for sizes in [[0, 3, 2], [2, 0, 3], [0, 0, 0]] {
             let (request, _) = super::tests::request(sizes, [0, 0, 0], (1.0, 1.0));
-            let nothing = blas.multiply(&request.product().expect("valid"), &anywhere(), &Cancel::default());
+            let nothing = multiply(&blas, &request, &Cancel::default());
             assert!(nothing.expect("computed").is_empty());
         }
     }
@@ -435,8 +475,7 @@ mod tests {
         let of = |alpha, beta, a: f32, c: f32| {
             let matrices = vec![flat(&[a, 2.0]), flat(&[3.0, 4.0]), flat(&[c])];
             let request = SgemmRequest { m: 1, n: 1, k: 2, alpha, beta, matrices, ..SgemmRequest::default() };
-            blas.multiply(&request.product().expect("valid"), &anywhere(), &Cancel::default())
-                .expect("computed")[0]
+            multiply(&blas, &request, &Cancel::default()).expect("computed")[0]
         };
         assert_eq!(of(1.0, 0.0, 1.0, f32::NAN), 11.0);
         assert_eq!(of(0.0, 2.0, f32::NAN, 4.0), 8.0);
@@ -455,9 +494,7 @@ mod tests {
         data[0][33 * 52 + 7] = f32::NAN;
         data[1][12 * 93 + 41] = f32::INFINITY;
         request.matrices = data.iter().map(|data| flat(data)).collect();
-        let found = blas
-            .multiply(&request.product().expect("valid"), &anywhere(), &Cancel::default())
-            .expect("computed");
+        let found = multiply(&blas, &request, &Cancel::default()).expect("computed");
         for (index, number) in found.iter().enumerate() {
             let touched = index / 90 == 33 || index % 90 == 41;
             assert_eq!(number.is_finite(), !touched, "row {}, column {}", index / 90, index % 90);
@@ -469,7 +506,7 @@ mod tests {
         let (request, _) = request([4, 4, 4], [0, 0, 0], (1.0, 0.0));
         let cancel = Cancel::default();
         cancel.set();
-        let stopped = cpu(1).multiply(&request.product().expect("valid"), &anywhere(), &cancel);
+        let stopped = multiply(&cpu(1), &request, &cancel);
         assert_eq!(stopped.expect_err("cancelled").reason(), Reason::Cancelled);
     }
 }

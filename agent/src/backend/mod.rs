@@ -33,8 +33,9 @@ use vaccel_proto::{Error, Reason, hints};
 use crate::config::EngineConfig;
 use crate::quota::Account;
 use crate::scheduler::{Cancel, Runner};
+use crate::shared::Mapping;
 
-pub(crate) use blas::{Blas, Place, dense};
+pub(crate) use blas::{Blas, Place, bytes, dense};
 pub(crate) use cuda::{Cuda, Figures, Sought};
 pub(crate) use file::{ModelFile, Origin, Port};
 pub(crate) use identity::{Cost, identity};
@@ -73,6 +74,12 @@ pub(crate) trait Program: Runner {
     /// Bytes of a device that are counted for the model.
     fn device_bytes(&self) -> u64 {
         0
+    }
+
+    /// Whether inputs may lie in this memory, where their caller can change them at any time: a run then copies each of
+    /// them once, before anything looks at it.
+    fn takes_from(&self, _memory: &Arc<Mapping>) -> bool {
+        false
     }
 }
 

@@ -521,7 +521,7 @@ impl Dispatch {
         let session = self.session(caller, &request.session)?;
         let is_unread = session.choice.engine == NOOP;
         let room = self.shared.fill(&caller.tenant, account, &mut request, is_unread)?;
-        let reply_bytes_max = reply_bytes_max.max(room.as_ref().map_or(0, Room::bytes));
+        let reply_bytes_max = reply_bytes_max.max(room.as_deref().map_or(0, Room::bytes));
         let op = request.op.ok_or_else(|| {
             let known: Vec<String> = ops::list().into_iter().map(|operation| operation.name).collect();
             let message = format!("no operation this agent knows; it knows: {}", known.join(", "));
@@ -531,8 +531,9 @@ impl Dispatch {
         self.policies.check(&caller.tenant, name)?;
         let workshop = &self.workshop;
         let (tenant, repository) = (&caller.tenant, &self.inference.repository);
+        let (session, room) = (&session, room.as_ref());
         let context =
-            Context { workshop, repository, tenant, session: &session, account, deadline, reply_bytes_max };
+            Context { workshop, repository, tenant, session, account, deadline, reply_bytes_max, room };
         let begun = Instant::now();
         let done = ops::run(op, &context).await;
         let stages = done.as_ref().ok().map(|done| [done.spans.queue, done.spans.run]);

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use vaccel_proto::Error;
 use vaccel_proto::v1::{FpgaMmultReply, FpgaMmultRequest};
 
-use super::sgemm::floats;
+use super::sgemm::{floats, named};
 use super::{Context, Operation};
 use crate::scheduler::{Cancel, Timed};
 
@@ -40,7 +40,7 @@ impl Operation for FpgaMmultRequest {
         let (workshop, place) = (Arc::clone(context.workshop), context.place());
         let work = move |cancel: &Cancel| {
             let c = workshop.engines.blas.multiply(&self.product()?, &place, cancel)?;
-            Ok(FpgaMmultReply { tensors: vec![floats("c", &self.arrays()?[0].shape, c)] })
+            Ok(FpgaMmultReply { tensors: vec![named("c", &self.arrays()?[0].shape, c)] })
         };
         context.workshop.scheduler.run(&context.asker(), work).await
     }

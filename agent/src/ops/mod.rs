@@ -44,6 +44,7 @@ use crate::repository::Repository;
 use crate::resource::{self, Resource};
 use crate::scheduler::{Asker, Call, Cancel, Timed};
 use crate::session::Session;
+use crate::shared::Room;
 
 /// The digit classifier of the agent itself: 40 KB, made by `agent/models/train_digits.py`.
 static EMBEDDED_MODEL: &[u8] = include_bytes!("../../models/digits.onnx");
@@ -161,6 +162,8 @@ pub(crate) struct Context<'a> {
     pub(crate) deadline: Instant,
     /// Bytes of the longest reply that can be sent.
     pub(crate) reply_bytes_max: u64,
+    /// The memory that the caller shares, if the call's tensors lie there.
+    pub(crate) room: Option<&'a Arc<Room>>,
 }
 
 impl Context<'_> {
@@ -171,7 +174,8 @@ impl Context<'_> {
 
     /// Where its products are computed.
     fn place(&self) -> Place {
-        Place { device: self.session.choice.device.clone(), account: Arc::clone(self.account) }
+        let (device, account) = (self.session.choice.device.clone(), Arc::clone(self.account));
+        Place { device, account, room: self.room.cloned() }
     }
 
     /// Runs work on a loaded model, when it is the call's turn there.
@@ -187,9 +191,14 @@ impl Context<'_> {
     async fn run_model(
         &self,
         model: &Model,
-        inputs: Vec<Tensor>,
+        mut inputs: Vec<Tensor>,
         outputs: Vec<usize>,
     ) -> Result<Timed<Vec<NamedTensor>>, Error> {
+        if let Some(room) = self.room
+            && !model.program.takes_from(room.mapping())
+        {
+            room.own(&mut inputs)?;
+        }
         let names = outputs.iter().map(|&index| model.file.outputs[index].name.clone()).collect::<Vec<_>>();
         let call = Call { inputs, outputs, reply_bytes_max: self.reply_bytes_max };
         let ran = self.workshop.scheduler.run_model(&self.asker(), &model.batcher, call).await?;

@@ -16,7 +16,7 @@ use vaccel_proto::compute::Product;
 use vaccel_proto::v1::{DType, NamedTensor, SgemmReply, SgemmRequest, Tensor};
 
 use super::{Context, Operation};
-use crate::backend::{Blas, Place, dense};
+use crate::backend::{Blas, Place, bytes, dense};
 use crate::scheduler::{Cancel, Timed};
 
 impl Operation for SgemmRequest {
@@ -61,7 +61,7 @@ pub(super) fn multiplied(
     place: &Place,
     cancel: &Cancel,
 ) -> Result<NamedTensor, Error> {
-    Ok(floats(name, &shape(product)?, blas.multiply(product, place, cancel)?))
+    Ok(named(name, &shape(product)?, blas.multiply(product, place, cancel)?))
 }
 
 /// What vAccel's noop plugin makes of a product: `c` as it came, or zeros where none did.
@@ -81,17 +81,12 @@ fn shape(product: &Product<'_>) -> Result<[i64; 2], Error> {
     Ok([size(rows)?, size(columns)?])
 }
 
-/// Numbers that become a tensor where they are, without a copy.
-struct Floats(Vec<f32>);
-
-impl AsRef<[u8]> for Floats {
-    fn as_ref(&self) -> &[u8] {
-        bytemuck::cast_slice(&self.0)
-    }
-}
-
 /// Numbers as the tensor of a reply.
 pub(super) fn floats(name: &str, shape: &[i64], numbers: Vec<f32>) -> NamedTensor {
-    let tensor = Tensor::from_bytes(DType::F32, shape, Bytes::from_owner(Floats(numbers)));
-    NamedTensor { name: name.into(), tensor: Some(tensor) }
+    named(name, shape, bytes(numbers))
+}
+
+/// The tensor of a reply.
+pub(super) fn named(name: &str, shape: &[i64], numbers: Bytes) -> NamedTensor {
+    NamedTensor { name: name.into(), tensor: Some(Tensor::from_bytes(DType::F32, shape, numbers)) }
 }

@@ -6,6 +6,8 @@
 //! checks, and decide the exit code; what is only hoped for are goals.
 
 mod measure;
+mod models;
+mod products;
 mod text;
 
 use std::fmt;
@@ -94,9 +96,8 @@ struct Record {
     transfers: Vec<Transfer>,
     sgemm: Vec<Product>,
     empty_calls: Vec<EmptyCall>,
-    network: &'static str,
     models: Vec<Model>,
-    batching: Option<Batching>,
+    batching: Vec<Batching>,
     checks: Vec<Check>,
     goals: Vec<Goal>,
 }
@@ -129,12 +130,16 @@ struct Transfer {
 struct Product {
     device: String,
     side: usize,
-    /// In this process, with the way to the device and back.
+    /// In this process, from and to ordinary memory.
     direct_tflops: f64,
-    /// The device by itself.
-    resident_tflops: Option<f64>,
-    /// A whole call over a unix socket.
+    /// A whole call over a unix socket, from and to ordinary memory.
     unix_tflops: f64,
+    /// The same with matrices that lie in memory that client and agent share, and a result that comes there.
+    shared_tflops: f64,
+    /// cuBLAS without the agent, of matrices that are on the device and stay there.
+    resident_tflops: Option<f64>,
+    /// The same with the way there and back, from and to pinned memory.
+    pinned_tflops: Option<f64>,
     /// The largest difference to a product in f64, to the largest number or 1.
     max_error: f64,
 }
@@ -143,10 +148,13 @@ struct Product {
 struct EmptyCall {
     transport: String,
     us: f64,
+    /// After 2 ms without any.
+    after_pause_us: f64,
 }
 
 #[derive(Debug, Serialize)]
 struct Model {
+    network: &'static str,
     engine: String,
     device: String,
     batch: usize,
@@ -155,8 +163,12 @@ struct Model {
     images_per_s: f64,
     /// A whole call over a unix socket.
     unix_ms: f64,
-    added_us: f64,
+    unix_added_us: f64,
     unix_to_direct: f64,
+    /// The same with images that lie in memory that client and agent share.
+    shared_ms: f64,
+    shared_added_us: f64,
+    shared_to_direct: f64,
     /// The largest difference to the first engine's numbers, to the largest of them; none for that engine.
     max_error: Option<f64>,
 }
@@ -164,6 +176,7 @@ struct Model {
 /// Calls of one image by several callers at a time.
 #[derive(Debug, Serialize)]
 struct Batching {
+    network: &'static str,
     engine: String,
     device: String,
     callers: usize,
@@ -262,9 +275,8 @@ impl Record {
             transfers: Vec::new(),
             sgemm: Vec::new(),
             empty_calls: Vec::new(),
-            network: if options.quick { "MobileNetV2" } else { "ResNet-50" },
             models: Vec::new(),
-            batching: None,
+            batching: Vec::new(),
             checks: Vec::new(),
             goals: Vec::new(),
         }

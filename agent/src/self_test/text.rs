@@ -61,39 +61,39 @@ fn figures(out: &mut String, record: &Record) -> fmt::Result {
     }
     writeln!(
         out,
-        "\n{:<28}{:>10}{:>10}{:>10}{:>12}",
-        "sgemm, TFLOP/s", "resident", "direct", "unix", "max error"
+        "\n{:<28}{:>10}{:>10}{:>10}{:>10}{:>10}{:>12}",
+        "sgemm, TFLOP/s", "resident", "pinned", "direct", "unix", "shared", "max error"
     )?;
     for one in &record.sgemm {
-        let resident = one.resident_tflops.map_or("-".into(), |tflops| format!("{tflops:.3}"));
+        let bare = |tflops: Option<f64>| tflops.map_or("-".into(), |tflops| format!("{tflops:.3}"));
+        let (resident, pinned) = (bare(one.resident_tflops), bare(one.pinned_tflops));
         let title = format!("{}, {} cubed", one.device, one.side);
-        let (direct, unix) = (one.direct_tflops, one.unix_tflops);
-        writeln!(out, "{title:<28}{resident:>10}{direct:>10.3}{unix:>10.3}{:>12.1e}", one.max_error)?;
+        let (direct, unix, shared) = (one.direct_tflops, one.unix_tflops, one.shared_tflops);
+        write!(out, "{title:<28}{resident:>10}{pinned:>10}{direct:>10.3}{unix:>10.3}{shared:>10.3}")?;
+        writeln!(out, "{:>12.1e}", one.max_error)?;
     }
-    writeln!(out, "\nempty call")?;
+    writeln!(out, "\n{:<28}{:>10}{:>14}", "empty call, us", "", "after a pause")?;
     for one in &record.empty_calls {
-        writeln!(out, "{:<28}{:>10.0} us", one.transport, one.us)?;
+        writeln!(out, "{:<28}{:>10.0}{:>14.0}", one.transport, one.us, one.after_pause_us)?;
     }
-    let title = format!("{}, ms", record.network);
     writeln!(
         out,
-        "\n{title:<28}{:>10}{:>10}{:>10}{:>10}{:>10}{:>12}",
-        "direct", "unix", "added us", "ratio", "images/s", "max error"
+        "\n{:<40}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}{:>12}",
+        "network, ms", "direct", "unix", "added us", "shared", "added us", "images/s", "max error"
     )?;
     for one in &record.models {
-        let title = format!("{} {}, batch {}", one.engine, one.device, one.batch);
+        let title = format!("{} {} {}, batch {}", one.network, one.engine, one.device, one.batch);
         let error = one.max_error.map_or("-".into(), |error| format!("{error:.1e}"));
-        writeln!(
-            out,
-            "{title:<28}{:>10.2}{:>10.2}{:>10.0}{:>10.3}{:>10.1}{error:>12}",
-            one.direct_ms, one.unix_ms, one.added_us, one.unix_to_direct, one.images_per_s
-        )?;
+        write!(out, "{title:<40}{:>10.2}{:>10.2}{:>10.0}", one.direct_ms, one.unix_ms, one.unix_added_us)?;
+        write!(out, "{:>10.2}{:>10.0}", one.shared_ms, one.shared_added_us)?;
+        writeln!(out, "{:>10.1}{error:>12}", one.images_per_s)?;
     }
-    if let Some(one) = &record.batching {
+    for one in &record.batching {
         writeln!(
             out,
-            "\nbatching, {} callers of one image each on {} {}: {:.1} calls/s with, {:.1} without, {:.2} x",
+            "\nbatching, {} callers of one image each, {} on {} {}: {:.1} calls/s with, {:.1} without, {:.2} x",
             one.callers,
+            one.network,
             one.engine,
             one.device,
             one.on_calls_per_s,

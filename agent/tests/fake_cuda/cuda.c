@@ -8,7 +8,7 @@
  * always, and not once in a month.
  *
  * Settings of a build: DEVICES, MEMORY_MIB, WRONG (products are off by one), FAILS_AFTER (products
- * after so many are illegal accesses).
+ * after so many are illegal accesses), NO_REGISTERING (only memory that was made here is pinned).
  */
 #include <pthread.h>
 #include <stdint.h>
@@ -21,6 +21,9 @@
 #endif
 #ifndef MEMORY_MIB
 #define MEMORY_MIB 1024
+#endif
+#ifndef NO_REGISTERING
+#define NO_REGISTERING 0
 #endif
 
 enum {
@@ -38,11 +41,11 @@ static __thread int current = -1, capture_mode;
 static int poisoned;
 static int contexts[8];
 
-/* Memory, of a device or pinned. */
+/* Memory, of a device or pinned: made here, or somebody else's that was registered. */
 enum kind { FREE, DEVICE, PINNED };
 struct memory {
     enum kind kind;
-    int device;
+    int device, is_foreign;
     char *address;
     size_t bytes;
 };
@@ -73,7 +76,7 @@ static int reserve(enum kind kind, size_t bytes, void **address) {
         if (!made)
             return OUT_OF_MEMORY;
         memset(made, 0xff, bytes);
-        all[i] = (struct memory){kind, current, made, bytes};
+        all[i] = (struct memory){kind, current, 0, made, bytes};
         if (kind == DEVICE)
             device_bytes[current] += bytes;
         *address = made;
@@ -84,12 +87,32 @@ static int reserve(enum kind kind, size_t bytes, void **address) {
 
 static int release(enum kind kind, void *address) {
     for (int i = 0; i < MEMORY_MAX; i++) {
-        if (all[i].kind != kind || all[i].address != address)
+        if (all[i].kind != kind || all[i].address != address || all[i].is_foreign)
             continue;
         if (kind == DEVICE)
             device_bytes[all[i].device] -= all[i].bytes;
         all[i].kind = FREE;
         free(address);
+        return OK;
+    }
+    return INVALID;
+}
+
+static int enlist(void *address, size_t bytes) {
+    for (int i = 0; i < MEMORY_MAX; i++) {
+        if (all[i].kind != FREE)
+            continue;
+        all[i] = (struct memory){PINNED, current, 1, address, bytes};
+        return OK;
+    }
+    return OUT_OF_MEMORY;
+}
+
+static int dismiss(void *address) {
+    for (int i = 0; i < MEMORY_MAX; i++) {
+        if (all[i].kind != PINNED || all[i].address != address || !all[i].is_foreign)
+            continue;
+        all[i].kind = FREE;
         return OK;
     }
     return INVALID;
@@ -262,6 +285,16 @@ int cuMemFreeHost(void *address) {
     UNCAPTURED
     ENTER
     LEAVE(release(PINNED, address));
+}
+int cuMemHostRegister_v2(void *address, size_t bytes, unsigned flags) {
+    UNCAPTURED
+    ENTER
+    LEAVE(NO_REGISTERING || flags > 1 || is_inside(PINNED, address, bytes) ? INVALID : enlist(address, bytes));
+}
+int cuMemHostUnregister(void *address) {
+    UNCAPTURED
+    ENTER
+    LEAVE(dismiss(address));
 }
 int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, struct stream *stream) {
     ENTER

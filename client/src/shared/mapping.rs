@@ -6,17 +6,21 @@
 
 #![allow(unsafe_code, reason = "memory that is mapped is a pointer and a length")]
 
+use std::any::Any;
 use std::fmt;
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
+use std::ptr::NonNull;
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use memmap2::{MmapOptions, MmapRaw};
 
 /// A mapping. What looks into it keeps it.
 pub struct Mapping {
+    // Before the memory: what others made of it ends first.
+    companion: OnceLock<Box<dyn Any + Send + Sync>>,
     raw: MmapRaw,
 }
 
@@ -45,7 +49,20 @@ impl Mapping {
     /// The system's.
     pub fn new(file: &impl AsRawFd, bytes: usize) -> io::Result<Arc<Self>> {
         let raw = MmapOptions::new().len(bytes).map_raw(file)?;
-        Ok(Arc::new(Self { raw }))
+        Ok(Arc::new(Self { companion: OnceLock::new(), raw }))
+    }
+
+    /// Lets somebody make something of the memory, once: it is dropped before the memory is unmapped.
+    pub fn attach(&self, make: impl FnOnce(NonNull<[u8]>) -> Box<dyn Any + Send + Sync>) {
+        self.companion.get_or_init(|| make(self.pointer(&(0..self.bytes())).expect("all of it")));
+    }
+
+    /// Where a part of it is; none outside of the mapping.
+    pub fn pointer(&self, range: &Range<usize>) -> Option<NonNull<[u8]>> {
+        self.check(range)?;
+        // SAFETY: the range is within the mapping.
+        let begin = NonNull::new(unsafe { self.raw.as_mut_ptr().add(range.start) })?;
+        Some(NonNull::slice_from_raw_parts(begin, range.len()))
     }
 
     /// Bytes of it.
@@ -180,5 +197,23 @@ mod tests {
         assert!(mapping.view(1..bytes + 1).is_none() && mapping.place(&[1]).is_none());
         let part = mapping.view(10..20).unwrap();
         assert_eq!(mapping.place(&part), Some(10..20));
+        assert!(mapping.pointer(&(1..bytes + 1)).is_none());
+        assert_eq!(mapping.pointer(&(10..20)).unwrap().cast::<u8>().as_ptr().cast_const(), part.as_ptr());
+    }
+
+    #[test]
+    fn what_is_made_of_it_is_made_once_and_ends_with_it() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        let mapping = Mapping::new(&file, 4096).unwrap();
+        let (made, other) = (Arc::new(()), Arc::new(()));
+        mapping.attach(|memory| {
+            assert_eq!(memory.len(), 4096);
+            Box::new(Arc::clone(&made))
+        });
+        mapping.attach(|_| Box::new(Arc::clone(&other)));
+        assert_eq!((Arc::strong_count(&made), Arc::strong_count(&other)), (2, 1));
+        drop(mapping);
+        assert_eq!(Arc::strong_count(&made), 1);
     }
 }

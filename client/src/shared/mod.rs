@@ -28,8 +28,8 @@ pub use mapping::Mapping;
 pub use opening::PREFACE;
 use slots::Slots;
 
-/// A region's bytes. Only pages that were written take memory.
-const REGION_BYTES: usize = 128 << 20;
+/// Bytes of a region if nobody said how many. Only pages that were written take memory.
+pub(crate) const SHARED_BYTES_DEFAULT: usize = 128 << 20;
 
 /// Tensors of a call that are worth it, together, and each of them, in bytes: below, a system call more does not cost
 /// what the detour does.
@@ -44,7 +44,8 @@ const PAUSE: Duration = Duration::from_secs(60);
 pub(crate) struct Memory {
     endpoint: Endpoint,
     patience: Duration,
-    is_wanted: bool,
+    /// Of a region; 0 where none is wanted.
+    bytes: usize,
     region: Mutex<Option<Arc<Region>>>,
     is_opening: AtomicBool,
     not_before: Mutex<Option<Instant>>,
@@ -118,11 +119,12 @@ impl Region {
 
 impl Memory {
     /// None yet. Getting some may take as long as `patience`.
-    pub(crate) fn new(endpoint: &Endpoint, is_wanted: bool, patience: Duration) -> Arc<Self> {
+    pub(crate) fn new(endpoint: &Endpoint, bytes: usize, patience: Duration) -> Arc<Self> {
         // Other sockets do not carry file descriptors, or lead to other machines.
-        let is_wanted = is_wanted && matches!(endpoint, Endpoint::Unix(_) | Endpoint::UnixAbstract(_));
+        let is_local = matches!(endpoint, Endpoint::Unix(_) | Endpoint::UnixAbstract(_));
+        let bytes = if is_local { bytes } else { 0 };
         let (region, is_opening, not_before) = Default::default();
-        Arc::new(Self { endpoint: endpoint.clone(), patience, is_wanted, region, is_opening, not_before })
+        Arc::new(Self { endpoint: endpoint.clone(), patience, bytes, region, is_opening, not_before })
     }
 
     fn region(&self) -> Option<Arc<Region>> {
@@ -133,7 +135,7 @@ impl Memory {
 
     /// Puts the tensors of a request into the region, if they are long and there is room.
     pub(crate) fn lend(self: &Arc<Self>, request: &RunRequest) -> Option<Lent> {
-        if !self.is_wanted {
+        if self.bytes == 0 {
             return None;
         }
         let mut request = request.clone();
@@ -197,7 +199,7 @@ impl Memory {
     }
 
     async fn open(&self) {
-        match tokio::time::timeout(self.patience, opening::open(&self.endpoint, REGION_BYTES)).await {
+        match tokio::time::timeout(self.patience, opening::open(&self.endpoint, self.bytes)).await {
             Ok(Ok(region)) => {
                 *self.region.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(region));
             }
@@ -212,7 +214,7 @@ impl Memory {
 
     /// Memory for so many bytes, in the region if there is one with room.
     pub(crate) async fn buffer(self: &Arc<Self>, bytes: usize) -> Buffer {
-        if self.is_wanted && bytes >= TENSOR_BYTES_MIN && self.region().is_none() && self.may_open() {
+        if self.bytes > 0 && bytes >= TENSOR_BYTES_MIN && self.region().is_none() && self.may_open() {
             self.open().await;
         }
         let slot = self.region().filter(|_| bytes >= TENSOR_BYTES_MIN).and_then(|region| region.take(bytes));

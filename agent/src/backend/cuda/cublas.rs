@@ -6,8 +6,9 @@ use std::ffi::{c_int, c_void};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::driver::{Context, Failure, Memory, Stream};
+use super::driver::{Context, Failure, Memory};
 use super::library::{Library, Sought, Wanted, functions};
+use super::stream::Stream;
 
 const CUBLAS: Wanted = Wanted { purpose: "cuBLAS", names: &["libcublas.so.13", "libcublas.so.12"] };
 

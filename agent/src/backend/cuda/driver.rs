@@ -23,18 +23,14 @@ const OUT_OF_MEMORY: c_int = 2;
 /// to `CUDA_ERROR_LAUNCH_FAILED`).
 const LASTING_MIN: c_int = 700;
 const LASTING_MAX: c_int = 719;
-/// `CU_STREAM_NON_BLOCKING`: not held up by the stream that other code of the process uses.
-const STREAM_NON_BLOCKING: c_uint = 1;
-/// `CU_EVENT_DISABLE_TIMING`: an event that only orders.
-const EVENT_DISABLE_TIMING: c_uint = 2;
-/// `CU_MEMHOSTALLOC_PORTABLE`: pinned for all contexts.
+/// `CU_MEMHOSTALLOC_PORTABLE` and `CU_MEMHOSTREGISTER_PORTABLE`: pinned for all contexts.
 const HOST_PORTABLE: c_uint = 1;
 /// `CU_STREAM_CAPTURE_MODE_RELAXED`.
 const CAPTURE_RELAXED: c_int = 2;
 /// `CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR` and `_MINOR`.
 const CAPABILITY: [c_int; 2] = [75, 76];
 
-type Raw = *mut c_void;
+pub(super) type Raw = *mut c_void;
 
 functions! {
     /// Entries of the driver.
@@ -55,6 +51,8 @@ functions! {
         memory_free = "cuMemFree_v2": (u64);
         host_alloc = "cuMemHostAlloc": (*mut Raw, usize, c_uint);
         host_free = "cuMemFreeHost": (Raw);
+        host_register = "cuMemHostRegister_v2": (Raw, usize, c_uint);
+        host_unregister = "cuMemHostUnregister": (Raw);
         copy_up = "cuMemcpyHtoDAsync_v2": (u64, *const c_void, usize, Raw);
         copy_down = "cuMemcpyDtoHAsync_v2": (Raw, u64, usize, Raw);
         stream_create = "cuStreamCreate": (*mut Raw, c_uint);
@@ -246,7 +244,7 @@ impl Context {
         Ok(functions)
     }
 
-    fn check(&self, call: &'static str, status: c_int) -> Result<(), Failure> {
+    pub(super) fn check(&self, call: &'static str, status: c_int) -> Result<(), Failure> {
         self.driver.check(call, status)
     }
 
@@ -326,6 +324,9 @@ pub(super) struct Pinned {
 // SAFETY: memory that nobody else has; borrows of it follow those of this owner.
 #[allow(unsafe_code, reason = "memory with one owner")]
 unsafe impl Send for Pinned {}
+// SAFETY: as above; who shares it can only read it.
+#[allow(unsafe_code, reason = "memory with one owner")]
+unsafe impl Sync for Pinned {}
 
 impl Pinned {
     #[allow(unsafe_code, reason = "a call of the driver")]
@@ -341,15 +342,20 @@ impl Pinned {
         Ok(Self { context: Arc::clone(context), address, bytes })
     }
 
+    /// Where it is.
+    pub(super) fn place(&self) -> NonNull<[u8]> {
+        NonNull::slice_from_raw_parts(self.address, self.bytes)
+    }
+
     #[allow(unsafe_code, reason = "memory with one owner")]
-    fn slice(&self) -> &[u8] {
+    pub(super) fn slice(&self) -> &[u8] {
         // SAFETY: the memory is that long, was initialised in `new`, and is written only through `slice_mut` or by a
         // copy that `Stream` has started and waited for before anybody can call this.
         unsafe { std::slice::from_raw_parts(self.address.as_ptr(), self.bytes) }
     }
 
     #[allow(unsafe_code, reason = "memory with one owner")]
-    fn slice_mut(&mut self) -> &mut [u8] {
+    pub(super) fn slice_mut(&mut self) -> &mut [u8] {
         // SAFETY: as above, and borrowed mutably.
         unsafe { std::slice::from_raw_parts_mut(self.address.as_ptr(), self.bytes) }
     }
@@ -365,169 +371,38 @@ impl Drop for Pinned {
     }
 }
 
-/// A stream with the pinned memory that goes up and down on it. What was started may be going on until
-/// [`wait`](Self::wait); the memory can be seen only when it is not.
-pub(super) struct Stream {
+/// Memory of somebody else's in this process that the device copies from and to by itself, for as long as this is.
+pub(super) struct Registered {
     context: Arc<Context>,
-    pub(super) raw: Raw,
-    event: Raw,
-    up: Pinned,
-    down: Pinned,
-    busy: bool,
-    /// Whether a copy reads or writes the memory that comes down.
-    down_busy: bool,
+    address: NonNull<u8>,
 }
 
-// SAFETY: handles that the driver lets any thread use, one at a time, and memory that belongs to them.
-#[allow(unsafe_code, reason = "handles of the driver")]
-unsafe impl Send for Stream {}
+// SAFETY: an address that is only given to the driver.
+#[allow(unsafe_code, reason = "an address for the driver")]
+unsafe impl Send for Registered {}
+// SAFETY: as above.
+#[allow(unsafe_code, reason = "an address for the driver")]
+unsafe impl Sync for Registered {}
 
-impl Stream {
-    /// A stream with so many pinned bytes for each direction.
-    #[allow(unsafe_code, reason = "calls of the driver")]
-    pub(super) fn new(context: &Arc<Context>, bytes: usize) -> Result<Self, Failure> {
-        let (up, down) = (Pinned::new(context, bytes)?, Pinned::new(context, bytes)?);
-        let (mut raw, mut event) = (std::ptr::null_mut(), std::ptr::null_mut());
-        let functions = context.enter()?;
-        // SAFETY: each call fills its handle; the stream is destroyed where the event cannot be made.
-        unsafe {
-            context.check("cuStreamCreate", (functions.stream_create)(&raw mut raw, STREAM_NON_BLOCKING))?;
-            let made = (functions.event_create)(&raw mut event, EVENT_DISABLE_TIMING);
-            context.check("cuEventCreate", made).inspect_err(|_| {
-                (functions.stream_destroy)(raw);
-            })?;
-        }
-        Ok(Self { context: Arc::clone(context), raw, event, up, down, busy: false, down_busy: false })
-    }
-
-    pub(super) fn context(&self) -> &Arc<Context> {
-        &self.context
-    }
-
-    /// Waits until all that was started is done.
+impl Registered {
+    /// Memory that stays mapped for as long as this is.
     #[allow(unsafe_code, reason = "a call of the driver")]
-    pub(super) fn wait(&mut self) -> Result<(), Failure> {
-        if !self.busy {
-            return Ok(());
-        }
-        // SAFETY: the stream is alive.
-        let waited = unsafe { (self.context.enter()?.stream_wait)(self.raw) };
-        self.context.check("cuStreamSynchronize", waited)?;
-        (self.busy, self.down_busy) = (false, false);
-        Ok(())
-    }
-
-    /// Fills the memory that goes up, once nothing reads it any more, and starts to copy all that was filled of it to
-    /// a place of the device's.
-    pub(super) fn upload(
-        &mut self,
-        to: &Memory,
-        offset: usize,
-        fill: impl FnOnce(&mut [u8]) -> usize,
-    ) -> Result<(), Failure> {
-        self.wait()?;
-        let bytes = fill(self.up.slice_mut());
-        self.start_up(to, offset, bytes, Way::Up)
-    }
-
-    /// The same with the memory that comes down afterwards, without waiting for what `upload` started.
-    pub(super) fn upload_result(
-        &mut self,
-        to: &Memory,
-        fill: impl FnOnce(&mut [u8]) -> usize,
-    ) -> Result<(), Failure> {
-        if self.down_busy {
-            self.wait()?;
-        }
-        let bytes = fill(self.down.slice_mut());
-        self.down_busy = true;
-        self.start_up(to, 0, bytes, Way::Down)
-    }
-
-    #[allow(unsafe_code, reason = "a call of the driver")]
-    fn start_up(&mut self, to: &Memory, offset: usize, bytes: usize, way: Way) -> Result<(), Failure> {
-        let from = match way {
-            Way::Up => &self.up,
-            Way::Down => &self.down,
-        };
-        assert!(
-            bytes <= from.bytes && offset.checked_add(bytes).is_some_and(|end| end <= to.bytes),
-            "it fits"
-        );
-        let functions = self.context.enter()?;
-        self.busy = true;
-        // SAFETY: both places are that long by the assertion. The pinned memory is the stream's own and not seen until
-        // `wait`; the device's is kept by the caller until it has waited (see `Memory`).
-        let started = unsafe {
-            (functions.copy_up)(to.address + offset as u64, from.address.as_ptr().cast(), bytes, self.raw)
-        };
-        self.context.check("cuMemcpyHtoDAsync", started)
-    }
-
-    /// Starts to copy the first bytes of a place of the device's down.
-    #[allow(unsafe_code, reason = "a call of the driver")]
-    pub(super) fn download(&mut self, from: &Memory, offset: usize, bytes: usize) -> Result<(), Failure> {
-        assert!(
-            bytes <= self.down.bytes && offset.checked_add(bytes).is_some_and(|end| end <= from.bytes),
-            "it fits"
-        );
-        let functions = self.context.enter()?;
-        (self.busy, self.down_busy) = (true, true);
-        // SAFETY: as for `start_up`.
-        let started = unsafe {
-            (functions.copy_down)(
-                self.down.address.as_ptr().cast(),
-                from.address + offset as u64,
-                bytes,
-                self.raw,
-            )
-        };
-        self.context.check("cuMemcpyDtoHAsync", started)
-    }
-
-    /// What came down, once all is done.
-    pub(super) fn downloaded(&mut self) -> Result<&[u8], Failure> {
-        self.wait()?;
-        Ok(self.down.slice())
-    }
-
-    /// Lets what is started here from now on happen after all that was started on the other.
-    #[allow(unsafe_code, reason = "calls of the driver")]
-    pub(super) fn follow(&mut self, other: &mut Self) -> Result<(), Failure> {
-        let functions = self.context.enter()?;
-        (self.busy, other.busy) = (true, true);
-        // SAFETY: the handles are alive; the event is the other stream's own, and recorded again only by its next call
-        // of this, which does not change what was waited for.
-        unsafe {
-            self.context.check("cuEventRecord", (functions.event_record)(other.event, other.raw))?;
-            self.context.check("cuStreamWaitEvent", (functions.stream_after)(self.raw, other.event, 0))
-        }
-    }
-
-    /// Notes that another library started something on the stream.
-    pub(super) fn started(&mut self) {
-        self.busy = true;
+    pub(super) fn new(context: &Arc<Context>, memory: NonNull<[u8]>) -> Result<Self, Failure> {
+        let address = memory.cast::<u8>();
+        // SAFETY: the driver looks up the pages at these addresses and answers with an error where there are none.
+        let made =
+            unsafe { (context.enter()?.host_register)(address.as_ptr().cast(), memory.len(), HOST_PORTABLE) };
+        context.check("cuMemHostRegister", made)?;
+        Ok(Self { context: Arc::clone(context), address })
     }
 }
 
-/// Which of a stream's memories.
-#[derive(Clone, Copy)]
-enum Way {
-    Up,
-    Down,
-}
-
-impl Drop for Stream {
-    #[allow(unsafe_code, reason = "calls of the driver")]
+impl Drop for Registered {
+    #[allow(unsafe_code, reason = "a call of the driver")]
     fn drop(&mut self) {
-        // A device that fails here has failed for good, and touches nothing any more.
-        let _ = self.wait();
         if let Ok(functions) = self.context.enter() {
-            // SAFETY: made in `new`, destroyed here alone.
-            unsafe {
-                (functions.event_destroy)(self.event);
-                (functions.stream_destroy)(self.raw);
-            }
+            // SAFETY: registered in `new`, and ended here alone, when no stream copies from or to it any more.
+            unsafe { (functions.host_unregister)(self.address.as_ptr().cast()) };
         }
     }
 }

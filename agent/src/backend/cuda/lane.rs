@@ -1,12 +1,15 @@
-//! Tensors of models on their way to a device and back, through pinned memory that all models of the device share.
+//! Tensors of models on their way to a device and back, through pinned memory that all models of the device share, or
+//! from where their callers produced them, if that is memory that the device reaches.
 
+use std::ptr::NonNull;
 use std::sync::Arc;
 
 use vaccel_proto::Error;
 
-use super::driver::{Context, Failure, Memory, Stream};
+use super::driver::{Context, Failure, Memory};
 use super::memory::Charge;
 use super::product::STAGE_BYTES;
+use super::stream::Stream;
 use super::{Cuda, Device, turn};
 use crate::quota::Account;
 
@@ -59,6 +62,10 @@ impl Cuda {
         self.with_lane(device, |lane| {
             for (bytes, to) in parts {
                 assert!(bytes.len() <= to.bytes, "it fits");
+                if let Some(held) = self.held(device, NonNull::from(*bytes)) {
+                    lane.upload_from(&to.memory, 0, held)?;
+                    continue;
+                }
                 for (index, part) in bytes.chunks(STAGE_BYTES).enumerate() {
                     lane.upload(&to.memory, index * STAGE_BYTES, |stage| {
                         stage[..part.len()].copy_from_slice(part);

@@ -1,7 +1,8 @@
 //! NVIDIA devices: found when the agent runs, and used when somebody asks for one.
 //!
 //! `library` looks for files and tells where it looked, `driver`, `cublas` and `nvml` are what each of them does,
-//! `product` multiplies, `lane` carries tensors of models, `toolkit` is what ONNX Runtime needs, `memory` counts.
+//! `stream` copies, `pins` lets devices reach shared memory, `product` multiplies, `lane` carries tensors of models,
+//! `toolkit` is what ONNX Runtime needs, `memory` counts.
 //! Nothing of CUDA is needed to build the agent, and a host without it has the agent it always had. A device that was
 //! asked for and cannot be had is an error: to guests it says which library is missing, to the host's operator also
 //! where it was looked for (`vaccel-agent self-test --gpu`).
@@ -12,15 +13,17 @@ mod lane;
 mod library;
 mod memory;
 mod nvml;
+mod pins;
 mod product;
+mod stream;
 #[cfg(test)]
 mod tests;
 mod toolkit;
 
 use std::path::PathBuf;
+use std::ptr::NonNull;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
-use std::time::Duration;
 
 use vaccel_proto::compute::Layout;
 use vaccel_proto::{Error, Reason};
@@ -28,18 +31,22 @@ use vaccel_proto::{Error, Reason};
 use crate::backend::blas::Factor;
 use crate::config::DeviceConfig;
 use crate::scheduler::Cancel;
+use crate::shared::Mapping;
 
 pub(crate) use driver::Description;
 pub(crate) use lane::Buffer;
 pub(crate) use library::Sought;
 pub(crate) use memory::{Charge, Ledger};
 pub(crate) use nvml::Figures;
-pub(crate) use product::{Asked, Factors, ROW_NUMBERS_MAX};
+pub(crate) use product::{Alone, Asked, Factors, ROW_NUMBERS_MAX, Sum};
+pub(crate) use stream::Held;
 
 use cublas::Cublas;
-use driver::{Context, Driver, Failure, Stream};
+use driver::{Context, Driver, Failure};
 use nvml::Nvml;
+use pins::Pins;
 use product::Bench;
+use stream::Stream;
 use toolkit::Toolkit;
 
 /// Products at the same time on one device: one computes while another's first rows are on their way. Each has
@@ -58,6 +65,7 @@ pub(crate) struct Cuda {
     cublas: OnceLock<(Result<Arc<Cublas>, String>, Sought)>,
     nvml: OnceLock<(Result<Nvml, String>, Sought)>,
     toolkit: OnceLock<Toolkit>,
+    pins: Pins,
 }
 
 impl std::fmt::Debug for Cuda {
@@ -152,7 +160,18 @@ impl Cuda {
             cublas: OnceLock::new(),
             nvml: OnceLock::new(),
             toolkit: OnceLock::new(),
+            pins: Pins::default(),
         }
+    }
+
+    /// Lets devices reach memory that the agent shares.
+    pub(crate) fn offer(&self, memory: &Arc<Mapping>) {
+        self.pins.offer(memory);
+    }
+
+    /// A place of the host's memory, if a device reaches it by itself: if it was [offered](Self::offer).
+    pub(crate) fn held(&self, device: &Device, place: NonNull<[u8]>) -> Option<Held> {
+        self.pins.held(self.context(device).ok()?, place)
     }
 
     /// All devices, the first is what `cuda` means.
@@ -271,13 +290,13 @@ impl Cuda {
         opened.as_ref().map_err(String::as_str)
     }
 
-    /// How long a product of square matrices takes on a device, without the way there and back.
+    /// What a product of square matrices takes on a device without the agent.
     ///
     /// # Errors
     /// `DISABLED` for a device that cannot multiply, `QUOTA_EXCEEDED`, `BACKEND_FAILED`.
-    pub(crate) fn resident(&self, device: &Device, side: usize) -> Result<Duration, Error> {
+    pub(crate) fn alone(&self, device: &Device, side: usize) -> Result<Alone, Error> {
         let opened = self.open_for_products(device)?;
-        opened.with_bench(device, |bench| bench.resident(side, &device.ledger))
+        opened.with_bench(device, |bench| bench.alone(side, &device.ledger))
     }
 
     fn open_for_products<'a>(&self, device: &'a Device) -> Result<&'a Opened, Error> {
@@ -299,7 +318,7 @@ impl Cuda {
     pub(crate) fn multiply(
         &self,
         device: &Device,
-        sum: &mut [f32],
+        sum: Sum<'_>,
         factors: &Factors<'_>,
         asked: &Asked<'_>,
     ) -> Result<(), Error> {
@@ -314,7 +333,7 @@ impl Cuda {
             if asked.cancel.is_set() {
                 return Err(Error::new(Reason::Cancelled, "nobody waits for the product"));
             }
-            bench.multiply(sum, factors, asked, &device.ledger)
+            bench.multiply(sum, factors, asked, &device.ledger, &self.pins)
         })
     }
 }
@@ -370,7 +389,9 @@ fn check(bench: &mut Bench, ledger: &Arc<Ledger>) -> Result<(), String> {
     let mut found = vec![f32::NAN; SIDE * SIDE];
     let gather = |part: Factor<'_>, stage: &mut [f32]| stage.copy_from_slice(&part.numbers[..stage.len()]);
     let asked = Asked { account: None, gather: &gather, cancel: &Cancel::default() };
-    bench.multiply(&mut found, &factors, &asked, ledger).map_err(|error| told(&error))?;
+    bench
+        .multiply(Sum::Here(&mut found), &factors, &asked, ledger, &Pins::default())
+        .map_err(|error| told(&error))?;
     for (index, found) in found.iter().enumerate() {
         let (row, column) = (index / SIDE, index % SIDE);
         let terms = (0..SIDE).map(|depth| a[row * SIDE + depth] * b[depth * SIDE + column]);

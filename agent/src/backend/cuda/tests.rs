@@ -80,7 +80,7 @@ impl Case {
         let count = self.sizes[0] * self.sizes[1];
         let mut sum = if self.beta == 0.0 { vec![f32::NAN; count] } else { numbers(count, BEFORE) };
         let asked = Asked { account: Some(account), gather: &copy, cancel };
-        cuda.multiply(cuda.device("cuda:0")?, &mut sum, &self.factors(), &asked)?;
+        cuda.multiply(cuda.device("cuda:0")?, Sum::Here(&mut sum), &self.factors(), &asked)?;
         Ok(sum)
     }
 }
@@ -144,28 +144,121 @@ fn products_of_several_threads_take_turns() {
     assert!(free <= BENCHES as u64 * Bench::BYTES, "what the benches have for good, and no more");
 }
 
+/// What was made on the driver in a folder and not given back. It is the file that the agent has loaded: a process has
+/// it once.
+struct Open(libloading::Library);
+
+impl Open {
+    #[allow(unsafe_code, reason = "what the driver counts")]
+    fn of(folder: &Path) -> Self {
+        // SAFETY: the library is the one of `cuda.c`.
+        Self(unsafe { libloading::Library::new(folder.join("libcuda.so.1")) }.expect("loaded"))
+    }
+
+    #[allow(unsafe_code, reason = "what the driver counts")]
+    fn count(&self) -> i32 {
+        // SAFETY: the function takes nothing and returns an int.
+        unsafe { self.0.get::<unsafe extern "C" fn() -> i32>(b"fake_open").expect("there")() }
+    }
+}
+
+/// Memory as callers share it with the agent.
+fn mapping(bytes: usize) -> Arc<Mapping> {
+    let file = tempfile::tempfile().expect("a file");
+    file.set_len(bytes as u64).expect("long enough");
+    Mapping::new(&file, bytes).expect("mapped")
+}
+
+#[test]
+fn matrices_in_shared_memory_pass_through_no_stage() {
+    // A panel more than both streams have, the last one shorter.
+    const ROWS: usize = 5;
+    const DEPTH: usize = 3;
+    const WIDE: usize = ROW_NUMBERS_MAX / 2 + 1;
+    for (settings, is_reached) in [(&[][..], true), (&["-DNO_REGISTERING"], false)] {
+        let folder = tempfile::tempdir().expect("a folder");
+        let cuda = cuda(folder.path(), settings, None);
+        assert_eq!(cuda.missing(), Vec::<String>::new());
+        let open = Open::of(folder.path());
+        let before = open.count();
+        let memory = mapping(1 << 28);
+        cuda.offer(&memory);
+        cuda.offer(&memory);
+        let (a, b) = (numbers(ROWS * DEPTH, 7), numbers(DEPTH * WIDE, 5));
+        let [a_at, b_at, sum_at] = [64, 1 << 16, 1 << 27];
+        assert!(memory.write(a_at, bytemuck::cast_slice(&a)) && memory.write(b_at, bytemuck::cast_slice(&b)));
+        let part = |at: usize, numbers: usize| memory.view(at..at + 4 * numbers).expect("within");
+        let (a_there, b_there) = (part(a_at, a.len()), part(b_at, b.len()));
+        let factor = |bytes, rows, columns| Factor {
+            numbers: bytemuck::cast_slice::<u8, f32>(bytes),
+            layout: Layout::dense(rows, columns),
+        };
+        let factors = Factors {
+            a: factor(&a_there, ROWS, DEPTH),
+            b: factor(&b_there, DEPTH, WIDE),
+            alpha: 1.0,
+            beta: 0.0,
+        };
+        let device = cuda.device("cuda:0").expect("there");
+        let place = memory.pointer(&(sum_at..sum_at + 4 * ROWS * WIDE)).expect("within");
+        let held = cuda.held(device, place);
+        assert_eq!(held.is_some(), is_reached);
+        let (tenant, cancel) = (account(u64::MAX), Cancel::default());
+        let unused = |_: Factor<'_>, _: &mut [f32]| panic!("nothing is staged");
+        let gather: product::Gather<'_> = if is_reached { &unused } else { &copy };
+        let asked = Asked { account: Some(&tenant), gather, cancel: &cancel };
+        let mut own = vec![f32::NAN; ROWS * WIDE];
+        let sum = held.map_or(Sum::Here(&mut own), Sum::There);
+        cuda.multiply(device, sum, &factors, &asked).expect("computed");
+        let there = part(sum_at, ROWS * WIDE);
+        let found: &[f32] = if is_reached { bytemuck::cast_slice(&there) } else { &own };
+        for index in (0..ROWS * WIDE).step_by(1 << 10).chain([ROWS * WIDE - 1]) {
+            let (row, column) = (index / WIDE, index % WIDE);
+            let terms = (0..DEPTH).map(|depth| a[row * DEPTH + depth] * b[depth * WIDE + column]);
+            assert_eq!(found[index], terms.sum::<f32>(), "row {row}, column {column}");
+        }
+        assert_eq!(open.count() - before, i32::from(is_reached), "one pin");
+        drop((memory, a_there, b_there, there));
+        assert_eq!(open.count(), before, "it ends with the memory");
+    }
+}
+
+#[test]
+fn only_what_was_offered_is_reached_and_nothing_beyond_its_end() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cuda = cuda(folder.path(), &[], None);
+    let device = cuda.device("cuda:0").expect("there");
+    let (memory, other) = (mapping(1 << 16), mapping(1 << 16));
+    let whole = |memory: &Mapping| memory.pointer(&(0..memory.bytes())).expect("all of it");
+    assert!(cuda.held(device, whole(&memory)).is_none());
+    cuda.offer(&memory);
+    assert_eq!(cuda.held(device, whole(&memory)).expect("offered").bytes(), 1 << 16);
+    assert!(cuda.held(device, whole(&other)).is_none());
+    let beyond = NonNull::slice_from_raw_parts(whole(&memory).cast::<u8>(), (1 << 16) + 1);
+    assert!(cuda.held(device, beyond).is_none());
+    assert!(cuda.held(device, NonNull::from(&[0_u8; 8][..])).is_none());
+    // What is held keeps the memory, whoever else lets it go.
+    let open = Open::of(folder.path());
+    let pinned = open.count();
+    let held = cuda.held(device, whole(&memory));
+    drop(memory);
+    assert_eq!(open.count(), pinned);
+    drop(held);
+    assert_eq!(open.count(), pinned - 1);
+}
+
 #[test]
 fn nothing_stays_on_the_device_when_its_owner_goes() {
     let folder = tempfile::tempdir().expect("a folder");
     let cuda = cuda(folder.path(), &[], None);
     let account = account(u64::MAX);
-    // The same file as the agent has loaded: a process has it once.
-    let library = folder.path().join("libcuda.so.1");
-    #[allow(unsafe_code, reason = "what the driver counts")]
-    // SAFETY: the library is the one of `cuda.c`, where the function takes nothing and returns an int.
-    let open = || unsafe {
-        let library = libloading::Library::new(&library).expect("loaded");
-        library.get::<unsafe extern "C" fn() -> i32>(b"fake_open").expect("there")()
-    };
-    #[allow(unsafe_code, reason = "keeps what it counts")]
-    // SAFETY: as above.
-    let _loaded = unsafe { libloading::Library::new(&library) }.expect("loaded");
+    let open = Open::of(folder.path());
     for beta in [0.0, 1.0] {
         Case::new([9, 8, 7], beta).run(&cuda, &account, &Cancel::default()).expect("computed");
     }
-    assert!(open() > 0);
+    assert!(open.count() > 0);
     drop(cuda);
-    assert_eq!(open(), 0);
+    assert_eq!(open.count(), 0);
 }
 
 #[test]

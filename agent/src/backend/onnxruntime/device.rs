@@ -34,6 +34,7 @@ use super::super::{Port, Program, check_reply};
 use super::{failed, from_ort, misfit};
 use crate::quota::Account;
 use crate::scheduler::{Cancel, Runner};
+use crate::shared::Mapping;
 
 /// Places of one model, free and in use: combinations of shapes, twice where two calls have the same.
 const PLACES_MAX: usize = 8;
@@ -448,6 +449,11 @@ impl Program for DeviceProgram {
 
     fn device_bytes(&self) -> u64 {
         self.place.bytes
+    }
+
+    fn takes_from(&self, memory: &Arc<Mapping>) -> bool {
+        self.place.cuda.offer(memory);
+        true
     }
 }
 

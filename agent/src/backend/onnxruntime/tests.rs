@@ -12,6 +12,7 @@ use super::*;
 use crate::config::{Config, DeviceConfig, EngineConfig, Settings, TenantLimits};
 use crate::identity::Tenant;
 use crate::quota::{Accounts, Unit};
+use crate::shared::Mapping;
 
 #[allow(dead_code, unreachable_pub, clippy::unwrap_used, reason = "shared with other tests")]
 #[path = "../../../tests/it/support/onnx.rs"]
@@ -93,6 +94,24 @@ fn every_run_has_its_own_numbers_at_places_that_stay() {
     assert_eq!(ledger.used(), CHARGE + 2 * (1 + 3 + 2) * 8);
     drop(program);
     assert_eq!(ledger.used(), 0, "all given back");
+}
+
+#[test]
+fn what_callers_share_goes_up_from_where_it_is() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cuda = cuda(folder.path(), None);
+    let program = program(&cuda, onnx::add()).expect("loaded");
+    let file = tempfile::tempfile().expect("a file");
+    file.set_len(4096).expect("long enough");
+    let memory = Mapping::new(&file, 4096).expect("mapped");
+    assert!(program.takes_from(&memory));
+    for first in [1.0_f32, 7.0, -3.0] {
+        assert!(memory.write(64, bytemuck::cast_slice(&[first, first, first, first])));
+        let data = memory.view(64..80).expect("within");
+        assert!(cuda.held(&cuda.devices()[0], std::ptr::NonNull::from(&*data)).is_some());
+        let outputs = run(&program, vec![Tensor::from_bytes(DType::F32, &[2, 2], data)]).expect("ran");
+        assert_eq!(numbers(&outputs[0]), [first + 1.0, first + 2.0].repeat(2));
+    }
 }
 
 #[test]

@@ -126,7 +126,9 @@ impl super::Caller for Single {
 }
 
 async fn connect(address: &str, way: Way) -> Result<Client, Failure> {
-    Ok(Client::builder(address.parse()?).shares_memory(way != Way::Socket).connect().await?)
+    let builder = Client::builder(address.parse()?);
+    let builder = if way == Way::Socket { builder.shared_bytes(0) } else { builder };
+    Ok(builder.connect().await?)
 }
 
 /// Callers that are tasks of one runtime of as many threads as there are cores, and share a client.
