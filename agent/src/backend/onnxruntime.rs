@@ -29,7 +29,7 @@ use super::cuda::{Cuda, Device};
 use super::{CPU, Engine, ModelFile, ONNXRUNTIME, Program, check_reply, rejected};
 use crate::quota::Account;
 use crate::scheduler::{Cancel, Runner};
-use device::{DeviceProgram, Where};
+use device::{DeviceProgram, Load, Loaded, Where};
 
 /// Folders where packages put shared libraries.
 const USUAL_FOLDERS: &[&str] = &[
@@ -142,6 +142,7 @@ fn version(path: &Path) -> String {
 }
 
 /// The engine: the library and how it is used.
+#[derive(Clone)]
 pub(super) struct OnnxRuntime {
     library: Library,
     share: Share,
@@ -232,21 +233,27 @@ impl OnnxRuntime {
             );
         }
         let bytes = workspace_bytes.saturating_add(model.bytes.len() as u64);
-        let charge = device.ledger.charge(account, bytes)?;
-        let has_graphs = device::fits_a_graph(&model.operators);
-        let builder = self.on_cuda(cuda, device, bytes, has_graphs)?;
-        let session = device.engine(false, || commit(builder, &model.bytes, cancel)).map_err(|error| {
-            rejected(&format!("ONNX Runtime on device {name} (nothing of it may run on another one)"), error)
-        })?;
-        let place = Where {
-            cuda: Arc::clone(cuda),
-            device: device.index(),
-            account: account.cloned(),
-            bytes,
-            memory: AllocationDevice::CUDA,
-            has_graphs,
+        let (engine, place) = (self.clone(), (Arc::clone(cuda), device.index(), account.cloned()));
+        let (file, name) = (model.bytes.clone(), name.to_owned());
+        let load = move |has_graphs: bool, cancel: &Cancel| {
+            let (cuda, device, account) = (&place.0, &place.0.devices()[place.1], place.2.as_ref());
+            let charge = device.ledger.charge(account, bytes)?;
+            let builder = engine.on_cuda(cuda, device, bytes, has_graphs)?;
+            let _together = Device::together();
+            let session = commit(builder, &file, cancel).map_err(|error| {
+                rejected(
+                    &format!("ONNX Runtime on device {name} (nothing of it may run on another one)"),
+                    error,
+                )
+            })?;
+            Ok::<_, Error>(Loaded { session, charge })
         };
-        let program = DeviceProgram::new(session, place, charge, [&model.inputs, &model.outputs])?;
+        let first = load(false, cancel)?;
+        let again: Load = Arc::new(move |cancel| load(true, cancel));
+        let again = device::fits_a_graph(&model.operators).then_some(again);
+        let (cuda, device, account) = (Arc::clone(cuda), device.index(), account.cloned());
+        let place = Where { cuda, device, account, bytes, memory: AllocationDevice::CUDA };
+        let program = DeviceProgram::new(first, place, again, [&model.inputs, &model.outputs])?;
         Ok(Arc::new(program))
     }
 

@@ -34,7 +34,8 @@ pub(super) struct Amounts {
     pub(super) time: Duration,
     cpu_sides: &'static [usize],
     device_sides: &'static [usize],
-    pub(super) batches: &'static [usize],
+    pub(super) cpu_batches: &'static [usize],
+    pub(super) device_batches: &'static [usize],
     pub(super) networks: &'static [Measured],
 }
 
@@ -45,7 +46,8 @@ const WHOLE: Amounts = Amounts {
     time: Duration::from_secs(2),
     cpu_sides: &[1024, 2048],
     device_sides: &[2048, 8192],
-    batches: &[1, 8, 32],
+    cpu_batches: &[1, 8],
+    device_batches: &[1, 8, 32],
     networks: &[MOBILENET, RESNET],
 };
 
@@ -53,7 +55,8 @@ const QUICK: Amounts = Amounts {
     time: Duration::from_millis(100),
     cpu_sides: &[256],
     device_sides: &[256],
-    batches: &[1, 2],
+    cpu_batches: &[1, 2],
+    device_batches: &[1, 2],
     networks: &[MOBILENET],
 };
 
@@ -90,7 +93,9 @@ async fn with_agent(
     }
     record.engines = engines(direct);
     for client in &clients {
-        record.empty_calls.push(empty_call(client, amounts).await?);
+        let call = empty_call(client, amounts).await?;
+        tracing::info!(?call, "measured");
+        record.empty_calls.push(call);
     }
     record.transfers.push(in_memory(amounts));
     let mut devices = vec![CPU.to_owned()];
@@ -141,7 +146,10 @@ async fn on_device(
     }
     for side in if device == CPU { amounts.cpu_sides } else { amounts.device_sides } {
         let session = open(client, "", device).await?;
-        record.sgemm.push(product(direct, client, &session, device, *side, amounts).await?);
+        let product = product(direct, client, &session, device, *side, amounts).await?;
+        session.close().await?;
+        tracing::info!(?product, "measured");
+        record.sgemm.push(product);
     }
     if device != CPU {
         record.checks.push(containment(&config.engines, device)?);

@@ -165,12 +165,20 @@ struct Model {
     unix_ms: f64,
     unix_added_us: f64,
     unix_to_direct: f64,
-    /// The same with images that lie in memory that client and agent share.
-    shared_ms: f64,
-    shared_added_us: f64,
-    shared_to_direct: f64,
+    /// Of that, by the agent's clock, while the call waited for its turn, and while it ran.
+    queue_us: f64,
+    run_us: f64,
+    /// The same with images that lie in memory that client and agent share, on devices.
+    shared: Option<Shared>,
     /// The largest difference to the first engine's numbers, to the largest of them; none for that engine.
     max_error: Option<f64>,
+}
+
+#[derive(Debug, Serialize)]
+struct Shared {
+    ms: f64,
+    added_us: f64,
+    to_direct: f64,
 }
 
 /// Calls of one image by several callers at a time.

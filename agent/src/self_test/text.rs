@@ -85,7 +85,10 @@ fn figures(out: &mut String, record: &Record) -> fmt::Result {
         let title = format!("{} {} {}, batch {}", one.network, one.engine, one.device, one.batch);
         let error = one.max_error.map_or("-".into(), |error| format!("{error:.1e}"));
         write!(out, "{title:<40}{:>10.2}{:>10.2}{:>10.0}", one.direct_ms, one.unix_ms, one.unix_added_us)?;
-        write!(out, "{:>10.2}{:>10.0}", one.shared_ms, one.shared_added_us)?;
+        match &one.shared {
+            Some(shared) => write!(out, "{:>10.2}{:>10.0}", shared.ms, shared.added_us)?,
+            None => write!(out, "{:>10}{:>10}", "-", "-")?,
+        }
         writeln!(out, "{:>10.1}{error:>12}", one.images_per_s)?;
     }
     for one in &record.batching {

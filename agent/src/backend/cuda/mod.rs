@@ -23,7 +23,9 @@ mod toolkit;
 use std::path::PathBuf;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::sync::{
+    Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError,
+};
 
 use vaccel_proto::compute::Layout;
 use vaccel_proto::{Error, Reason};
@@ -84,9 +86,10 @@ pub(crate) struct Device {
     opened: OnceLock<Result<Opened, String>>,
     lanes: [Mutex<Option<Stream>>; lane::LANES],
     turn: AtomicUsize,
-    /// Held alone by whoever captures a graph.
-    capture: RwLock<()>,
 }
+
+/// Held alone by whoever captures a graph.
+static CAPTURE: RwLock<()> = RwLock::new(());
 
 impl Device {
     fn new(index: usize, description: Description, config: &DeviceConfig) -> Self {
@@ -94,8 +97,8 @@ impl Device {
         let limit = config.bytes_max.unwrap_or(description.bytes / 10 * 9).min(description.bytes);
         let ledger = Ledger::new(&description.name, limit);
         let (context, opened) = (OnceLock::new(), OnceLock::new());
-        let (lanes, turn, capture) = (Default::default(), AtomicUsize::new(0), RwLock::default());
-        Self { description, index, ledger, context, opened, lanes, turn, capture }
+        let (lanes, turn) = (Default::default(), AtomicUsize::new(0));
+        Self { description, index, ledger, context, opened, lanes, turn }
     }
 }
 
@@ -105,15 +108,19 @@ impl Device {
         self.index
     }
 
-    /// Runs an engine's work on the device. An engine takes memory when it wants, which another one's capture of a
-    /// graph does not bear: whoever captures is alone.
-    pub(crate) fn engine<T>(&self, captures: bool, work: impl FnOnce() -> T) -> T {
-        if captures {
-            let _alone = self.capture.write().unwrap_or_else(PoisonError::into_inner);
-            return work();
+    /// Lets an engine work on devices. An engine takes memory when it wants, which a capture of a graph anywhere in the
+    /// process does not bear: whoever captures is alone.
+    pub(crate) fn together() -> RwLockReadGuard<'static, ()> {
+        CAPTURE.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets nobody else work on devices; none while somebody does.
+    pub(crate) fn alone() -> Option<RwLockWriteGuard<'static, ()>> {
+        match CAPTURE.try_write() {
+            Ok(alone) => Some(alone),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
         }
-        let _together = self.capture.read().unwrap_or_else(PoisonError::into_inner);
-        work()
     }
 }
 

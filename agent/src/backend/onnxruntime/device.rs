@@ -10,34 +10,38 @@
 //! A call's inputs have a [`Place`]: memory of the device for each tensor, which stays where it is, so that a graph can
 //! be launched again. The first run of a combination of shapes has its outputs come to the host as they are, and tells
 //! how large they are; from the second on they have memory of their own. With runs of two calls at a time one is
-//! carried while the other computes.
+//! carried while the other computes. Graphs are for shapes that have a [session of their own](sessions).
 //!
 //! Nothing here falls back to the processor: a model with an operator that the device lacks is refused.
 
+mod binding;
+mod sessions;
+
 use std::collections::BTreeSet;
-use std::ffi::CString;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
 
 use bytes::Bytes;
-use ort::AsPointer;
-use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
+use ort::memory::AllocationDevice;
 use ort::session::{IoBinding, RunOptions, Session};
-use ort::value::{Shape, TensorRefMut};
 use vaccel_proto::v1::{DType, Tensor};
 use vaccel_proto::{Error, Reason};
 
-use super::super::cuda::{Buffer, Charge, Cuda, Device};
+use super::super::cuda::{Buffer, Cuda, Device};
 use super::super::{Port, Program, check_reply};
 use super::{failed, from_ort, misfit};
 use crate::quota::Account;
 use crate::scheduler::{Cancel, Runner};
 use crate::shared::Mapping;
+use binding::{At, Bind, bind_to_host, with_tensor};
+use sessions::{SessionThread, Sessions};
 
-/// Places of one model, free and in use: combinations of shapes, twice where two calls have the same.
-const PLACES_MAX: usize = 8;
+#[cfg(test)]
+pub(super) use sessions::RUNS_MIN;
+pub(super) use sessions::{Load, Loaded};
+
+/// Combinations of shapes that have places, and those that have sessions of their own. Two calls may have the same
+/// shapes, each with its place.
+const SHAPES_MAX: usize = 8;
 
 /// Calls of one model at the same time: one is carried while the other computes.
 const PARALLEL_RUNS: usize = 2;
@@ -78,8 +82,6 @@ pub(super) struct Where {
     pub(super) bytes: u64,
     /// What the library takes the device's addresses for.
     pub(super) memory: AllocationDevice<'static>,
-    /// Whether runs are captured and launched as graphs.
-    pub(super) has_graphs: bool,
 }
 
 impl Where {
@@ -94,8 +96,8 @@ pub(super) struct DeviceProgram {
     inputs: Vec<String>,
     outputs: Vec<String>,
     places: Mutex<Places>,
-    // After the places: their bindings are the session's.
-    session: SessionThread,
+    // After the places: their bindings are the sessions'.
+    sessions: Sessions,
 }
 
 #[derive(Default)]
@@ -106,6 +108,7 @@ struct Places {
     graphs: u64,
 }
 
+/// Types and shapes of inputs.
 type Signature = Vec<(DType, Vec<i64>)>;
 
 /// Where the tensors of one call are.
@@ -117,9 +120,21 @@ struct Place {
     /// Whether outputs were found to be of other sizes than before.
     varies: bool,
     binding: IoBinding,
-    graph: u64,
-    /// Runs with outputs at fixed places; the first is without a graph.
-    fixed_runs: u64,
+    /// Its number, where the session is of these shapes alone.
+    graph: Option<u64>,
+    /// How far the graph is.
+    stage: Stage,
+    // After the binding, which is the session's.
+    session: Arc<SessionThread>,
+}
+
+/// What a place's next run does for its graph.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// It lets the library take what memory it needs.
+    WarmUp,
+    Capture,
+    Launch,
 }
 
 /// An output at its place.
@@ -143,67 +158,16 @@ enum Outcome {
     There,
 }
 
-/// The thread that a session runs on, and ends on.
-struct SessionThread {
-    /// None once it is to end.
-    works: Option<SyncSender<Work>>,
-    thread: Option<JoinHandle<()>>,
-}
-
-type Work = Box<dyn FnOnce(&mut Session) + Send>;
-
-impl SessionThread {
-    /// `charge` is what the session has of the device; it is given back when that is free.
-    fn start(session: Session, cuda: Arc<Cuda>, device: usize, charge: Charge) -> Result<Self, Error> {
-        // One that runs and one that is next.
-        let (works, queue) = sync_channel::<Work>(PARALLEL_RUNS);
-        let run = move || {
-            let mut session = session;
-            for work in queue {
-                // Whoever waits sees that no answer comes.
-                let _ = catch_unwind(AssertUnwindSafe(|| work(&mut session)));
-            }
-            cuda.devices()[device].engine(false, || drop(session));
-            drop(charge);
-        };
-        let spawned = std::thread::Builder::new().name("device-model".into()).spawn(run);
-        let thread = spawned.map_err(|error| {
-            Error::new(Reason::BackendFailed, "no thread for a model on a device")
-                .caused_by(error.to_string())
-        })?;
-        Ok(Self { works: Some(works), thread: Some(thread) })
-    }
-
-    fn run<T: Send + 'static>(
-        &self,
-        work: impl FnOnce(&mut Session) -> T + Send + 'static,
-    ) -> Result<T, Error> {
-        let (reply, answer) = sync_channel(1);
-        let work = Box::new(move |session: &mut Session| {
-            let _ = reply.send(work(session));
-        });
-        let gone = || Error::new(Reason::BackendFailed, "ONNX Runtime failed while running the model");
-        self.works.as_ref().ok_or_else(gone)?.send(work).map_err(|_| gone())?;
-        answer.recv().map_err(|_| gone())
-    }
-}
-
-impl Drop for SessionThread {
-    fn drop(&mut self) {
-        drop(self.works.take());
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
 impl DeviceProgram {
+    /// `again` loads the model once more, for shapes that are worth a graph; there is none where runs of the same shapes
+    /// may launch different kernels.
+    ///
     /// # Errors
     /// `MODEL_REJECTED` for tensors that cannot be on a device.
     pub(super) fn new(
-        session: Session,
+        session: Loaded,
         place: Where,
-        charge: Charge,
+        again: Option<Load>,
         [inputs, outputs]: [&[Port]; 2],
     ) -> Result<Self, Error> {
         if let Some(port) = inputs.iter().chain(outputs).find(|port| port.dtype == DType::Bytes) {
@@ -214,9 +178,9 @@ impl DeviceProgram {
             return Err(Error::new(Reason::ModelRejected, message));
         }
         let names = |ports: &[Port]| ports.iter().map(|port| port.name.clone()).collect();
-        let (inputs, outputs) = (names(inputs), names(outputs));
-        let session = SessionThread::start(session, Arc::clone(&place.cuda), place.device, charge)?;
-        Ok(Self { place, inputs, outputs, places: Mutex::default(), session })
+        let (inputs, outputs): (Vec<String>, _) = (names(inputs), names(outputs));
+        let sessions = Sessions::new(session, again, &inputs)?;
+        Ok(Self { place, inputs, outputs, places: Mutex::default(), sessions })
     }
 
     fn places(&self) -> MutexGuard<'_, Places> {
@@ -226,21 +190,31 @@ impl DeviceProgram {
     /// A place for tensors like these: one that was used before, or a new one.
     fn take(&self, inputs: &[Tensor]) -> Result<Place, Error> {
         let signature: Signature = inputs.iter().map(|input| (input.dtype(), input.shape.clone())).collect();
+        let (session, is_own) = self.sessions.of(&signature);
         let mut places = self.places();
+        if is_own {
+            // Those of the time before it had one.
+            places.free.retain(|place| place.signature != signature || place.graph.is_some());
+        }
         if let Some(index) = places.free.iter().position(|place| place.signature == signature) {
             return Ok(places.free.remove(index));
         }
-        if places.free.len() >= PLACES_MAX {
-            places.free.remove(0);
+        // Those with graphs stay: the library keeps a graph for as long as its session.
+        let mut plain = places.free.iter().enumerate().filter(|(_, place)| place.graph.is_none());
+        if let Some((oldest, _)) = plain.next()
+            && plain.count() + 1 >= SHAPES_MAX
+        {
+            places.free.remove(oldest);
         }
         places.graphs += 1;
-        let graph = places.graphs;
+        let graph = is_own.then_some(places.graphs);
         drop(places);
-        match self.place_for(&signature, inputs, graph) {
+        match self.place_for(&session, &signature, inputs, graph) {
             // What other shapes have is not worth as much as a call.
             Err(error) if error.reason() == Reason::QuotaExceeded => {
                 self.places().free.clear();
-                self.place_for(&signature, inputs, graph)
+                self.sessions.let_go();
+                self.place_for(&session, &signature, inputs, graph)
             }
             made => made,
         }
@@ -250,7 +224,13 @@ impl DeviceProgram {
         self.places().free.push(place);
     }
 
-    fn place_for(&self, signature: &Signature, inputs: &[Tensor], graph: u64) -> Result<Place, Error> {
+    fn place_for(
+        &self,
+        session: &Arc<SessionThread>,
+        signature: &Signature,
+        inputs: &[Tensor],
+        graph: Option<u64>,
+    ) -> Result<Place, Error> {
         let buffers = inputs.iter().map(|input| self.buffer(input.data.len()));
         let buffers = buffers.collect::<Result<Vec<_>, _>>()?;
         let bound: Vec<_> = self.inputs.iter().cloned().zip(signature.clone()).collect();
@@ -265,17 +245,10 @@ impl DeviceProgram {
             }
             Ok(binding)
         };
-        let binding = self.session.run(bind)?.map_err(|error| misfit(inputs, &error))?;
-        let (outputs, varies, fixed_runs) = (None, false, 0);
-        Ok(Place {
-            signature: signature.clone(),
-            inputs: buffers,
-            outputs,
-            varies,
-            binding,
-            graph,
-            fixed_runs,
-        })
+        let binding = session.run(bind)?.map_err(|error| misfit(inputs, &error))?;
+        let (outputs, varies, stage) = (None, false, Stage::WarmUp);
+        let (signature, session, inputs) = (signature.clone(), Arc::clone(session), buffers);
+        Ok(Place { signature, session, inputs, outputs, varies, binding, graph, stage })
     }
 
     fn buffer(&self, bytes: usize) -> Result<Buffer, Error> {
@@ -295,7 +268,7 @@ impl DeviceProgram {
             let bind = Bind::Output(name.clone());
             with_tensor(&tensor, output.dtype, &output.shape, &mut place.binding, &bind).map_err(failed)?;
         }
-        (place.outputs, place.fixed_runs) = (Some(outputs), 0);
+        (place.outputs, place.stage) = (Some(outputs), Stage::WarmUp);
         Ok(())
     }
 
@@ -306,10 +279,12 @@ impl DeviceProgram {
             Err(error) => return (place, Err(failed(error))),
         };
         let is_fixed = place.outputs.is_some();
-        let is_graph = self.place.has_graphs && place.fixed_runs > 0;
-        // The library captures in the first run that names a graph.
-        let captures = is_graph && place.fixed_runs == 1;
-        let graph = if is_graph { place.graph.to_string() } else { NO_GRAPH.into() };
+        let graph = place.graph.filter(|_| is_fixed && place.stage != Stage::WarmUp);
+        // The library captures in the first run that names a graph. While others are busy it waits for another time.
+        let alone = if place.stage == Stage::Capture { graph.and_then(|_| Device::alone()) } else { None };
+        let graph = graph.filter(|_| place.stage == Stage::Launch || alone.is_some());
+        let _together = alone.is_none().then(Device::together);
+        let graph = graph.map_or_else(|| NO_GRAPH.into(), |graph| graph.to_string());
         if let Err(error) = options.set(GRAPH, &graph) {
             return (place, Err(failed(error)));
         }
@@ -318,6 +293,12 @@ impl DeviceProgram {
         let interrupt = move || {
             let _ = terminator.terminate();
         };
+        let after = match place.stage {
+            Stage::WarmUp if is_fixed => Stage::Capture,
+            Stage::Capture if alone.is_some() => Stage::Launch,
+            stage => stage,
+        };
+        let session = Arc::clone(&place.session);
         let kept = Arc::new(Mutex::new(Some(place)));
         let (on_thread, names) = (Arc::clone(&kept), self.outputs.clone());
         let work = move |session: &mut Session| {
@@ -329,7 +310,7 @@ impl DeviceProgram {
                 bind_to_host(&mut place.binding, &names)?;
             }
             let results = session.run_binding_with_options(&place.binding, &options)?;
-            place.fixed_runs += u64::from(is_fixed);
+            place.stage = after;
             if is_fixed {
                 place.binding.synchronize_outputs()?;
                 return Ok(Ok(Outcome::There));
@@ -338,9 +319,7 @@ impl DeviceProgram {
             let one = |name: &String| from_ort(results.get(name).ok_or_else(left_out)?);
             Ok::<_, ort::Error>(names.iter().map(one).collect::<Result<_, _>>().map(Outcome::Here))
         };
-        let run = || self.place.device().engine(captures, || self.session.run(work));
-        let ran = cancel.interruptible(interrupt, run);
-        let outcome = match ran {
+        let outcome = match cancel.interruptible(interrupt, || session.run(work)) {
             Ok(Ok(outcome)) => outcome,
             Ok(Err(error)) => Err(self.refusal(inputs, &error)),
             Err(error) => Err(error),
@@ -426,12 +405,22 @@ impl Runner for DeviceProgram {
             parts.iter().map(|(data, buffer)| (data.as_ref(), *buffer)).collect();
         self.place.cuda.upload(self.place.device(), &parts)?;
         let was_fixed = place.outputs.is_some();
+        let was_to_capture = place.graph.is_some() && place.stage == Stage::Capture;
         let wanted = Wanted { outputs, reply_bytes_max };
         let (mut place, mut result) = self.run_once(place, &inputs, &wanted, cancel);
         if was_fixed && result.as_ref().is_err_and(|error| error.reason() == Reason::BadArgument) {
             // Outputs that were not of the sizes they had before: from now on they come as they are.
             (place.outputs, place.varies) = (None, true);
             (place, result) = self.run_once(place, &inputs, &wanted, cancel);
+        } else if was_to_capture
+            && result.as_ref().is_err_and(|error| error.reason() == Reason::BackendFailed)
+        {
+            tracing::debug!(error = ?result.err(), "a model that cannot be captured as a graph");
+            place.graph = None;
+            (place, result) = self.run_once(place, &inputs, &wanted, cancel);
+        }
+        if result.is_ok() && place.outputs.is_some() {
+            self.sessions.ran(&place.signature);
         }
         self.give_back(place);
         result
@@ -465,72 +454,10 @@ fn data(tensor: &Tensor) -> Bytes {
     }
 }
 
-/// Lets outputs come to the host.
-fn bind_to_host(binding: &mut IoBinding, outputs: &[String]) -> ort::Result<()> {
-    let host = MemoryInfo::new(AllocationDevice::CPU, 0, AllocatorType::Device, MemoryType::CPUOutput)?;
-    outputs.iter().try_for_each(|name| binding.bind_output_to_device(name.clone(), &host))
-}
-
-/// An address of a device.
-struct At<'a> {
-    memory: &'a AllocationDevice<'static>,
-    device: usize,
-    address: u64,
-}
-
-/// What a tensor becomes.
-enum Bind {
-    Input(String),
-    Output(String),
-}
-
-fn with_tensor(
-    at: &At<'_>,
-    dtype: DType,
-    shape: &[i64],
-    binding: &mut IoBinding,
-    bind: &Bind,
-) -> ort::Result<()> {
-    match dtype {
-        DType::U8 => bound::<u8>(at, shape, binding, bind),
-        DType::I8 => bound::<i8>(at, shape, binding, bind),
-        DType::U16 => bound::<u16>(at, shape, binding, bind),
-        DType::I16 => bound::<i16>(at, shape, binding, bind),
-        DType::U32 => bound::<u32>(at, shape, binding, bind),
-        DType::I32 => bound::<i32>(at, shape, binding, bind),
-        DType::U64 => bound::<u64>(at, shape, binding, bind),
-        DType::I64 => bound::<i64>(at, shape, binding, bind),
-        DType::F16 => bound::<half::f16>(at, shape, binding, bind),
-        DType::Bf16 => bound::<half::bf16>(at, shape, binding, bind),
-        DType::F32 => bound::<f32>(at, shape, binding, bind),
-        DType::F64 => bound::<f64>(at, shape, binding, bind),
-        DType::Bool => bound::<bool>(at, shape, binding, bind),
-        DType::Bytes | DType::Unspecified => Err(ort::Error::new("a tensor of a type that no device has")),
-    }
-}
-
-#[allow(unsafe_code, reason = "addresses of a device are not the binding's to check")]
-fn bound<T>(at: &At<'_>, shape: &[i64], binding: &mut IoBinding, bind: &Bind) -> ort::Result<()>
-where
-    T: ort::value::PrimitiveTensorElementType + std::fmt::Debug + 'static,
-{
-    let device = i32::try_from(at.device).expect("an index of what the driver counted");
-    let info = MemoryInfo::new(at.memory.clone(), device, AllocatorType::Device, MemoryType::Default)?;
-    // SAFETY: the buffer at the address is as long as a tensor of this type and shape: it was made for its bytes, which
-    // `Tensor::check` has compared with both. It lives as long as the place, and the place as long as its binding.
-    let tensor = unsafe {
-        TensorRefMut::<T>::from_raw(info, at.address as *mut _, Shape::new(shape.iter().copied()))
-    }?;
-    match bind {
-        Bind::Output(name) => binding.bind_output(name.clone(), tensor),
-        Bind::Input(name) => {
-            let name = CString::new(name.as_str()).map_err(|_| ort::Error::new("a name with a zero"))?;
-            // SAFETY: the binding and the tensor are alive, the name ends with a zero, and the library keeps its own
-            // reference to the tensor. The safe call would copy it: what is uploaded later would not be seen.
-            unsafe {
-                let bind = ort::api().BindInput;
-                ort::Error::result_from_status(bind(binding.ptr_mut(), name.as_ptr(), tensor.ptr()))
-            }
-        }
+#[cfg(test)]
+impl DeviceProgram {
+    /// Waits until shapes that came often have what they get.
+    pub(super) fn settle(&self) {
+        self.sessions.settle();
     }
 }

@@ -46,19 +46,18 @@ fn program_of(
     model: Bytes,
     account: Option<&Arc<Account>>,
 ) -> Result<DeviceProgram, Error> {
-    let engine = engine();
     let file = ModelFile::scan(&[("model.onnx", model)], Origin::Guest)?;
-    let session = engine.session(&file.bytes, &Cancel::default()).expect("a session");
-    let ledger: &Arc<Ledger> = &cuda.devices()[0].ledger;
-    let place = Where {
-        cuda: Arc::clone(cuda),
-        device: 0,
-        account: account.cloned(),
-        bytes: CHARGE,
-        memory: AllocationDevice::CPU,
-        has_graphs: true,
-    };
-    DeviceProgram::new(session, place, ledger.charge(account, CHARGE)?, [&file.inputs, &file.outputs])
+    let ledger: Arc<Ledger> = Arc::clone(&cuda.devices()[0].ledger);
+    let (bytes, owner) = (file.bytes.clone(), account.cloned());
+    let load: Load = Arc::new(move |cancel| {
+        let session = engine().session(&bytes, cancel).expect("a session");
+        Ok(Loaded { session, charge: ledger.charge(owner.as_ref(), CHARGE)? })
+    });
+    let first = load(&Cancel::default())?;
+    let again = device::fits_a_graph(&file.operators).then_some(load);
+    let (cuda, account) = (Arc::clone(cuda), account.cloned());
+    let place = Where { cuda, device: 0, account, bytes: CHARGE, memory: AllocationDevice::CPU };
+    DeviceProgram::new(first, place, again, [&file.inputs, &file.outputs])
 }
 
 fn run(program: &DeviceProgram, inputs: Vec<Tensor>) -> Result<Vec<Tensor>, Error> {
@@ -112,6 +111,63 @@ fn what_callers_share_goes_up_from_where_it_is() {
         let outputs = run(&program, vec![Tensor::from_bytes(DType::F32, &[2, 2], data)]).expect("ran");
         assert_eq!(numbers(&outputs[0]), [first + 1.0, first + 2.0].repeat(2));
     }
+}
+
+#[test]
+fn shapes_that_come_often_get_a_session_of_their_own() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cuda = cuda(folder.path(), None);
+    let ledger = Arc::clone(&cuda.devices()[0].ledger);
+    let program = program(&cuda, onnx::add()).expect("loaded");
+    let check = |count: i64, round: u32| {
+        let first = f32::from(u16::try_from(round).expect("small"));
+        let outputs = run(&program, vec![rows(count, first)]).expect("ran");
+        let expected = [first + 1.0, first + 2.0].repeat(usize::try_from(count).expect("small"));
+        assert_eq!(numbers(&outputs[0]), expected, "round {round}, {count} rows");
+    };
+    let places = |counts: &[u64]| 2 * 8 * counts.iter().sum::<u64>();
+    for round in 1..device::RUNS_MIN {
+        check(3, round);
+        program.settle();
+    }
+    assert_eq!(ledger.used(), CHARGE + places(&[3]));
+    check(3, 0);
+    program.settle();
+    assert_eq!(ledger.used(), 2 * CHARGE + places(&[3]));
+    // The other one takes all other shapes.
+    for round in 0..6 {
+        check(3, round);
+        check(2, round);
+    }
+    assert_eq!(ledger.used(), 2 * CHARGE + places(&[2, 3]));
+    // As many as there may be, and then no more.
+    for count in 4..14 {
+        for round in 0..device::RUNS_MIN + 3 {
+            check(count, round);
+            program.settle();
+        }
+    }
+    assert!(ledger.used() <= 9 * CHARGE + 2 * places(&[14; 8]), "{}", ledger.used());
+    drop(program);
+    assert_eq!(ledger.used(), 0, "all given back");
+}
+
+#[test]
+fn without_memory_for_another_session_calls_go_on() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cuda = cuda(folder.path(), Some(2 * CHARGE + 64));
+    let program = program(&cuda, onnx::add()).expect("loaded");
+    for round in 0..device::RUNS_MIN + 3 {
+        // Two numbers each way.
+        run(&program, vec![rows(1, 1.0)]).unwrap_or_else(|error| panic!("round {round}: {error}"));
+        program.settle();
+    }
+    assert_eq!(cuda.devices()[0].ledger.used(), 2 * CHARGE + 16);
+    // Its memory is worth less than a call.
+    for _ in 0..3 {
+        run(&program, vec![rows(12, 1.0)]).expect("with the memory of the other");
+    }
+    assert!(cuda.devices()[0].ledger.used() <= CHARGE + 2 * 12 * 8);
 }
 
 #[test]

@@ -1,0 +1,219 @@
+//! The sessions of a model on a device: one that takes all shapes, and others that take one combination of shapes each,
+//! for those that come again and again.
+//!
+//! A captured graph holds what its run used: not only memory, which stays, but kernels that the library of convolutions
+//! chose, and may have compiled, for these shapes. A session that then runs other shapes lets go of them, and to launch
+//! the graph again is an access to memory that is nobody's any more. So a session with graphs sees the same shapes for
+//! ever. It is loaded, and run once on zeros, while calls go on without, and counted as the first one is.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use bytes::Bytes;
+use ort::session::{RunOptions, Session};
+use vaccel_proto::v1::{DType, Tensor};
+use vaccel_proto::{Error, Reason};
+
+use super::super::super::cuda::{Charge, Device};
+use super::super::{failed, to_ort};
+use super::{GRAPH, NO_GRAPH, PARALLEL_RUNS, SHAPES_MAX, Signature};
+use crate::scheduler::Cancel;
+
+/// Runs of the same shapes after which they get a session. They come again, and the session for all shapes would spend a
+/// tenth of a second whenever others come in between.
+pub(in super::super) const RUNS_MIN: u32 = 3;
+
+/// Combinations of shapes whose runs are counted; when there are more, counting begins anew.
+const COUNTED_MAX: usize = 64;
+
+/// A session, and what it has of the device, which is given back when that is free.
+pub(in super::super) struct Loaded {
+    pub(in super::super) session: Session,
+    pub(in super::super) charge: Charge,
+}
+
+/// Loads a model again, for graphs.
+pub(in super::super) type Load = Arc<dyn Fn(&Cancel) -> Result<Loaded, Error> + Send + Sync>;
+
+pub(super) struct Sessions {
+    any: Arc<SessionThread>,
+    load: Option<Load>,
+    inputs: Arc<[String]>,
+    own: Arc<Mutex<HashMap<Signature, Own>>>,
+    loader: Mutex<Option<JoinHandle<()>>>,
+    cancel: Arc<Cancel>,
+}
+
+/// The session of one combination of shapes.
+enum Own {
+    NotYet {
+        runs: u32,
+    },
+    /// Or there was no memory for it.
+    Loading,
+    There(Arc<SessionThread>),
+}
+
+impl Sessions {
+    /// # Errors
+    /// `BACKEND_FAILED` when there can be no threads.
+    pub(super) fn new(session: Loaded, load: Option<Load>, inputs: &[String]) -> Result<Self, Error> {
+        let any = Arc::new(SessionThread::start(session)?);
+        let (own, loader, cancel) = Default::default();
+        Ok(Self { any, load, inputs: inputs.into(), own, loader, cancel })
+    }
+
+    fn own(&self) -> MutexGuard<'_, HashMap<Signature, Own>> {
+        self.own.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The session for these shapes, and whether it is theirs alone.
+    pub(super) fn of(&self, signature: &Signature) -> (Arc<SessionThread>, bool) {
+        match self.own().get(signature) {
+            Some(Own::There(session)) => (Arc::clone(session), true),
+            _ => (Arc::clone(&self.any), false),
+        }
+    }
+
+    /// Takes note of a run, and gives its shapes a session when they have come often enough.
+    pub(super) fn ran(&self, signature: &Signature) {
+        let Some(load) = &self.load else { return };
+        let mut own = self.own();
+        let sessions = own.values().filter(|own| !matches!(own, Own::NotYet { .. })).count();
+        if own.len() >= COUNTED_MAX {
+            own.retain(|_, own| !matches!(own, Own::NotYet { .. }));
+        }
+        let state = own.entry(signature.clone()).or_insert(Own::NotYet { runs: 0 });
+        let Own::NotYet { runs } = state else { return };
+        *runs = runs.saturating_add(1);
+        if *runs < RUNS_MIN || sessions >= SHAPES_MAX {
+            return;
+        }
+        let mut loader = self.loader.lock().unwrap_or_else(PoisonError::into_inner);
+        // One at a time.
+        if loader.as_ref().is_some_and(|loader| !loader.is_finished()) {
+            return;
+        }
+        *state = Own::Loading;
+        let (load, cancel, all) = (Arc::clone(load), Arc::clone(&self.cancel), Arc::clone(&self.own));
+        let (signature, inputs) = (signature.clone(), Arc::clone(&self.inputs));
+        let work = move || match load(&cancel).and_then(SessionThread::start) {
+            Ok(session) => {
+                if let Err(error) = warm_up(&session, &inputs, &signature) {
+                    // The first call will tell whether that is for zeros alone.
+                    tracing::debug!(%error, "a model does not run on zeros");
+                }
+                let mut own = all.lock().unwrap_or_else(PoisonError::into_inner);
+                own.insert(signature, Own::There(Arc::new(session)));
+            }
+            Err(error) => tracing::debug!(%error, "no session for graphs of a model"),
+        };
+        *loader = std::thread::Builder::new().name("device-load".into()).spawn(work).ok();
+    }
+
+    /// Lets sessions of single combinations of shapes go, whose memory is needed.
+    pub(super) fn let_go(&self) {
+        let gone: Vec<Own> = self.own().drain().map(|(_, own)| own).collect();
+        // Without the lock: it takes as long as their threads take to end.
+        drop(gone);
+    }
+}
+
+/// Has the library choose its kernels for these shapes, and take the memory that it needs.
+fn warm_up(session: &SessionThread, inputs: &Arc<[String]>, signature: &Signature) -> Result<(), Error> {
+    let zeros = |(dtype, shape): &(DType, Vec<i64>)| {
+        let count: usize = shape.iter().map(|&size| usize::try_from(size).unwrap_or(0)).product();
+        Tensor::from_bytes(*dtype, shape, Bytes::from(vec![0; count * dtype.size()]))
+    };
+    let (tensors, names): (Vec<Tensor>, _) = (signature.iter().map(zeros).collect(), Arc::clone(inputs));
+    let work = move |session: &mut Session| {
+        let values = names.iter().zip(&tensors);
+        let values = values.map(|(name, tensor)| Ok((Cow::Borrowed(name.as_str()), to_ort(tensor)?)));
+        let values: Vec<_> = values.collect::<Result<_, Error>>()?;
+        let mut options = RunOptions::new().map_err(failed)?;
+        options.set(GRAPH, NO_GRAPH).map_err(failed)?;
+        session.run_with_options(values, &options).map(drop).map_err(failed)
+    };
+    let _together = Device::together();
+    session.run(work)?
+}
+
+#[cfg(test)]
+impl Sessions {
+    /// Waits until a session that is being loaded is there.
+    pub(super) fn settle(&self) {
+        if let Some(loader) = self.loader.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            loader.join().expect("loaded");
+        }
+    }
+}
+
+impl Drop for Sessions {
+    fn drop(&mut self) {
+        self.cancel.set();
+        let loader = self.loader.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(loader) = loader {
+            let _ = loader.join();
+        }
+    }
+}
+
+/// The thread that a session runs on, and ends on.
+pub(super) struct SessionThread {
+    /// None once it is to end.
+    works: Option<SyncSender<Work>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+type Work = Box<dyn FnOnce(&mut Session) + Send>;
+
+impl SessionThread {
+    fn start(Loaded { session, charge }: Loaded) -> Result<Self, Error> {
+        // One that runs and one that is next.
+        let (works, queue) = sync_channel::<Work>(PARALLEL_RUNS);
+        let run = move || {
+            let mut session = session;
+            for work in queue {
+                // Whoever waits sees that no answer comes.
+                let _ = catch_unwind(AssertUnwindSafe(|| work(&mut session)));
+            }
+            {
+                let _together = Device::together();
+                drop(session);
+            }
+            drop(charge);
+        };
+        let spawned = std::thread::Builder::new().name("device-model".into()).spawn(run);
+        let thread = spawned.map_err(|error| {
+            Error::new(Reason::BackendFailed, "no thread for a model on a device")
+                .caused_by(error.to_string())
+        })?;
+        Ok(Self { works: Some(works), thread: Some(thread) })
+    }
+
+    pub(super) fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Session) -> T + Send + 'static,
+    ) -> Result<T, Error> {
+        let (reply, answer) = sync_channel(1);
+        let work = Box::new(move |session: &mut Session| {
+            let _ = reply.send(work(session));
+        });
+        let gone = || Error::new(Reason::BackendFailed, "ONNX Runtime failed while running the model");
+        self.works.as_ref().ok_or_else(gone)?.send(work).map_err(|_| gone())?;
+        answer.recv().map_err(|_| gone())
+    }
+}
+
+impl Drop for SessionThread {
+    fn drop(&mut self) {
+        drop(self.works.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
