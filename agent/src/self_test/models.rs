@@ -15,7 +15,8 @@ use crate::config::EngineConfig;
 use crate::networks::SIDE;
 use crate::{Config, Network};
 
-/// How often a rate may rise before it is taken as it is.
+/// How often a rate is measured before it is believed to stay, and before it is taken as it is.
+const ROUNDS_MIN: usize = 3;
 const ROUNDS_MAX: usize = 8;
 
 /// Callers at the same time, one image each.
@@ -220,11 +221,12 @@ async fn calls_per_s(
     let session = open(client, engine, device).await?;
     let model = Resource::of_repository(model);
     // Until it is no faster than it was: shapes get their sessions while calls go on.
-    let mut rate = callers(&session, &model, amounts).await?;
-    for _ in 0..ROUNDS_MAX {
-        let before = std::mem::replace(&mut rate, callers(&session, &model, amounts).await?);
-        if rate < before * 1.05 {
-            rate = rate.max(before);
+    let mut rate = 0.0_f64;
+    for round in 0..ROUNDS_MAX {
+        let now = callers(&session, &model, amounts).await?;
+        let is_steady = now < rate * 1.05;
+        rate = rate.max(now);
+        if is_steady && round >= ROUNDS_MIN {
             break;
         }
     }

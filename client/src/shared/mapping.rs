@@ -93,7 +93,7 @@ impl Mapping {
         // SAFETY: the range is within the mapping, which lives as long as `self`. Views of this process that look at it
         // are views of places that the peer gave away twice, and read what happens to be there, as if the peer itself
         // had written; a copy that overlaps with its source copies as `memmove` does.
-        unsafe { copy(bytes, self.raw.as_mut_ptr().add(offset)) };
+        unsafe { copy(bytes, Target(self.raw.as_mut_ptr().add(offset))) };
         true
     }
 
@@ -128,16 +128,63 @@ impl Mapping {
 /// Longer copies go past the caches: they would push out everything else, and be gone before they are read.
 const PAST_CACHES_BYTES_MIN: usize = 4 << 20;
 
-/// Copies bytes to a place.
+/// What one core copies while another is woken to help.
+const PART_BYTES_MIN: usize = 1 << 20;
+
+/// Cores that copy together: more find the memory busy.
+const COPIERS_MAX: usize = 4;
+
+/// Where a copy goes.
+#[derive(Clone, Copy)]
+struct Target(*mut u8);
+
+// SAFETY: an address; whoever writes there answers for it.
+unsafe impl Send for Target {}
+
+/// Copies bytes to a place, with the help of other cores where there are many of them and it is worth it.
 ///
 /// # Safety
 /// So many bytes may be written there.
-unsafe fn copy(from: &[u8], to: *mut u8) {
-    #[cfg(target_arch = "x86_64")]
-    if from.len() >= PAST_CACHES_BYTES_MIN && !from.as_ptr_range().contains(&to.cast_const()) {
-        // SAFETY: the caller's; the place does not begin inside of what is copied.
-        return unsafe { copy_past_caches(from, to) };
+unsafe fn copy(from: &[u8], to: Target) {
+    let is_apart = !from.as_ptr_range().contains(&to.0.cast_const());
+    if from.len() < PAST_CACHES_BYTES_MIN || !is_apart {
+        // SAFETY: the caller's.
+        return unsafe { std::ptr::copy(from.as_ptr(), to.0, from.len()) };
     }
+    // A quarter of the machine: others have work, too.
+    let cores = std::thread::available_parallelism().map_or(1, usize::from) / 4;
+    let copiers = cores.min(from.len() / PART_BYTES_MIN).clamp(1, COPIERS_MAX);
+    // SAFETY: the caller's; the place does not begin inside of what is copied.
+    unsafe { copy_together(from, to, copiers) }
+}
+
+/// Copies with so many threads, this one among them.
+///
+/// # Safety
+/// So many bytes may be written at the place, which does not begin inside of what is copied.
+unsafe fn copy_together(from: &[u8], to: Target, copiers: usize) {
+    let (first, rest) = from.split_at(from.len() / copiers);
+    let part_bytes = from.len().div_ceil(copiers);
+    std::thread::scope(|scope| {
+        for (index, part) in rest.chunks(part_bytes).enumerate() {
+            let offset = first.len() + index * part_bytes;
+            // SAFETY: the parts follow each other within the place.
+            let work = move |to: Target| unsafe { copy_past_caches(part, to.0.add(offset)) };
+            if std::thread::Builder::new().spawn_scoped(scope, move || work(to)).is_err() {
+                work(to);
+            }
+        }
+        // SAFETY: as above.
+        unsafe { copy_past_caches(first, to.0) }
+    });
+}
+
+/// Where no such instructions are known.
+///
+/// # Safety
+/// As for [`copy`].
+#[cfg(not(target_arch = "x86_64"))]
+unsafe fn copy_past_caches(from: &[u8], to: *mut u8) {
     // SAFETY: the caller's.
     unsafe { std::ptr::copy(from.as_ptr(), to, from.len()) }
 }
@@ -199,6 +246,20 @@ mod tests {
         assert_eq!(mapping.place(&part), Some(10..20));
         assert!(mapping.pointer(&(1..bytes + 1)).is_none());
         assert_eq!(mapping.pointer(&(10..20)).unwrap().cast::<u8>().as_ptr().cast_const(), part.as_ptr());
+    }
+
+    #[test]
+    fn several_copiers_copy_all_of_it() {
+        for length in [1, 7, 4096, 100_003] {
+            let given: Vec<u8> = (0..length).map(|at| u8::try_from(at % 251).unwrap()).collect();
+            for copiers in 1..=COPIERS_MAX {
+                let mut copied = vec![0xff; length + 1];
+                // SAFETY: there is a byte more than is copied.
+                unsafe { copy_together(&given, Target(copied.as_mut_ptr()), copiers) };
+                assert!(copied[..length] == given, "{length} by {copiers}");
+                assert_eq!(copied[length], 0xff);
+            }
+        }
     }
 
     #[test]
