@@ -12,6 +12,7 @@ mod lane;
 mod queue;
 #[cfg(test)]
 mod tests;
+mod watch;
 
 use std::fmt;
 use std::sync::Arc;
@@ -195,7 +196,8 @@ impl Scheduler {
             return Err(overloaded("Exceeds maximum queue size", RETRY_AFTER_MIN));
         }
         let (bucket, rows) = batcher.bucket(&call);
-        self.enter(asker, Instant::now(), Some(bucket), rows, Work::Model { call, reply }, result).await
+        let run = self.enter(asker, Instant::now(), Some(bucket), rows, Work::Model { call, reply }, result);
+        watch::awake(batcher.is_watched(), run).await
     }
 
     async fn enter<T>(
