@@ -41,7 +41,6 @@ impl Model {
             sizes_are_dear: program.prepares_shapes(),
             mixes_tenants: rules.mixes_tenants,
             delay: rules.delay,
-            is_watched: program.device_bytes() > 0,
         };
         let batcher = Batcher::new(Arc::clone(&program) as Arc<dyn Runner>, batching);
         Self { file, program, batcher, note: OnceLock::new() }

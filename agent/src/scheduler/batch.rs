@@ -65,8 +65,6 @@ pub(crate) struct Batching {
     pub(crate) mixes_tenants: bool,
     /// How long an incomplete batch gives way to other work.
     pub(crate) delay: Duration,
-    /// Whether a thread stays awake for the answer, see [`watch`](super::watch).
-    pub(crate) is_watched: bool,
 }
 
 /// The calls of one model.
@@ -143,10 +141,6 @@ impl Batcher {
     /// Calls of the model that wait.
     pub(super) fn waiting(&self) -> usize {
         self.core.waiting.load(Ordering::Relaxed)
-    }
-
-    pub(super) fn is_watched(&self) -> bool {
-        self.core.batching.is_watched
     }
 
     /// Where a call belongs, and how many rows it has.

@@ -12,7 +12,6 @@ mod lane;
 mod queue;
 #[cfg(test)]
 mod tests;
-mod watch;
 
 use std::fmt;
 use std::sync::Arc;
@@ -196,8 +195,7 @@ impl Scheduler {
             return Err(overloaded("Exceeds maximum queue size", RETRY_AFTER_MIN));
         }
         let (bucket, rows) = batcher.bucket(&call);
-        let run = self.enter(asker, Instant::now(), Some(bucket), rows, Work::Model { call, reply }, result);
-        watch::awake(batcher.is_watched(), run).await
+        self.enter(asker, Instant::now(), Some(bucket), rows, Work::Model { call, reply }, result).await
     }
 
     async fn enter<T>(

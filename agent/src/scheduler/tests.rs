@@ -157,14 +157,7 @@ impl Runner for AddOne {
 }
 
 fn alone(parallel: usize) -> Batching {
-    Batching {
-        parallel,
-        rows_max: 0,
-        sizes_are_dear: false,
-        mixes_tenants: false,
-        delay: Duration::ZERO,
-        is_watched: false,
-    }
+    Batching { parallel, rows_max: 0, sizes_are_dear: false, mixes_tenants: false, delay: Duration::ZERO }
 }
 
 fn batching(rows_max: usize) -> Batching {
