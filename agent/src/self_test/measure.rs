@@ -73,11 +73,25 @@ pub(super) async fn all(
         write_models(&folder.join("models"), network)?;
     }
     let agent = Agent::start(config.clone()).await?;
-    let measured = with_agent(record, &agent, config, direct, &amounts).await;
+    let measured = tokio::task::block_in_place(|| {
+        as_a_program_of_its_own(|| with_agent(record, &agent, config, direct, &amounts))
+    });
     agent.drain().await;
     measured?;
     judge(record);
     Ok(())
+}
+
+/// Does what callers do on a thread and a runtime that the agent has no part in.
+fn as_a_program_of_its_own<Work>(work: impl FnOnce() -> Work + Send) -> Result<(), SelfTestError>
+where
+    Work: Future<Output = Result<(), SelfTestError>>,
+{
+    std::thread::scope(|scope| {
+        let run = || tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work());
+        let thread = std::thread::Builder::new().name("callers".into()).spawn_scoped(scope, run)?;
+        thread.join().unwrap_or_else(|_| Err(std::io::Error::other("measuring failed").into()))
+    })
 }
 
 async fn with_agent(
