@@ -183,8 +183,8 @@ impl Direct {
         cuda.bandwidths(cuda.device(device)?)
     }
 
-    /// How long a product of square matrices takes without the agent: of matrices that are on the device and stay there,
-    /// and with the way there and back, from and to pinned memory.
+    /// How long a product of square matrices takes without the agent: of matrices that are on the device and stay
+    /// there, and with the way there and back, from and to pinned memory.
     ///
     /// # Errors
     /// As [`bandwidths`](Self::bandwidths).

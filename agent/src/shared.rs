@@ -5,8 +5,8 @@
 //!
 //! What lies in a region can change while it is read. Where operations do nothing but arithmetic on it, any numbers are
 //! as good as others, and they read it there. An engine of models is foreign code that may check a number and then read
-//! it again (an index, a size, the order in a sort): it gets a copy, for which the tenant is charged. On a device it has
-//! one anyway, which is the device's, made straight from the region.
+//! it again (an index, a size, the order in a sort): it gets a copy, for which the tenant is charged. On a device it
+//! has one anyway, which is the device's, made straight from the region.
 
 use std::collections::HashMap;
 use std::fs::File;

@@ -80,8 +80,8 @@ impl Blas {
         Self { threads, pool: OnceLock::new(), cuda }
     }
 
-    /// The numbers of `alpha * a * b + beta * c`, dense. As in BLAS, factors of 0 hide what they multiply: with `alpha` 0 neither
-    /// `a` nor `b` is read, with `beta` 0 `c` is not.
+    /// The numbers of `alpha * a * b + beta * c`, dense. As in BLAS, factors of 0 hide what they multiply: with `alpha`
+    /// 0 neither `a` nor `b` is read, with `beta` 0 `c` is not.
     ///
     /// # Errors
     /// `CANCELLED` when nobody waits any more, `BACKEND_FAILED` when there can be no threads; on a device that was

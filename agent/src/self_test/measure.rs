@@ -25,7 +25,7 @@ const CALL_DEADLINE: Duration = Duration::from_secs(300);
 /// Memory to share with the agent: three matrices of the largest product, and more.
 const SHARED_BYTES: usize = 1 << 30;
 
-/// A pause as long as a short run on a device, after which the machine takes its time to go on.
+/// A pause of the caller as long as a short run on a device, after which the agent's threads take their time to wake.
 const PAUSE: Duration = Duration::from_millis(2);
 
 /// How much is measured.
@@ -73,9 +73,8 @@ pub(super) async fn all(
         write_models(&folder.join("models"), network)?;
     }
     let agent = Agent::start(config.clone()).await?;
-    let measured = tokio::task::block_in_place(|| {
-        as_a_program_of_its_own(|| with_agent(record, &agent, config, direct, &amounts))
-    });
+    // This thread has nothing else to do: the agent is on those of the runtime.
+    let measured = as_a_program_of_its_own(|| with_agent(record, &agent, config, direct, &amounts));
     agent.drain().await;
     measured?;
     judge(record);
@@ -237,7 +236,10 @@ async fn empty_call(client: &Client, amounts: &Amounts) -> Result<EmptyCall, Err
     let [_, after_pause] = by_turns(
         amounts,
         || {
-            std::thread::sleep(PAUSE);
+            let begun = Instant::now();
+            while begun.elapsed() < PAUSE {
+                std::hint::spin_loop();
+            }
             Ok(())
         },
         async || session.noop().await.map(drop),

@@ -159,8 +159,8 @@ enum Outcome {
 }
 
 impl DeviceProgram {
-    /// `again` loads the model once more, for shapes that are worth a graph; there is none where runs of the same shapes
-    /// may launch different kernels.
+    /// `again` loads the model once more, for shapes that are worth a graph; there is none where runs of the same
+    /// shapes may launch different kernels.
     ///
     /// # Errors
     /// `MODEL_REJECTED` for tensors that cannot be on a device.

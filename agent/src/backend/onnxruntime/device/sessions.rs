@@ -23,8 +23,8 @@ use super::super::{failed, to_ort};
 use super::{GRAPH, NO_GRAPH, PARALLEL_RUNS, SHAPES_MAX, Signature};
 use crate::scheduler::Cancel;
 
-/// Runs of the same shapes after which they get a session. They come again, and the session for all shapes would spend a
-/// tenth of a second whenever others come in between.
+/// Runs of the same shapes after which they get a session. They come again, and the session for all shapes would spend
+/// a tenth of a second whenever others come in between.
 pub(in super::super) const RUNS_MIN: u32 = 3;
 
 /// Combinations of shapes whose runs are counted; when there are more, counting begins anew.
