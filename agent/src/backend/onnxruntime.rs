@@ -239,7 +239,7 @@ impl OnnxRuntime {
             let (cuda, device, account) = (&place.0, &place.0.devices()[place.1], place.2.as_ref());
             let charge = device.ledger.charge(account, bytes)?;
             let builder = engine.on_cuda(cuda, device, bytes, has_graphs)?;
-            let _together = Device::together();
+            let _loading = Device::loading();
             let session = commit(builder, &file, cancel).map_err(|error| {
                 rejected(
                     &format!("ONNX Runtime on device {name} (nothing of it may run on another one)"),

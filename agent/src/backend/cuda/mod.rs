@@ -2,7 +2,7 @@
 //!
 //! `library` looks for files and tells where it looked, `driver`, `cublas` and `nvml` are what each of them does,
 //! `stream` copies, `pins` lets devices reach shared memory, `product` multiplies, `lane` carries tensors of models,
-//! `toolkit` is what ONNX Runtime needs, `memory` counts.
+//! `toolkit` is what ONNX Runtime needs, `turns` says who is alone with the devices, `memory` counts.
 //! Nothing of CUDA is needed to build the agent, and a host without it has the agent it always had. A device that was
 //! asked for and cannot be had is an error: to guests it says which library is missing, to the host's operator also
 //! where it was looked for (`vaccel-agent self-test --gpu`).
@@ -19,13 +19,12 @@ mod stream;
 #[cfg(test)]
 mod tests;
 mod toolkit;
+mod turns;
 
 use std::path::PathBuf;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{
-    Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError,
-};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use vaccel_proto::compute::Layout;
 use vaccel_proto::{Error, Reason};
@@ -50,6 +49,7 @@ use pins::Pins;
 use product::Bench;
 use stream::Stream;
 use toolkit::Toolkit;
+use turns::{Turn, Turns};
 
 /// Products at the same time on one device: one computes while another's first rows are on their way. Each has
 /// [`Bench::BYTES`] of the device and 64 MiB of pinned memory for good.
@@ -88,8 +88,8 @@ pub(crate) struct Device {
     turn: AtomicUsize,
 }
 
-/// Held alone by whoever captures a graph.
-static CAPTURE: RwLock<()> = RwLock::new(());
+/// Of all devices, and of whoever uses them in this process.
+static TURNS: Turns = Turns::new();
 
 impl Device {
     fn new(index: usize, description: Description, config: &DeviceConfig) -> Self {
@@ -108,19 +108,19 @@ impl Device {
         self.index
     }
 
-    /// Lets an engine work on devices. An engine takes memory when it wants, which a capture of a graph anywhere in the
-    /// process does not bear: whoever captures is alone.
-    pub(crate) fn together() -> RwLockReadGuard<'static, ()> {
-        CAPTURE.read().unwrap_or_else(PoisonError::into_inner)
+    /// Lets an engine run.
+    pub(crate) fn running() -> Turn {
+        TURNS.run()
     }
 
-    /// Lets nobody else work on devices; none while somebody does.
-    pub(crate) fn alone() -> Option<RwLockWriteGuard<'static, ()>> {
-        match CAPTURE.try_write() {
-            Ok(alone) => Some(alone),
-            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
-            Err(TryLockError::WouldBlock) => None,
-        }
+    /// Lets an engine do what takes long: load a model, and let it go.
+    pub(crate) fn loading() -> Turn {
+        TURNS.load()
+    }
+
+    /// Lets no engine do anything else; none where that would take long.
+    pub(crate) fn alone() -> Option<Turn> {
+        TURNS.alone()
     }
 }
 

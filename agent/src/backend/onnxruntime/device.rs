@@ -280,10 +280,10 @@ impl DeviceProgram {
         };
         let is_fixed = place.outputs.is_some();
         let graph = place.graph.filter(|_| is_fixed && place.stage != Stage::WarmUp);
-        // The library captures in the first run that names a graph. While others are busy it waits for another time.
+        // The library captures in the first run that names a graph.
         let alone = if place.stage == Stage::Capture { graph.and_then(|_| Device::alone()) } else { None };
         let graph = graph.filter(|_| place.stage == Stage::Launch || alone.is_some());
-        let _together = alone.is_none().then(Device::together);
+        let _running = alone.is_none().then(Device::running);
         let graph = graph.map_or_else(|| NO_GRAPH.into(), |graph| graph.to_string());
         if let Err(error) = options.set(GRAPH, &graph) {
             return (place, Err(failed(error)));

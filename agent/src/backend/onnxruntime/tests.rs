@@ -135,7 +135,7 @@ fn shapes_that_come_often_get_a_session_of_their_own() {
     program.settle();
     assert_eq!(ledger.used(), 2 * CHARGE + places(&[3]));
     // The other one takes all other shapes.
-    for round in 0..6 {
+    for round in 1..device::RUNS_MIN {
         check(3, round);
         check(2, round);
     }

@@ -138,7 +138,7 @@ fn warm_up(session: &SessionThread, inputs: &Arc<[String]>, signature: &Signatur
         options.set(GRAPH, NO_GRAPH).map_err(failed)?;
         session.run_with_options(values, &options).map(drop).map_err(failed)
     };
-    let _together = Device::together();
+    let _loading = Device::loading();
     session.run(work)?
 }
 
@@ -182,7 +182,7 @@ impl SessionThread {
                 let _ = catch_unwind(AssertUnwindSafe(|| work(&mut session)));
             }
             {
-                let _together = Device::together();
+                let _loading = Device::loading();
                 drop(session);
             }
             drop(charge);
