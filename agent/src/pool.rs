@@ -58,10 +58,12 @@ impl fmt::Debug for Pool {
 }
 
 impl Pool {
-    /// A buffer for so many bytes that ends on the boundary, instead of beginning there.
-    pub(crate) fn take_to_end(&self, capacity: usize) -> Buffer {
+    /// A buffer for so many bytes that begins on the boundary, or ends there.
+    pub(crate) fn take_for(&self, capacity: usize, ends_aligned: bool) -> Buffer {
         let mut buffer = self.take(capacity);
-        buffer.begin += capacity.next_multiple_of(ALIGNMENT) - capacity;
+        if ends_aligned {
+            buffer.begin += capacity.next_multiple_of(ALIGNMENT) - capacity;
+        }
         buffer
     }
 
@@ -219,7 +221,7 @@ mod tests {
             assert_eq!(buffer.put(&vec![7; capacity + 1]), capacity);
             assert!(buffer.is_full() && buffer.memory.len() <= capacity + capacity / 4 + 3 * ALIGNMENT);
             assert_eq!(buffer.freeze(), vec![7; capacity]);
-            let mut buffer = pool.take_to_end(capacity);
+            let mut buffer = pool.take_for(capacity, true);
             assert_eq!(buffer.put(&vec![8; capacity + 1]), capacity);
             assert_eq!(buffer.filled().as_ptr_range().end.align_offset(ALIGNMENT), 0);
             assert_eq!(buffer.freeze(), vec![8; capacity]);
@@ -261,7 +263,7 @@ mod tests {
     fn only_what_ends_a_buffer_has_a_little_more_room() {
         let pool = Pool::default();
         for capacity in [1, 63, 64, 4096, 602_117] {
-            for mut buffer in [pool.take(capacity), pool.take_to_end(capacity)] {
+            for mut buffer in [pool.take(capacity), pool.take_for(capacity, true)] {
                 assert_eq!(buffer.room_for(capacity - 1).len(), capacity - 1);
                 assert_eq!(buffer.room_for(usize::MAX).len(), capacity + BEYOND_BYTES);
                 buffer.room_for(capacity).fill(7);

@@ -143,9 +143,9 @@ impl SharedMemory {
         request: &mut RunRequest,
         is_unread: bool,
     ) -> Result<Option<Arc<Room>>, Error> {
+        let Some(Shared { region, places, room }) = request.shared.take() else { return Ok(None) };
         let is_in_place = is_unread || is_in_place(request);
         let mut counted = account.hold(Unit::InFlightBytes, 0)?;
-        let Some(Shared { region, places, room }) = request.shared.take() else { return Ok(None) };
         let mapping = self.all().get(tenant).and_then(|regions| regions.get(&region)).cloned();
         let mapping = mapping.ok_or_else(|| Error::not_found(REGION, &region))?;
         let range = |path: &str, place: &Place| {

@@ -22,6 +22,10 @@ use crate::limits::{PACKED_BYTES_MAX, PARTS_MAX};
 /// As deep as prost follows messages in messages.
 const DEPTH_MAX: usize = 100;
 
+/// A message of so many bytes has no more parts than it may have, for each takes two.
+const FEW_PARTS_BYTES: usize = 2 * PARTS_MAX;
+const _: () = assert!(FEW_PARTS_BYTES <= PACKED_BYTES_MAX);
+
 /// The codec.
 #[derive(Debug)]
 pub struct Bounded<T, U>(PhantomData<(T, U)>);
@@ -56,6 +60,9 @@ where
 /// # Errors
 /// `MESSAGE_TOO_LARGE` for more than [`PARTS_MAX`] fields, or [`PACKED_BYTES_MAX`] of lists of numbers.
 pub fn check<M: Name>(bytes: &[u8]) -> Result<(), Error> {
+    if bytes.len() <= FEW_PARTS_BYTES {
+        return Ok(());
+    }
     match MESSAGES.named.get(&(M::PACKAGE, M::NAME)) {
         Some(fields) => Count::default().message(bytes, &MESSAGES.fields[*fields], DEPTH_MAX),
         None => Ok(()),

@@ -26,8 +26,9 @@ pub fn framed(message: &impl Message) -> Result<Vec<Bytes>, Error> {
         let limit = MESSAGE_BYTES_MAX as u64;
         return Err(Error::limit(Reason::MessageTooLarge, "message", limit, length as u64, "bytes"));
     }
-    let mut pieces =
-        Pieces { whole: Vec::new(), own: BytesMut::with_capacity(OWN_BYTES.min(GRPC_HEADER_BYTES + length)) };
+    // What is short as a whole is one piece.
+    let own_bytes = if length < SHARED_BYTES_MIN { GRPC_HEADER_BYTES + length } else { OWN_BYTES };
+    let mut pieces = Pieces { whole: Vec::new(), own: BytesMut::with_capacity(own_bytes) };
     pieces.put_u8(0);
     // Within the limit, so within 32 bits.
     pieces.put_u32(u32::try_from(length).unwrap_or(u32::MAX));
@@ -36,7 +37,7 @@ pub fn framed(message: &impl Message) -> Result<Vec<Bytes>, Error> {
     Ok(pieces.finish())
 }
 
-/// Room for what usually is not tensors, in bytes.
+/// Room for what usually is beside long tensors, in bytes.
 const OWN_BYTES: usize = 512;
 
 /// What an encoder writes.

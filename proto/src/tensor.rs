@@ -269,6 +269,7 @@ pub trait Aligned: Message {
         // that no two passes undo each other.
         for _ in 0..3 {
             let total = self.encoded_len();
+            let mut is_aligned = true;
             let carriers = self.carriers_mut();
             let tail: usize = carriers.iter().map(|carrier| field_len(&**carrier)).sum();
             let mut end = GRPC_HEADER_BYTES + total - tail;
@@ -280,7 +281,11 @@ pub trait Aligned: Message {
                 let unpadded = end - tensor.data.len() - pad_field_len(tensor.pad.len());
                 let before = tensor.pad.len();
                 tensor.pad = pad_for(unpadded, before);
+                is_aligned &= tensor.pad.len() == before;
                 end = end - pad_field_len(before) + pad_field_len(tensor.pad.len());
+            }
+            if is_aligned {
+                return;
             }
         }
     }

@@ -9,19 +9,19 @@ use std::task::{Context, Poll, Waker, ready};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http_body::Body;
-use tokio::io::{AsyncRead, AsyncWrite};
+use http_body::Body as _;
 use tokio::time::Sleep;
 use vaccel_guest::frame;
 
 use super::bell::{Bell, Place};
 use super::fields::Table;
+use super::foreseen::{Early, Foreseen};
 use super::incoming::{Delivery, lost};
-use super::input::Input;
+use super::input::{Input, Wire};
 use super::receive::{Expect, Fault, Unfinished};
 use super::{
-    CONNECTION_WINDOW, FAREWELL, FRAME_BYTES_MAX, HEADER_BYTES_MAX, KEEP_ALIVE, OWED_BYTES_MAX,
-    QUEUE_BYTES_MAX, REQUEST_DURATION_MAX, STREAM_WINDOW, STREAMS_MAX, Service,
+    Blocks, CONNECTION_WINDOW, FAREWELL, FRAME_BYTES_MAX, HEADER_BYTES_MAX, KEEP_ALIVE, OWED_BYTES_MAX,
+    QUEUE_BYTES_MAX, REQUEST_DURATION_MAX, Reply as _, STREAM_WINDOW, STREAMS_MAX, Service,
 };
 use crate::pool::Pool;
 use vaccel_client::http2::Output;
@@ -85,9 +85,12 @@ pub(crate) struct Connection<I, S: Service> {
     pub(super) service: S,
     pub(super) pool: Pool,
     pub(super) input: Input,
+    /// What came behind what is ahead.
+    pub(super) early: Option<Early>,
+    pub(super) foreseen: Option<Foreseen>,
     pub(super) expect: Expect,
     pub(super) unfinished: Option<Unfinished>,
-    pub(super) table: Table,
+    pub(super) table: Table<S::Head>,
     pub(super) output: Output,
     pub(super) peer: Peer,
     /// What may be sent to the peer on all streams, in bytes.
@@ -111,7 +114,7 @@ pub(crate) struct Connection<I, S: Service> {
     tick: Pin<Box<Sleep>>,
 }
 
-impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
+impl<I: Wire, S: Service> Connection<I, S> {
     /// A connection whose peer has sent its preface.
     pub(crate) fn new(io: I, service: S, pool: Pool) -> Self {
         let mut output = Output::default();
@@ -133,6 +136,8 @@ impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
             service,
             pool,
             input: Input::default(),
+            early: None,
+            foreseen: None,
             expect: Expect::Header,
             unfinished: None,
             table: Table::default(),
@@ -366,6 +371,14 @@ impl<S: Service> Stream<S> {
         let is_over = body.is_end_stream();
         self.answer = Answer::Sent(Reply { body, next: Bytes::new(), trailers: None, is_over });
         Poll::Ready(Some((head, is_over)))
+    }
+
+    /// The header blocks of its reply, where they are always the same.
+    pub(super) fn blocks(&self) -> Option<&'static Blocks> {
+        match &self.answer {
+            Answer::Sent(reply) => reply.body.blocks(),
+            Answer::Awaited(_) => None,
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 //! *Source:* RFC 7541 (the blocks), RFC 9113, section 8 (what a request must have).
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use http::uri::PathAndQuery;
@@ -59,8 +60,8 @@ impl Entry {
 }
 
 /// What a peer's fields say, with what they refer to.
-#[derive(Debug, Default)]
-pub(super) struct Table {
+#[derive(Debug)]
+pub(super) struct Table<H> {
     /// The newest first, each with its name as it was written and its size.
     entries: VecDeque<(Bytes, Entry, usize)>,
     bytes: usize,
@@ -68,15 +69,21 @@ pub(super) struct Table {
     bytes_max: Option<usize>,
     /// How often it changed.
     changes: u64,
-    last: Option<Last>,
+    last: Option<Last<H>>,
+}
+
+impl<H> Default for Table<H> {
+    fn default() -> Self {
+        Self { entries: VecDeque::new(), bytes: 0, bytes_max: None, changes: 0, last: None }
+    }
 }
 
 /// The last block and what it meant: most callers say the same thing again and again.
 #[derive(Debug)]
-struct Last {
+struct Last<H> {
     block: Vec<u8>,
     changes: u64,
-    request: Request<()>,
+    head: Arc<H>,
 }
 
 /// Longer blocks are read every time, in bytes: what is kept of them would be held for every connection.
@@ -84,8 +91,9 @@ const LAST_BYTES_MAX: usize = 512;
 
 /// What a block is.
 #[derive(Debug)]
-pub(super) enum Block {
-    Request(Box<Request<()>>),
+pub(super) enum Block<H> {
+    /// A request, and what was made of it.
+    Request(Arc<H>),
     /// The peer's mistake, in this request alone.
     Wrong,
     /// More than a request may have.
@@ -124,7 +132,7 @@ impl Parts {
         self.is_wrong |= twice;
     }
 
-    fn finish(self, bytes_max: usize) -> Block {
+    fn finish<H>(self, bytes_max: usize, understand: impl FnOnce(Request<()>) -> H) -> Block<H> {
         if self.bytes > bytes_max {
             return Block::TooLarge;
         }
@@ -138,34 +146,40 @@ impl Parts {
         *request.uri_mut() = path;
         *request.version_mut() = http::Version::HTTP_2;
         *request.headers_mut() = self.headers;
-        Block::Request(Box::new(request))
+        Block::Request(Arc::new(understand(request)))
     }
 }
 
-impl Table {
+impl<H> Table<H> {
     /// Reads a block whose fields take at most so many bytes, counted as the protocol does. What is kept of them must
-    /// be read even where nobody is interested in the rest.
+    /// be read even where nobody is interested in the rest. A request that is not the last one again is to be
+    /// understood.
     ///
     /// # Errors
     /// A block after which nothing else can be read.
-    pub(super) fn read(&mut self, block: &[u8], bytes_max: usize) -> Result<Block, Broken> {
+    pub(super) fn read(
+        &mut self,
+        block: &[u8],
+        bytes_max: usize,
+        understand: impl FnOnce(Request<()>) -> H,
+    ) -> Result<Block<H>, Broken> {
         if let Some(last) =
             self.last.as_ref().filter(|last| last.changes == self.changes && last.block == block)
         {
-            return Ok(Block::Request(Box::new(last.request.clone())));
+            return Ok(Block::Request(Arc::clone(&last.head)));
         }
         let before = self.changes;
-        let read = self.read_anew(block, bytes_max)?;
-        if let Block::Request(request) = &read
+        let read = self.read_anew(block, bytes_max)?.finish(bytes_max, understand);
+        if let Block::Request(head) = &read
             && block.len() <= LAST_BYTES_MAX
             && self.changes == before
         {
-            self.last = Some(Last { block: block.to_vec(), changes: before, request: (**request).clone() });
+            self.last = Some(Last { block: block.to_vec(), changes: before, head: Arc::clone(head) });
         }
         Ok(read)
     }
 
-    fn read_anew(&mut self, block: &[u8], bytes_max: usize) -> Result<Block, Broken> {
+    fn read_anew(&mut self, block: &[u8], bytes_max: usize) -> Result<Parts, Broken> {
         let mut fields = Fields::new(block);
         let mut parts = Parts::default();
         while let Some(field) = fields.next()? {
@@ -195,7 +209,7 @@ impl Table {
                 Field::Size(_) => return Err(Broken),
             }
         }
-        Ok(parts.finish(bytes_max))
+        Ok(parts)
     }
 
     fn entry(&self, number: usize) -> Result<(Entry, usize), Broken> {
@@ -319,9 +333,13 @@ mod tests {
         pairs.map(|pair| u8::from_str_radix(pair, 16).expect("digits")).collect()
     }
 
-    fn request(table: &mut Table, block: &str) -> Request<()> {
-        match table.read(&hex(block), LIMIT) {
-            Ok(Block::Request(request)) => *request,
+    fn read(table: &mut Table<Request<()>>, block: &[u8]) -> Result<Block<Request<()>>, Broken> {
+        table.read(block, LIMIT, |request| request)
+    }
+
+    fn request(table: &mut Table<Request<()>>, block: &str) -> Request<()> {
+        match read(table, &hex(block)) {
+            Ok(Block::Request(request)) => (*request).clone(),
             other => panic!("{other:?}"),
         }
     }
@@ -364,11 +382,11 @@ mod tests {
         request(&mut table, &format!("3f03 {head}"));
         assert_eq!(table.bytes, 34, "of 34 bytes, which has room for one");
         assert_eq!(request(&mut table, &format!("{head} be")).headers()["b"], "2");
-        assert!(table.read(&hex("bf"), LIMIT).is_err(), "it is gone");
+        assert!(read(&mut table, &hex("bf")).is_err(), "it is gone");
         request(&mut table, &format!("20 {head}"));
         assert_eq!((table.bytes, table.entries.len()), (0, 0));
-        assert!(table.read(&hex("be"), LIMIT).is_err());
-        assert!(table.read(&hex("3fe2 1f"), LIMIT).is_err(), "more than its 4096 bytes");
+        assert!(read(&mut table, &hex("be")).is_err());
+        assert!(read(&mut table, &hex("3fe2 1f")).is_err(), "more than its 4096 bytes");
         // What is larger than the table is read, and not kept.
         assert_eq!(request(&mut table, &format!("{head} 4001 6301 33")).headers()["c"], "3");
         assert!(table.entries.is_empty());
@@ -386,7 +404,7 @@ mod tests {
         request(&mut table, &format!("{head} 4001 6101 32"));
         assert_eq!(request(&mut table, &again).headers()["a"], "2");
         request(&mut table, &format!("20 {head}"));
-        assert!(table.read(&hex(&again), LIMIT).is_err());
+        assert!(read(&mut table, &hex(&again)).is_err());
     }
 
     #[test]
@@ -405,11 +423,11 @@ mod tests {
             ("82 86 04 0161", "a path that is none"),
             ("82 86 84 0001 6101 0a", "a line break in a value"),
         ] {
-            let read = Table::default().read(&hex(block), LIMIT);
+            let read = read(&mut Table::default(), &hex(block));
             assert!(matches!(read, Ok(Block::Wrong)), "{why}: {read:?}");
         }
         for block in ["be", "80", "82 04", "3f e2 1f", "04 ff ff ff ff ff 0f"] {
-            assert!(Table::default().read(&hex(block), LIMIT).is_err(), "{block}");
+            assert!(read(&mut Table::default(), &hex(block)).is_err(), "{block}");
         }
     }
 
@@ -419,7 +437,7 @@ mod tests {
         let long = format!("82 86 84 4001 617f 8107 {}", "62".repeat(1024));
         request(&mut table, &long);
         let many = hex(&format!("82 86 84 {}", "be".repeat(60)));
-        assert!(matches!(table.read(&many, LIMIT), Ok(Block::TooLarge)));
+        assert!(matches!(read(&mut table, &many), Ok(Block::TooLarge)));
     }
 
     #[test]
@@ -429,7 +447,7 @@ mod tests {
             block.push(number);
             write_string(value, &mut block);
         }
-        let read = Table::default().read(&block, LIMIT);
+        let read = read(&mut Table::default(), &block);
         let Ok(Block::Request(request)) = read else { panic!("{read:?}") };
         assert_eq!(
             (request.method(), request.uri()),

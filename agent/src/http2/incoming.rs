@@ -214,14 +214,37 @@ impl Delivery {
                 let [_, length @ ..] = self.prefix;
                 let whole = GRPC_HEADER_BYTES + u32::from_be_bytes(length) as usize;
                 if self.claim(whole) {
-                    let ends_aligned = self.inbox.state().ends_aligned;
-                    let mut message = if ends_aligned { pool.take_to_end(whole) } else { pool.take(whole) };
+                    let mut message = pool.take_for(whole, self.ends_aligned());
                     message.put(&self.prefix);
                     self.message = Some(message);
                     self.hand_over();
                 }
             }
         }
+    }
+
+    /// Takes the beginning of a message that was read to a buffer for all of it, whose end is aligned or its beginning.
+    ///
+    /// # Errors
+    /// It is no beginning of such a message.
+    pub(super) fn adopt(&mut self, buffer: Buffer, ends_aligned: bool) -> Result<(), Buffer> {
+        let whole = buffer.filled().first_chunk().map(|&[_, length @ ..]: &[u8; GRPC_HEADER_BYTES]| {
+            GRPC_HEADER_BYTES + u32::from_be_bytes(length) as usize
+        });
+        let is_begin = self.is_messages && self.message.is_none() && self.prefix_bytes == 0 && !self.is_over;
+        if !is_begin || whole != Some(buffer.capacity()) || self.ends_aligned() != ends_aligned {
+            return Err(buffer);
+        }
+        if self.claim(buffer.capacity()) {
+            self.message = Some(buffer);
+            self.hand_over();
+        }
+        Ok(())
+    }
+
+    /// Whether the ends of messages are aligned, and not their beginnings.
+    pub(super) fn ends_aligned(&self) -> bool {
+        self.inbox.state().ends_aligned
     }
 
     /// Charges for so many bytes; returns whether they may come.

@@ -4,7 +4,7 @@ use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-use tokio::io::{AsyncRead, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use vaccel_guest::frame::{self, Header};
 
 use super::AHEAD_BYTES;
@@ -14,6 +14,20 @@ use crate::pool::{Buffer, Pool};
 /// is better read to its place. When there is more and no such place, it is read by whole buffers.
 const FIRST_BYTES: usize = 4096;
 
+/// What carries a connection's bytes.
+pub(crate) trait Wire: AsyncRead + AsyncWrite + Unpin {
+    /// Reads to two places, to the second one when the first is full; returns how much came, 0 at the end. Neither is
+    /// empty. To read to the first alone is right, and a system call more.
+    fn poll_read_two(
+        &mut self,
+        context: &mut Context<'_>,
+        first: &mut [u8],
+        _second: &mut [u8],
+    ) -> Poll<io::Result<usize>> {
+        poll_read(context, self, first)
+    }
+}
+
 /// Bytes in the order in which they came. Holds memory only while there are some, or a read is going on.
 #[derive(Default)]
 pub(super) struct Input {
@@ -21,6 +35,8 @@ pub(super) struct Input {
     begin: usize,
     /// More came than was asked for.
     is_more: bool,
+    /// Bytes that were taken since [`Self::mark`].
+    passed: usize,
 }
 
 impl Input {
@@ -43,9 +59,30 @@ impl Input {
         }
     }
 
+    /// Adds bytes that were taken for something else, behind those that are there.
+    pub(super) fn append(&mut self, parts: [&[u8]; 2], pool: &Pool) {
+        let parts = [self.ahead(), parts[0], parts[1]];
+        let mut buffer = pool.take(parts.map(<[u8]>::len).iter().sum::<usize>().max(AHEAD_BYTES));
+        for part in parts {
+            buffer.put(part);
+        }
+        (self.buffer, self.begin) = (Some(buffer), 0);
+    }
+
     /// Forgets the first bytes.
     pub(super) fn consume(&mut self, count: usize) {
         self.begin += count;
+        self.passed += count;
+    }
+
+    /// Counts from here what is taken.
+    pub(super) fn mark(&mut self) {
+        self.passed = 0;
+    }
+
+    /// Bytes that were taken since then.
+    pub(super) fn passed(&self) -> usize {
+        self.passed
     }
 
     /// Takes a frame's header.
@@ -64,6 +101,11 @@ impl Input {
     ) -> Poll<io::Result<usize>> {
         let mut buffer = self.buffer.take().unwrap_or_else(|| pool.take(AHEAD_BYTES));
         buffer.consume(std::mem::take(&mut self.begin));
+        if buffer.capacity() != AHEAD_BYTES {
+            // It was for a head, or for what was appended, of which little is left.
+            let rest = std::mem::replace(&mut buffer, pool.take(AHEAD_BYTES));
+            buffer.put(rest.filled());
+        }
         let room = buffer.room();
         let room = if self.is_more { room } else { room.split_at_mut(FIRST_BYTES.min(room.len())).0 };
         let length = room.len();
@@ -77,12 +119,29 @@ impl Input {
         }
         read
     }
+
+    /// Reads so many bytes, before which nothing is there, and what comes behind them to another place. Returns how
+    /// much came together, 0 at the end.
+    pub(super) fn poll_read_two(
+        &mut self,
+        context: &mut Context<'_>,
+        wire: &mut impl Wire,
+        pool: &Pool,
+        count: usize,
+        behind: &mut [u8],
+    ) -> Poll<io::Result<usize>> {
+        let mut buffer = pool.take(count);
+        let came = ready!(wire.poll_read_two(context, buffer.room(), behind))?;
+        buffer.advance(came);
+        (self.buffer, self.begin, self.is_more) = (Some(buffer), 0, false);
+        Poll::Ready(Ok(came))
+    }
 }
 
 /// Reads into a place. Returns how much came, 0 at the end.
 pub(super) fn poll_read(
     context: &mut Context<'_>,
-    stream: &mut (impl AsyncRead + Unpin),
+    stream: &mut (impl AsyncRead + Unpin + ?Sized),
     place: &mut [u8],
 ) -> Poll<io::Result<usize>> {
     let mut place = ReadBuf::new(place);

@@ -5,8 +5,8 @@
 //! waiting is answered where it was read, and head, tensors and trailers of a reply leave in one system call.
 //!
 //! `connection` is the task, `receive` what it does about a peer's frames, `send` what becomes of answers; `input` is
-//! what was read, `incoming` a request's body, `fields` header blocks, `bell` who is to be
-//! looked at. **Invariant:** it knows no service; whatever a peer can make it hold is bounded here or charged by
+//! what was read, `foreseen` what is read before it is known what it is, `incoming` a request's body, `fields` header
+//! blocks, `bell` who is to be looked at. **Invariant:** it knows no service; whatever a peer can make it hold is bounded here or charged by
 //! [`Meter`].
 //!
 //! *Source:* RFC 9113 (HTTP/2), gRPC over HTTP/2 (how messages lie in bodies).
@@ -20,6 +20,7 @@
 mod bell;
 mod connection;
 mod fields;
+mod foreseen;
 mod incoming;
 mod input;
 mod receive;
@@ -28,6 +29,7 @@ mod send;
 mod tests;
 
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -39,6 +41,7 @@ use vaccel_proto::{Error, Reason};
 
 pub(crate) use connection::Connection;
 pub(crate) use incoming::{Incoming, Meter};
+pub(crate) use input::Wire;
 
 /// Pause between looks at a peer that is silent: at the first it is sent a PING, at the second it is given up. vsock
 /// has no keep-alive of its own, and a VM that vanished says nothing.
@@ -93,6 +96,9 @@ const SETTINGS_MAX: usize = 64;
 /// Read ahead of the place it is for, in bytes.
 const AHEAD_BYTES: usize = 64 << 10;
 
+/// Messages that are foreseen, in bytes: what they save is a system call, which is nothing beside longer ones.
+const FORESEEN_BYTES_MAX: usize = 128 << 10;
+
 /// Written to the queue before the socket takes some of it, in bytes. More would make one stream's reply wait for
 /// another's.
 const QUEUE_BYTES_MAX: usize = 1 << 20;
@@ -112,8 +118,40 @@ pub(crate) fn too_late() -> Error {
 
 /// Whom requests are for.
 pub(crate) trait Service {
-    type Body: Body<Data = Bytes> + Unpin;
+    /// What is made of a request's head, once for all calls of a connection that have the same.
+    type Head;
+    type Body: Reply;
     type Answer: Future<Output = Response<Self::Body>> + Unpin;
 
-    fn call(&self, request: Request<Incoming>) -> Self::Answer;
+    fn understand(&self, request: Request<()>) -> Self::Head;
+
+    /// Whether the request's body is gRPC's messages.
+    fn has_messages(head: &Self::Head) -> bool;
+
+    fn call(&self, head: &Arc<Self::Head>, body: Incoming) -> Self::Answer;
+}
+
+/// A reply's body.
+pub(crate) trait Reply: Body<Data = Bytes> + Unpin {
+    /// The header blocks before and behind it, where they are the same for all replies of its kind; else they are those
+    /// of the response and of the body's trailers.
+    fn blocks(&self) -> Option<&'static Blocks> {
+        None
+    }
+}
+
+/// Header blocks, as they are sent.
+#[derive(Debug)]
+pub(crate) struct Blocks {
+    head: Vec<u8>,
+    trailers: Vec<u8>,
+}
+
+impl Blocks {
+    pub(crate) fn new(head: &HeaderMap, trailers: &HeaderMap) -> Self {
+        let mut blocks = Self { head: Vec::new(), trailers: Vec::new() };
+        fields::write_head(http::StatusCode::OK, head, &mut blocks.head);
+        fields::write(trailers, &mut blocks.trailers);
+        blocks
+    }
 }

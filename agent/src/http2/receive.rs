@@ -5,17 +5,17 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Instant;
 
-use http::{HeaderMap, Request, StatusCode};
-use tokio::io::{AsyncRead, AsyncWrite};
+use http::{HeaderMap, StatusCode};
 use vaccel_guest::frame::{self, Header};
 
 use super::connection::{Connection, Going};
 use super::fields::{self, Block};
+use super::foreseen::Foreseen;
 use super::incoming::Delivery;
 use super::input;
 use super::{
     BLOCK_BYTES_MAX, BLOCK_FRAMES_MAX, CONNECTION_WINDOW, FAR, FRAME_BYTES_MAX, HEADER_BYTES_MAX,
-    SETTINGS_MAX, STREAM_WINDOW_MAX, Service, WINDOW_PART, WINDOW_STEP,
+    SETTINGS_MAX, STREAM_WINDOW_MAX, Service, WINDOW_PART, WINDOW_STEP, Wire,
 };
 
 /// Why a connection cannot go on.
@@ -51,10 +51,10 @@ pub(super) enum Expect {
 /// A DATA frame.
 #[derive(Clone, Copy)]
 pub(super) struct Data {
-    header: Header,
+    pub(super) header: Header,
     /// Its stream's place, if somebody wants it.
-    place: Option<usize>,
-    rest: usize,
+    pub(super) place: Option<usize>,
+    pub(super) rest: usize,
     padding: usize,
 }
 
@@ -69,11 +69,15 @@ pub(super) struct Unfinished {
 /// As much of a message is read past the buffer for what is ahead; less is better read together with what follows.
 const DIRECT_BYTES_MIN: usize = 4096;
 
-impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
+impl<I: Wire, S: Service> Connection<I, S> {
     /// Reads and follows what comes. Ready when nothing more does.
     pub(super) fn poll_input(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Fault>> {
         loop {
             while self.step()? {}
+            if let Some(early) = self.early.take() {
+                self.mistaken(&early);
+                continue;
+            }
             if self.is_owing() {
                 return Poll::Pending;
             }
@@ -95,7 +99,7 @@ impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
                     self.placed(count.min(most));
                     count
                 }
-                None => ready!(input.poll_read(context, io, pool)).map_err(Fault::Lost)?,
+                None => ready!(self.poll_ahead(context)).map_err(Fault::Lost)?,
             };
             if count == 0 {
                 return Poll::Ready(Ok(()));
@@ -135,12 +139,22 @@ impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
             }
             Expect::Data(data) => {
                 let ahead = self.input.ahead();
+                if ahead.is_empty()
+                    && let Some(early) = self.early.take()
+                {
+                    self.adopt(data, early);
+                    return Ok(true);
+                }
                 let count = ahead.len().min(data.rest);
                 if count == 0 && data.rest > 0 {
                     return Ok(false);
                 }
                 if let Some(stream) = data.place.and_then(|place| self.streams[place].as_mut()) {
+                    let is_first = data.rest == data.header.length;
                     stream.delivery.receive(&ahead[..count], &self.pool);
+                    if is_first {
+                        self.foreseen = Foreseen::after(self.input.passed(), data, &stream.delivery);
+                    }
                 }
                 self.input.consume(count);
                 self.took(data, count);
@@ -166,7 +180,7 @@ impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
     }
 
     /// So many bytes of a DATA frame are where they belong.
-    fn took(&mut self, data: Data, count: usize) {
+    pub(super) fn took(&mut self, data: Data, count: usize) {
         let rest = data.rest - count;
         self.expect = Expect::Data(Data { rest, ..data });
         if let Some(place) = data.place {
@@ -176,6 +190,7 @@ impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
             return;
         }
         self.expect = if data.padding > 0 { Expect::Skip(data.padding) } else { Expect::Header };
+        self.input.mark();
         self.widen(data.header.length as u32);
         if let Some(place) = data.place {
             if data.header.has(frame::END_STREAM) {
@@ -395,7 +410,9 @@ impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
 
     /// A whole header block: a call begins, or its body has ended.
     fn block(&mut self, id: u32, is_last: bool, block: &[u8]) -> Result<(), Fault> {
-        let Ok(block) = self.table.read(block, HEADER_BYTES_MAX) else {
+        let Self { table, service, .. } = self;
+        let read = table.read(block, HEADER_BYTES_MAX, |request| service.understand(request));
+        let Ok(block) = read else {
             return broken(frame::COMPRESSION_ERROR, "a header block that cannot be read");
         };
         if let Some(place) = self.find(id) {
@@ -418,7 +435,7 @@ impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
             return Ok(());
         }
         match block {
-            Block::Request(request) => self.call(id, is_last, *request),
+            Block::Request(head) => self.call(id, is_last, &head),
             Block::Wrong => self.reset(id, frame::PROTOCOL_ERROR),
             Block::TooLarge => {
                 let flags = frame::END_HEADERS | frame::END_STREAM;
@@ -434,11 +451,10 @@ impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
         Ok(())
     }
 
-    fn call(&mut self, id: u32, is_last: bool, request: Request<()>) {
+    fn call(&mut self, id: u32, is_last: bool, head: &Arc<S::Head>) {
         let Some(place) = self.free_place() else { return self.reset(id, frame::REFUSED_STREAM) };
-        let is_messages = super::is_grpc(request.headers());
-        let (delivery, incoming) = Delivery::new(is_messages, Arc::clone(&self.places[place]));
-        let answer = self.service.call(request.map(|()| incoming));
+        let (delivery, incoming) = Delivery::new(S::has_messages(head), Arc::clone(&self.places[place]));
+        let answer = self.service.call(head, incoming);
         self.start(place, id, delivery, answer);
         if is_last {
             self.finish(place);

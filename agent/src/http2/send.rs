@@ -5,13 +5,11 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
 use http::HeaderMap;
-use http_body::Body;
-use tokio::io::{AsyncRead, AsyncWrite};
+use http_body::Body as _;
 use vaccel_guest::frame;
 
-use super::Service;
 use super::connection::{Answer, Connection};
-use super::fields;
+use super::{Blocks, Reply as _, Service, Wire, fields};
 
 /// What a stream can do next.
 enum Next {
@@ -25,13 +23,17 @@ enum Next {
     Broken,
 }
 
-impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
+impl<I: Wire, S: Service> Connection<I, S> {
     /// Looks at a stream that was woken.
     pub(super) fn attend(&mut self, place: usize) {
         let Some(stream) = self.streams.get_mut(place).and_then(Option::as_mut) else { return };
         let id = stream.id;
         if let Poll::Ready(Some((head, is_over))) = stream.poll_answer(&self.places[place]) {
-            self.write_block(id, is_over, |into| fields::write_head(head.status, &head.headers, into));
+            let blocks = stream.blocks();
+            self.write_block(id, is_over, |into| match blocks {
+                Some(blocks) => into.extend_from_slice(&blocks.head),
+                None => fields::write_head(head.status, &head.headers, into),
+            });
             if is_over {
                 return self.over(place);
             }
@@ -94,8 +96,8 @@ impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
             if !reply.is_over {
                 return Next::Turn;
             }
-            let (id, trailers) = (stream.id, reply.trailers.take());
-            self.write_end(id, trailers.as_ref());
+            let (id, blocks, trailers) = (stream.id, reply.body.blocks(), reply.trailers.take());
+            self.write_end(id, blocks, trailers.as_ref());
             return Next::Over;
         }
         let allowed = stream.peer_window.min(self.peer_window).max(0) as usize;
@@ -111,10 +113,11 @@ impl<I: AsyncRead + AsyncWrite + Unpin, S: Service> Connection<I, S> {
         if is_last { Next::Over } else { Next::Turn }
     }
 
-    fn write_end(&mut self, id: u32, trailers: Option<&HeaderMap>) {
-        match trailers {
-            Some(trailers) => self.write_block(id, true, |into| fields::write(trailers, into)),
-            None => self.output.data(id, bytes::Bytes::new(), true),
+    fn write_end(&mut self, id: u32, blocks: Option<&Blocks>, trailers: Option<&HeaderMap>) {
+        match (blocks, trailers) {
+            (Some(blocks), _) => self.write_block(id, true, |into| into.extend_from_slice(&blocks.trailers)),
+            (None, Some(trailers)) => self.write_block(id, true, |into| fields::write(trailers, into)),
+            (None, None) => self.output.data(id, bytes::Bytes::new(), true),
         }
     }
 

@@ -1,5 +1,7 @@
 //! Arguments of generic operations as typed values, each checked against what is expected at its place.
 
+use std::fmt;
+
 use bytes::Bytes;
 use vaccel_proto::Error;
 use vaccel_proto::error::shown;
@@ -16,6 +18,11 @@ pub(super) struct Reads<'a> {
 /// Bytes there are for a written argument.
 pub(super) fn room(arg: &Arg) -> u64 {
     if arg.data.is_empty() { arg.size } else { arg.data.len() as u64 }
+}
+
+/// Where an argument is, in the request.
+fn path(at: usize) -> String {
+    format!("read[{at}]")
 }
 
 /// As an argument is shown to whoever sent another one.
@@ -50,25 +57,30 @@ impl<'a> Reads<'a> {
 
     /// The next argument, of one of these types or of none, as before vAccel 0.6.
     fn next(&mut self, name: &str, kinds: &[ArgType]) -> Result<&'a Arg, Error> {
-        let path = format!("read[{}]", self.at);
-        let first = kinds.first().map_or("", |kind| kind.as_str_name()).trim_start_matches("ARG_TYPE_");
-        let expected = format!("{name}, {first}");
-        let Some(arg) = self.args.get(self.at) else {
-            return Err(Error::field(path, expected, "no argument"));
-        };
-        let kind = ArgType::try_from(arg.kind);
-        if !kind.is_ok_and(|kind| kind == ArgType::Raw || kinds.contains(&kind)) {
-            return Err(Error::field(path, expected, describe(arg)));
+        let arg = self.args.get(self.at);
+        let kind = arg.and_then(|arg| ArgType::try_from(arg.kind).ok());
+        match arg.filter(|_| kind.is_some_and(|kind| kind == ArgType::Raw || kinds.contains(&kind))) {
+            Some(fits) => {
+                self.at += 1;
+                Ok(fits)
+            }
+            None => {
+                let first = kinds.first().map_or("", |kind| kind.as_str_name());
+                let expected = format!("{name}, {}", first.trim_start_matches("ARG_TYPE_"));
+                let got = arg.map_or_else(|| "no argument".to_owned(), describe);
+                Err(Error::field(path(self.at), expected, got))
+            }
         }
-        self.at += 1;
-        Ok(arg)
+    }
+
+    /// That the argument taken last is not what it should be.
+    fn wrong(&self, expected: String, got: impl fmt::Display) -> Error {
+        Error::field(path(self.at.saturating_sub(1)), expected, got)
     }
 
     fn number<const N: usize>(&mut self, name: &str, kind: ArgType) -> Result<[u8; N], Error> {
-        let path = format!("read[{}]", self.at);
         let arg = self.next(name, &[kind])?;
-        let wrong = |_| Error::field(path, format!("{name}, {N} bytes"), describe(arg));
-        arg.data[..].try_into().map_err(wrong)
+        arg.data[..].try_into().map_err(|_| self.wrong(format!("{name}, {N} bytes"), describe(arg)))
     }
 
     pub(super) fn i64(&mut self, name: &str) -> Result<i64, Error> {
@@ -89,15 +101,15 @@ impl<'a> Reads<'a> {
 
     /// A text, with its NUL or, as before vAccel 0.6, without.
     pub(super) fn text(&mut self, name: &str) -> Result<String, Error> {
-        let path = format!("read[{}]", self.at);
         let arg = self.next(name, &[ArgType::String, ArgType::CharArray, ArgType::UcharArray])?;
         let text = arg.data.split(|byte| *byte == 0).next().unwrap_or_default();
-        let text = String::from_utf8_lossy(text);
-        if text.len() > NAME_BYTES_MAX || text.contains(char::REPLACEMENT_CHARACTER) {
-            let expected = format!("{name}, UTF-8 of at most {NAME_BYTES_MAX} bytes");
-            return Err(Error::field(path, expected, shown(&text)));
+        match str::from_utf8(text) {
+            Ok(text) if text.len() <= NAME_BYTES_MAX => Ok(text.to_owned()),
+            _ => {
+                let expected = format!("{name}, UTF-8 of at most {NAME_BYTES_MAX} bytes");
+                Err(self.wrong(expected, shown(&String::from_utf8_lossy(text))))
+            }
         }
-        Ok(text.into_owned())
     }
 
     pub(super) fn bytes(&mut self, name: &str) -> Result<Bytes, Error> {
@@ -112,11 +124,10 @@ impl<'a> Reads<'a> {
             DType::I32 => ArgType::Int32Array,
             _ => ArgType::Float32Array,
         };
-        let path = format!("read[{}]", self.at);
         let arg = self.next(name, &[kind])?;
         let size = dtype.size();
         if !arg.data.len().is_multiple_of(size) {
-            return Err(Error::field(path, format!("{name}, numbers of {size} bytes"), describe(arg)));
+            return Err(self.wrong(format!("{name}, numbers of {size} bytes"), describe(arg)));
         }
         let count = i64::try_from(arg.data.len() / size).unwrap_or(i64::MAX);
         let tensor = Tensor::from_bytes(dtype, &[count], arg.data.clone());

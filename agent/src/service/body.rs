@@ -18,7 +18,7 @@ use vaccel_proto::tensor::GRPC_HEADER_BYTES;
 use vaccel_proto::{Error, Reason};
 
 use crate::dispatch::Caller;
-use crate::http2::Meter;
+use crate::http2::{Blocks, Meter, Reply};
 use crate::quota::Hold;
 
 /// The count, shared by the body and the call.
@@ -120,7 +120,11 @@ pub(crate) struct KeptBody {
 enum Content {
     Routed(tonic::body::Body),
     /// One message of gRPC's, and the trailers behind it.
-    Message(VecDeque<Bytes>, Option<HeaderMap>),
+    Message {
+        pieces: VecDeque<Bytes>,
+        trailers: Option<HeaderMap>,
+        blocks: Option<&'static Blocks>,
+    },
 }
 
 impl KeptBody {
@@ -130,7 +134,23 @@ impl KeptBody {
 
     /// A message in pieces, and trailers.
     pub(super) fn message(pieces: Vec<Bytes>, trailers: HeaderMap, kept: Kept) -> Self {
-        Self { content: Content::Message(pieces.into(), Some(trailers)), kept: Some(kept) }
+        let content = Content::Message { pieces: pieces.into(), trailers: Some(trailers), blocks: None };
+        Self { content, kept: Some(kept) }
+    }
+
+    /// A message in pieces, with header blocks that are always the same.
+    pub(super) fn message_between(blocks: &'static Blocks, pieces: Vec<Bytes>, kept: Kept) -> Self {
+        let (pieces, trailers) = (pieces.into(), Some(HeaderMap::new()));
+        Self { content: Content::Message { pieces, trailers, blocks: Some(blocks) }, kept: Some(kept) }
+    }
+}
+
+impl Reply for KeptBody {
+    fn blocks(&self) -> Option<&'static Blocks> {
+        match &self.content {
+            Content::Routed(_) => None,
+            Content::Message { blocks, .. } => *blocks,
+        }
     }
 }
 
@@ -145,7 +165,7 @@ impl Body for KeptBody {
         let this = self.get_mut();
         let frame = match &mut this.content {
             Content::Routed(body) => ready!(Pin::new(body).poll_frame(context)),
-            Content::Message(pieces, trailers) => match pieces.pop_front() {
+            Content::Message { pieces, trailers, .. } => match pieces.pop_front() {
                 Some(piece) => Some(Ok(Frame::data(piece))),
                 None => trailers.take().map(|trailers| Ok(Frame::trailers(trailers))),
             },
@@ -161,14 +181,14 @@ impl Body for KeptBody {
     fn is_end_stream(&self) -> bool {
         match &self.content {
             Content::Routed(body) => body.is_end_stream(),
-            Content::Message(pieces, trailers) => pieces.is_empty() && trailers.is_none(),
+            Content::Message { pieces, trailers, .. } => pieces.is_empty() && trailers.is_none(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match &self.content {
             Content::Routed(body) => body.size_hint(),
-            Content::Message(pieces, _) => {
+            Content::Message { pieces, .. } => {
                 SizeHint::with_exact(pieces.iter().map(|piece| piece.len() as u64).sum())
             }
         }

@@ -1,44 +1,41 @@
-//! The caller's deadline, from the `grpc-timeout` header.
+//! How long a caller waits, from the `grpc-timeout` header.
 //!
 //! *Source:* gRPC over HTTP/2, `Timeout → TimeoutValue TimeoutUnit`: up to 8 digits and one of `H M S m u n`.
 
 use std::time::Duration;
 
-use http::HeaderMap;
-use tokio::time::Instant;
+use http::{HeaderMap, HeaderName};
 use vaccel_proto::Error;
 use vaccel_proto::limits::DEADLINE_MAX;
 
-const HEADER: &str = "grpc-timeout";
+const HEADER: HeaderName = HeaderName::from_static("grpc-timeout");
 
-/// When the caller stops waiting; none when it does not say.
+/// How long the caller waits; none when it does not say.
 ///
 /// # Errors
 /// `BAD_ARGUMENT` for a header that is not a timeout.
-pub(super) fn of(headers: &HeaderMap) -> Result<Option<Instant>, Error> {
+pub(super) fn timeout(headers: &HeaderMap) -> Result<Option<Duration>, Error> {
     let Some(value) = headers.get(HEADER) else { return Ok(None) };
-    let timeout = value.to_str().ok().and_then(parse);
-    let timeout = timeout.ok_or_else(|| {
+    let timeout = parse(value.as_bytes()).ok_or_else(|| {
         let got = vaccel_proto::error::shown(&String::from_utf8_lossy(value.as_bytes()));
-        Error::field(HEADER, "up to 8 digits and one of H, M, S, m, u, n", got)
+        Error::field(HEADER.as_str(), "up to 8 digits and one of H, M, S, m, u, n", got)
     })?;
-    Ok(Some(Instant::now() + timeout.min(DEADLINE_MAX)))
+    Ok(Some(timeout.min(DEADLINE_MAX)))
 }
 
-fn parse(text: &str) -> Option<Duration> {
-    let unit = text.chars().next_back()?;
-    let digits = text.get(..text.len() - unit.len_utf8())?;
-    if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
+fn parse(text: &[u8]) -> Option<Duration> {
+    let (unit, digits) = text.split_last()?;
+    if digits.is_empty() || digits.len() > 8 || !digits.iter().all(u8::is_ascii_digit) {
         return None;
     }
-    let value: u64 = digits.parse().ok()?;
+    let value = digits.iter().fold(0, |value, digit| value * 10 + u64::from(digit - b'0'));
     Some(match unit {
-        'H' => Duration::from_secs(value * 3600),
-        'M' => Duration::from_secs(value * 60),
-        'S' => Duration::from_secs(value),
-        'm' => Duration::from_millis(value),
-        'u' => Duration::from_micros(value),
-        'n' => Duration::from_nanos(value),
+        b'H' => Duration::from_secs(value * 3600),
+        b'M' => Duration::from_secs(value * 60),
+        b'S' => Duration::from_secs(value),
+        b'm' => Duration::from_millis(value),
+        b'u' => Duration::from_micros(value),
+        b'n' => Duration::from_nanos(value),
         _ => return None,
     })
 }
@@ -64,7 +61,7 @@ mod tests {
             ("+1S", None),
             ("1é", None),
         ] {
-            assert_eq!(parse(text), timeout, "{text:?}");
+            assert_eq!(parse(text.as_bytes()), timeout, "{text:?}");
         }
     }
 }

@@ -19,10 +19,12 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use http::header::AUTHORIZATION;
 use http::{HeaderMap, HeaderValue, Request, Response};
 use http_body_util::BodyExt;
+use tokio::time::Instant;
 use tonic::Status;
 use tonic::body::Body;
 use tonic::service::Routes;
@@ -115,19 +117,16 @@ impl Gate {
     }
 
     /// Who calls, and the count of the call's bytes.
-    fn admit<B>(
-        &self,
-        connection: &Connection,
-        request: &Request<B>,
-    ) -> Result<(Caller, Arc<HeldBytes>), Error> {
+    fn admit(&self, connection: &Connection, head: &Head) -> Result<(Caller, Arc<HeldBytes>), Error> {
+        let Head { request, is_grpc, .. } = head;
         let headers = request.headers();
-        let is_grpc = is_grpc(headers);
         if !is_grpc {
             rest::check_headers(headers)?;
         }
         let authorization = headers.get(AUTHORIZATION).map(HeaderValue::as_bytes);
         let tenant = self.identity.of_call(&connection.tenant, &connection.peer, authorization)?;
-        let deadline = deadline::of(headers)?;
+        let timeout = head.timeout.map_or_else(|| deadline::timeout(headers), Ok)?;
+        let deadline = timeout.map(|timeout| Instant::now() + timeout);
         if request.uri().path().starts_with(REFLECTION) && !connection.peer.is_near() {
             // What a guest needs to know is in its contract.
             return Err(Error::new(Reason::UnknownOperation, "this agent has no such service or method"));
@@ -141,8 +140,27 @@ impl Gate {
         let caller = caller.of_user(connection.peer.uid());
         let counted = caller.account().hold(Unit::InFlightBytes, 0)?;
         // Over HTTP/1 a body is one whatever it says it is.
-        let is_messages = is_grpc && request.version() == http::Version::HTTP_2;
+        let is_messages = *is_grpc && request.version() == http::Version::HTTP_2;
         Ok((caller, HeldBytes::new(counted, is_messages)))
+    }
+}
+
+/// A request's head, and what it says.
+pub(crate) struct Head {
+    request: Request<()>,
+    is_grpc: bool,
+    /// How long the caller waits, if it says so; none for a header that cannot be read.
+    timeout: Option<Option<Duration>>,
+    coding: Option<Coding>,
+    call: Option<unary::Call>,
+}
+
+impl Head {
+    fn new(request: Request<()>) -> Self {
+        let headers = request.headers();
+        let (is_grpc, coding) = (is_grpc(headers), Coding::of_messages(headers));
+        let (timeout, call) = (deadline::timeout(headers).ok(), unary::Call::of(&request));
+        Self { request, is_grpc, timeout, coding, call }
     }
 }
 
@@ -187,31 +205,31 @@ impl ConnectionService {
     fn expanded(
         &self,
         coding: Coding,
-        request: Request<http2::Incoming>,
+        head: &Head,
+        body: http2::Incoming,
         caller: Caller,
         held: Arc<HeldBytes>,
     ) -> Answer {
-        let (call, of_reply) = (unary::Call::of(&request), Coding::of_reply(request.headers()));
         let account = Arc::clone(caller.account());
-        let counted = Arc::clone(&held);
-        let mut request = request.map(|body| Expanded::new(body, coding, account, counted));
-        request.headers_mut().remove(GRPC_ENCODING);
-        match call {
+        let body = Expanded::new(body, coding, account, Arc::clone(&held));
+        match head.call {
             Some(call) => {
                 let dispatch = Arc::clone(&self.gate.dispatch);
-                Box::pin(call.answer(dispatch, caller, held, request.into_body(), of_reply))
+                let of_reply = Coding::of_reply(head.request.headers());
+                Box::pin(call.answer(dispatch, caller, held, body, of_reply))
             }
             None => {
-                let request = request.map(|body| Body::new(body.map_err(Status::from)));
+                let mut request = head.request.clone().map(|()| Body::new(body.map_err(Status::from)));
+                request.headers_mut().remove(GRPC_ENCODING);
                 Box::pin(self.route(request, caller, held))
             }
         }
     }
 
-    fn refuse<B>(&self, request: &Request<B>, refusal: &Error) -> Response<KeptBody> {
+    fn refuse(&self, head: &Head, refusal: &Error) -> Response<KeptBody> {
         let connection = self.connection.id;
         tracing::debug!(?connection, peer = ?self.connection.peer, ?refusal, "call refused at the gate");
-        refused(request.headers(), refusal)
+        refused(head.request.headers(), refusal)
     }
 }
 
@@ -221,29 +239,38 @@ fn refused(headers: &HeaderMap, refusal: &Error) -> Response<KeptBody> {
 }
 
 impl http2::Service for ConnectionService {
+    type Head = Head;
     type Body = KeptBody;
     type Answer = Answer;
 
-    fn call(&self, request: Request<http2::Incoming>) -> Answer {
-        let (caller, held) = match self.gate.admit(&self.connection, &request) {
+    fn understand(&self, request: Request<()>) -> Head {
+        Head::new(request)
+    }
+
+    fn has_messages(head: &Head) -> bool {
+        head.is_grpc
+    }
+
+    fn call(&self, head: &Arc<Head>, body: http2::Incoming) -> Answer {
+        let (caller, held) = match self.gate.admit(&self.connection, head) {
             Ok(admitted) => admitted,
-            Err(refusal) => return Box::pin(std::future::ready(self.refuse(&request, &refusal))),
+            Err(refusal) => return Box::pin(std::future::ready(self.refuse(head, &refusal))),
         };
-        request.body().charge(Arc::clone(&held) as Arc<dyn http2::Meter>);
-        if let Some(coding) = Coding::of_messages(request.headers()) {
-            return self.expanded(coding, request, caller, held);
+        body.charge(Arc::clone(&held) as Arc<dyn http2::Meter>);
+        if let Some(coding) = head.coding {
+            return self.expanded(coding, head, body, caller, held);
         }
-        match unary::Call::of(&request) {
+        match head.call {
             Some(call) => {
                 if call.ends_with_tensors() {
-                    request.body().align_ends();
+                    body.align_ends();
                 }
                 let dispatch = Arc::clone(&self.gate.dispatch);
-                Box::pin(call.answer(dispatch, caller, held, request.into_body(), None))
+                Box::pin(call.answer(dispatch, caller, held, body, None))
             }
             // The routes know errors as statuses.
             None => {
-                let request = request.map(|body| Body::new(body.map_err(Status::from)));
+                let request = head.request.clone().map(|()| Body::new(body.map_err(Status::from)));
                 Box::pin(self.route(request, caller, held))
             }
         }
@@ -256,12 +283,14 @@ impl hyper::service::Service<Request<hyper::body::Incoming>> for ConnectionServi
     type Future = Pin<Box<dyn Future<Output = Result<Response<KeptBody>, Infallible>> + Send>>;
 
     fn call(&self, request: Request<hyper::body::Incoming>) -> Self::Future {
-        let (caller, held) = match self.gate.admit(&self.connection, &request) {
+        let (parts, body) = request.into_parts();
+        let head = Head::new(Request::from_parts(parts, ()));
+        let (caller, held) = match self.gate.admit(&self.connection, &head) {
             Ok(admitted) => admitted,
-            Err(refusal) => return Box::pin(std::future::ready(Ok(self.refuse(&request, &refusal)))),
+            Err(refusal) => return Box::pin(std::future::ready(Ok(self.refuse(&head, &refusal)))),
         };
-        let headers = request.headers().clone();
-        let counted = request.map(|body| Body::new(CountedBody::new(body, Arc::clone(&held))));
+        let headers = head.request.headers().clone();
+        let counted = head.request.map(|()| Body::new(CountedBody::new(body, Arc::clone(&held))));
         let answered = self.route(counted, caller, held);
         Box::pin(async move {
             // A request that never becomes whole ends here; whole ones have their own, shorter deadlines.

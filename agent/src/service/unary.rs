@@ -4,7 +4,7 @@
 //! What they do is `dispatch`'s, as for every call, and the wire is gRPC's as everywhere.
 
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use bytes::Bytes;
 use http::header::CONTENT_TYPE;
@@ -19,9 +19,20 @@ use vaccel_proto::{Error, codec, gather};
 use super::body::{HeldBytes, Kept, KeptBody};
 use super::compression::{self, Coding, GRPC_ENCODING};
 use crate::dispatch::{Caller, Dispatch};
-use crate::http2::is_grpc;
+use crate::http2::{Blocks, is_grpc};
 
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
+
+/// What every reply says that is not compressed.
+static BLOCKS: LazyLock<Blocks> = LazyLock::new(|| Blocks::new(&head(), &trailers()));
+
+fn head() -> HeaderMap {
+    HeaderMap::from_iter([(CONTENT_TYPE, HeaderValue::from_static("application/grpc"))])
+}
+
+fn trailers() -> HeaderMap {
+    HeaderMap::from_iter([(GRPC_STATUS, HeaderValue::from_static("0"))])
+}
 
 /// The calls.
 #[derive(Clone, Copy, Debug)]
@@ -74,13 +85,13 @@ impl Call {
                 return super::grpc_refusal(&error).map(|body| KeptBody::new(body, kept));
             }
         };
-        let trailers = HeaderMap::from_iter([(GRPC_STATUS, HeaderValue::from_static("0"))]);
         let kept = Kept { _caller: caller, _bytes: held };
-        let mut response = Response::new(KeptBody::message(pieces, trailers, kept));
-        response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
-        if let Some(coding) = coding {
-            response.headers_mut().insert(GRPC_ENCODING, HeaderValue::from_static(coding.name()));
-        }
+        let Some(coding) = coding else {
+            return Response::new(KeptBody::message_between(&BLOCKS, pieces, kept));
+        };
+        let mut response = Response::new(KeptBody::message(pieces, trailers(), kept));
+        *response.headers_mut() = head();
+        response.headers_mut().insert(GRPC_ENCODING, HeaderValue::from_static(coding.name()));
         response
     }
 
@@ -99,7 +110,9 @@ impl Call {
                 pieces(&reply, held)
             }
             Self::ModelInfer => {
-                pieces(&dispatch.infer(caller, decode::<ModelInferRequest>(message)?).await?, held)
+                // In a place of its own: calls of the other kind are a quarter of its size.
+                let infer = Box::pin(dispatch.infer(caller, decode::<ModelInferRequest>(message)?));
+                pieces(&infer.await?, held)
             }
         }
     }

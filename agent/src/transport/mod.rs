@@ -7,24 +7,18 @@
 mod listener;
 mod memory;
 mod preface;
+mod stream;
 mod tls;
 
 use std::io;
-use std::os::fd::BorrowedFd;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, Interest};
-use tokio::net::{TcpStream, UnixStream};
+use tokio::io::AsyncWriteExt;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
-use tokio_rustls::server::TlsStream;
-use tokio_vsock::VsockStream;
-use vaccel_client::vsock::ShortWrites;
 use vaccel_proto::Endpoint;
 
 use crate::dispatch::Dispatch;
@@ -35,6 +29,7 @@ use crate::quota::{Hold, Unit};
 use crate::service::{Connection, ConnectionService, Gate};
 use crate::session::ConnectionId;
 use preface::Speech;
+use stream::Stream;
 
 pub(crate) use listener::Listener;
 pub(crate) use tls::Acceptor;
@@ -54,56 +49,6 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// All request headers of a call over HTTP/1, in bytes, and what is read ahead.
 const HEADER_BYTES_MAX: usize = 16 << 10;
-
-/// A byte stream, whatever carries it.
-pub(crate) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {
-    /// Writes bytes, with a file descriptor if one is given, which only sockets of this machine carry.
-    fn poll_send(
-        &mut self,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-        file: Option<BorrowedFd<'_>>,
-    ) -> Poll<io::Result<usize>> {
-        if file.is_some() {
-            return Poll::Ready(Err(io::ErrorKind::Unsupported.into()));
-        }
-        Pin::new(self).poll_write(context, bytes)
-    }
-}
-
-impl Stream for TcpStream {}
-impl Stream for ShortWrites<VsockStream> {}
-impl<S: Stream> Stream for TlsStream<S> {}
-#[cfg(test)]
-impl Stream for tokio::io::DuplexStream {}
-
-impl<S: Stream + ?Sized> Stream for Box<S> {
-    fn poll_send(
-        &mut self,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-        file: Option<BorrowedFd<'_>>,
-    ) -> Poll<io::Result<usize>> {
-        (**self).poll_send(context, bytes, file)
-    }
-}
-
-impl Stream for UnixStream {
-    fn poll_send(
-        &mut self,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-        file: Option<BorrowedFd<'_>>,
-    ) -> Poll<io::Result<usize>> {
-        loop {
-            ready!(self.poll_write_ready(context))?;
-            match self.try_io(Interest::WRITABLE, || memory::send(self, bytes, file)) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                sent => return Poll::Ready(sent),
-            }
-        }
-    }
-}
 
 /// What every connection needs.
 pub(crate) struct Entrance {

@@ -13,6 +13,7 @@ use vaccel_client::shared::PREFACE as MEMORY;
 use vaccel_guest::frame::PREFACE;
 
 use super::Stream;
+use crate::http2::Wire;
 
 /// What a peer speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,6 +67,22 @@ fn method(read: &[u8]) -> Option<bool> {
 struct Rewound {
     read: Bytes,
     stream: Box<dyn Stream>,
+}
+
+impl Wire for Rewound {
+    fn poll_read_two(
+        &mut self,
+        context: &mut Context<'_>,
+        first: &mut [u8],
+        second: &mut [u8],
+    ) -> Poll<io::Result<usize>> {
+        if self.read.has_remaining() {
+            let part = self.read.len().min(first.len());
+            first[..part].copy_from_slice(&self.read.split_to(part));
+            return Poll::Ready(Ok(part));
+        }
+        self.stream.poll_read_two(context, first, second)
+    }
 }
 
 impl Stream for Rewound {

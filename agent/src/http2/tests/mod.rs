@@ -1,5 +1,6 @@
 //! Conversations with peers that do what the protocol allows, and what it does not.
 
+mod foreseen;
 mod windows;
 
 use std::collections::VecDeque;
@@ -59,11 +60,23 @@ impl Drop for Awaited {
     }
 }
 
+impl super::Reply for Pieces {}
+
 impl Service for Echo {
+    type Head = Request<()>;
     type Body = Pieces;
     type Answer = Pin<Box<dyn Future<Output = Response<Pieces>> + Send>>;
 
-    fn call(&self, request: Request<Incoming>) -> Self::Answer {
+    fn understand(&self, request: Request<()>) -> Request<()> {
+        request
+    }
+
+    fn has_messages(head: &Request<()>) -> bool {
+        is_grpc(head.headers())
+    }
+
+    fn call(&self, head: &Arc<Request<()>>, body: Incoming) -> Self::Answer {
+        let request = (**head).clone().map(|()| body);
         self.0.fetch_add(1, Ordering::SeqCst);
         let (awaited, taken) = (Awaited(Arc::clone(&self.0)), Arc::clone(&self.1));
         Box::pin(async move {
