@@ -8,7 +8,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 
@@ -38,8 +38,11 @@ pub(crate) struct Pool(Arc<Mutex<Free>>);
 /// In the order in which they were given back.
 #[derive(Default)]
 struct Free {
-    buffers: VecDeque<(Vec<u8>, Instant)>,
+    /// Each with the sweep before it was given back.
+    buffers: VecDeque<(Vec<u8>, u64)>,
     bytes: usize,
+    /// How often it was swept: a clock that costs nothing to look at.
+    sweeps: u64,
 }
 
 impl Free {
@@ -87,7 +90,8 @@ impl Pool {
         let mut gone = Vec::new();
         let mut free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         free.bytes += memory.len();
-        free.buffers.push_back((memory, Instant::now()));
+        let now = free.sweeps;
+        free.buffers.push_back((memory, now));
         while free.buffers.len() > FREE_MAX || free.bytes > FREE_BYTES_MAX {
             gone.extend(free.remove(0));
         }
@@ -107,7 +111,10 @@ impl Pool {
     fn sweep(&self) {
         let mut gone = Vec::new();
         let mut free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        while free.buffers.front().is_some_and(|(_, since)| since.elapsed() >= IDLE) {
+        free.sweeps += 1;
+        // Those that were there at the last sweep.
+        let last = free.sweeps - 1;
+        while free.buffers.front().is_some_and(|(_, since)| *since < last) {
             gone.extend(free.remove(0));
         }
         drop(free);
@@ -257,6 +264,21 @@ mod tests {
         let free = pool.0.lock().expect("not poisoned");
         assert!(free.buffers.len() <= FREE_MAX && free.bytes <= FREE_BYTES_MAX);
         assert_eq!(free.bytes, free.buffers.iter().map(|(memory, _)| memory.len()).sum::<usize>());
+    }
+
+    #[test]
+    fn what_nobody_takes_is_given_to_the_system() {
+        let pool = Pool::default();
+        let taken_again = || pool.find(size(BYTES_MIN)).map(|memory| pool.give_back(memory)).is_some();
+        drop(pool.take(BYTES_MIN));
+        pool.sweep();
+        assert!(taken_again(), "it was there for less than the time");
+        pool.sweep();
+        assert!(taken_again(), "it was taken meanwhile");
+        pool.sweep();
+        pool.sweep();
+        assert!(!taken_again());
+        assert_eq!(pool.0.lock().expect("not poisoned").bytes, 0);
     }
 
     #[test]

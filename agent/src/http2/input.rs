@@ -16,6 +16,11 @@ const FIRST_BYTES: usize = 4096;
 
 /// What carries a connection's bytes.
 pub(crate) trait Wire: AsyncRead + AsyncWrite + Unpin {
+    /// Ready when a read is worth a try: no memory is taken for one that finds nothing.
+    fn poll_readable(&mut self, _context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
     /// Reads to two places, to the second one when the first is full; returns how much came, 0 at the end. Neither is
     /// empty. To read to the first alone is right, and a system call more.
     fn poll_read_two(
@@ -96,9 +101,10 @@ impl Input {
     pub(super) fn poll_read(
         &mut self,
         context: &mut Context<'_>,
-        stream: &mut (impl AsyncRead + Unpin),
+        stream: &mut impl Wire,
         pool: &Pool,
     ) -> Poll<io::Result<usize>> {
+        ready!(stream.poll_readable(context))?;
         let mut buffer = self.buffer.take().unwrap_or_else(|| pool.take(AHEAD_BYTES));
         buffer.consume(std::mem::take(&mut self.begin));
         if buffer.capacity() != AHEAD_BYTES {

@@ -6,8 +6,8 @@
 //!
 //! `connection` is the task, `receive` what it does about a peer's frames, `send` what becomes of answers; `input` is
 //! what was read, `foreseen` what is read before it is known what it is, `incoming` a request's body, `fields` header
-//! blocks, `bell` who is to be looked at. **Invariant:** it knows no service; whatever a peer can make it hold is bounded here or charged by
-//! [`Meter`].
+//! blocks, `bell` who is to be looked at. **Invariant:** it knows no service; whatever a peer can make it
+//! hold is bounded here or charged by [`Meter`].
 //!
 //! *Source:* RFC 9113 (HTTP/2), gRPC over HTTP/2 (how messages lie in bodies).
 

@@ -70,6 +70,10 @@ struct Rewound {
 }
 
 impl Wire for Rewound {
+    fn poll_readable(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.read.has_remaining() { Poll::Ready(Ok(())) } else { self.stream.poll_readable(context) }
+    }
+
     fn poll_read_two(
         &mut self,
         context: &mut Context<'_>,

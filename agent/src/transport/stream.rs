@@ -40,6 +40,10 @@ impl Stream for tokio::io::DuplexStream {}
 macro_rules! reads_two {
     ($stream:ty) => {
         impl Wire for $stream {
+            fn poll_readable(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+                self.poll_read_ready(context)
+            }
+
             fn poll_read_two(
                 &mut self,
                 context: &mut Context<'_>,
@@ -79,6 +83,10 @@ impl Wire for ShortWrites<VsockStream> {}
 // It has one record at a time.
 impl<S: Stream> Wire for TlsStream<S> {}
 impl<S: Wire + ?Sized> Wire for Box<S> {
+    fn poll_readable(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        (**self).poll_readable(context)
+    }
+
     fn poll_read_two(
         &mut self,
         context: &mut Context<'_>,

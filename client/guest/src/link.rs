@@ -20,8 +20,9 @@ const PAUSE_MAX_MS: u64 = 1000;
 /// it would be a small packet that holds up the next one.
 const ANSWER_DELAY_MS: u64 = 100;
 
-/// How long after it was heard last a peer is not listened to before a call, in milliseconds: a guest that calls again
-/// and again saves a system call each time.
+/// How long after it was heard last a peer is not listened to before a call that may be run twice, in milliseconds: a
+/// guest that calls again and again saves a system call each time. For other calls it has to be known before that the
+/// connection has not ended.
 const HEARD_MS: u64 = 1;
 
 /// Reads between two calls. A peer that has more to say is heard during the call, which has a deadline.
@@ -128,7 +129,7 @@ impl<T: Transport> Link<T> {
 
     fn attempt(&mut self, request: &Request<'_>, reply: &mut dyn Reader) -> core::result::Result<(), Miss> {
         let authority: Text<128> = self.transport.authority().into();
-        self.ready(request.until)?;
+        self.ready(request)?;
         let timeout_ms = request.until.saturating_sub(self.transport.now()).max(1);
         let token = self.token;
         let head = RequestHead {
@@ -162,15 +163,15 @@ impl<T: Transport> Link<T> {
     }
 
     /// A connection on which a call can begin.
-    fn ready(&mut self, until: u64) -> core::result::Result<(), Miss> {
-        if self.transport.now() > self.heard.saturating_add(HEARD_MS) {
+    fn ready(&mut self, request: &Request<'_>) -> core::result::Result<(), Miss> {
+        if !request.repeatable || self.transport.now() > self.heard.saturating_add(HEARD_MS) {
             self.listen();
         }
         if self.connected && self.connection.takes_calls() {
             return Ok(());
         }
         self.close();
-        match self.transport.connect(until) {
+        match self.transport.connect(request.until) {
             Ok(()) => {
                 self.connection.open();
                 self.connected = true;
