@@ -109,7 +109,7 @@ impl<I: Wire, S: Service> Connection<I, S> {
         stream.peer_window -= count as i64;
         self.peer_window -= count as i64;
         let is_last = reply.next.is_empty() && reply.body.is_end_stream();
-        self.output.data(stream.id, data, is_last);
+        self.output.data(stream.id, count, std::iter::once(data), is_last);
         if is_last { Next::Over } else { Next::Turn }
     }
 
@@ -117,7 +117,7 @@ impl<I: Wire, S: Service> Connection<I, S> {
         match (blocks, trailers) {
             (Some(blocks), _) => self.write_block(id, true, |into| into.extend_from_slice(&blocks.trailers)),
             (None, Some(trailers)) => self.write_block(id, true, |into| fields::write(trailers, into)),
-            (None, None) => self.output.data(id, bytes::Bytes::new(), true),
+            (None, None) => self.output.data(id, 0, std::iter::empty(), true),
         }
     }
 

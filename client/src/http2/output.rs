@@ -64,20 +64,17 @@ impl Output {
         self.wrote(length + frame::HEADER_BYTES);
     }
 
-    /// A DATA frame.
-    pub fn data(&mut self, stream: u32, content: Bytes, is_last: bool) {
+    /// A DATA frame whose content has `length` bytes, in pieces.
+    pub fn data(&mut self, stream: u32, length: usize, content: impl Iterator<Item = Bytes>, is_last: bool) {
         let flags = if is_last { frame::END_STREAM } else { 0 };
-        let header = Header { length: content.len(), kind: frame::DATA, flags, stream }.encode();
-        self.own.extend(header);
-        let mut own = header.len();
-        if content.len() <= COPIED_BYTES_MAX {
-            self.own.extend_from_slice(&content);
-            own += content.len();
-        }
-        self.wrote(own);
-        if content.len() > COPIED_BYTES_MAX {
-            self.bytes += content.len();
-            self.parts.push_back(Part::Shared(content));
+        self.raw(&Header { length, kind: frame::DATA, flags, stream }.encode());
+        for piece in content {
+            if piece.len() <= COPIED_BYTES_MAX {
+                self.raw(&piece);
+            } else {
+                self.bytes += piece.len();
+                self.parts.push_back(Part::Shared(piece));
+            }
         }
     }
 
@@ -167,12 +164,12 @@ mod tests {
                 output.frame(frame::PING, 0, stream, |into| into.extend(b"12345678"));
                 expected.extend(Header { length: 8, kind: frame::PING, flags: 0, stream }.encode());
                 expected.extend(b"12345678");
-                for (content, is_last) in [(&large, false), (&small, true)] {
-                    output.data(stream, content.clone(), is_last);
+                for (content, is_last) in [([&large, &small], false), ([&small, &large], true)] {
+                    let length = large.len() + small.len();
+                    output.data(stream, length, content.into_iter().cloned(), is_last);
                     let flags = u8::from(is_last);
-                    expected
-                        .extend(Header { length: content.len(), kind: frame::DATA, flags, stream }.encode());
-                    expected.extend_from_slice(content);
+                    expected.extend(Header { length, kind: frame::DATA, flags, stream }.encode());
+                    expected.extend(content.into_iter().flatten());
                 }
             }
             assert_eq!(output.bytes(), expected.len());

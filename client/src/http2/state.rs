@@ -195,16 +195,17 @@ impl State {
                 continue;
             };
             let room = usize::try_from(self.window.min(stream.window)).unwrap_or(0).min(self.frame_bytes);
-            match stream.next_piece(room).filter(|_| room > 0) {
-                Some(piece) => {
-                    let length = i64::try_from(piece.len()).unwrap_or(i64::MAX);
-                    self.window -= length;
-                    stream.window -= length;
-                    self.output.data(id, piece, stream.unframed == 0);
-                }
+            if room == 0 {
                 // The next one may have room.
-                None => at += 1,
+                at += 1;
+                continue;
             }
+            let length = room.min(stream.unframed);
+            let taken = i64::try_from(length).unwrap_or(i64::MAX);
+            self.window -= taken;
+            stream.window -= taken;
+            let is_last = length == stream.unframed;
+            self.output.data(id, length, stream.next(length), is_last);
         }
     }
 

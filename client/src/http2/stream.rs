@@ -34,15 +34,18 @@ impl Stream {
         Self { pieces: pieces.into(), unframed, window, begins_at, ..Self::default() }
     }
 
-    /// The content of its next frame, at most so long.
-    pub(super) fn next_piece(&mut self, most: usize) -> Option<Bytes> {
-        let piece = self.pieces.front_mut()?;
-        let part = piece.split_to(piece.len().min(most));
-        if piece.is_empty() {
-            self.pieces.pop_front();
-        }
-        self.unframed -= part.len();
-        Some(part)
+    /// The next so many bytes of its request, which are there, in pieces.
+    pub(super) fn next(&mut self, mut bytes: usize) -> impl Iterator<Item = Bytes> {
+        self.unframed -= bytes;
+        std::iter::from_fn(move || {
+            let piece = self.pieces.front_mut().filter(|_| bytes > 0)?;
+            let part = piece.split_to(piece.len().min(bytes));
+            if piece.is_empty() {
+                self.pieces.pop_front();
+            }
+            bytes -= part.len();
+            Some(part)
+        })
     }
 
     /// Takes in a header block: the beginning of the answer, or its end. Returns the outcome, if this decides it.
