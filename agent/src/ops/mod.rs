@@ -22,6 +22,7 @@ mod pixels;
 mod ports;
 mod sgemm;
 mod torch_sgemm;
+mod widen;
 
 pub(crate) use image_classification::Classifier;
 pub(crate) use sgemm::compute as sgemm;
@@ -39,7 +40,7 @@ use vaccel_proto::{Error, Reason, v1};
 
 use crate::backend::{Choice, Load, Model, NOOP, Origin, Place, Reader, RunRules, Workshop};
 use crate::identity::Tenant;
-use crate::quota::Account;
+use crate::quota::{Account, Unit};
 use crate::repository::Repository;
 use crate::resource::{self, Resource};
 use crate::scheduler::{Asker, Call, Cancel, Timed};
@@ -195,6 +196,12 @@ impl Context<'_> {
         mut inputs: Vec<Tensor>,
         outputs: Vec<usize>,
     ) -> Result<Timed<Vec<NamedTensor>>, Error> {
+        let mut counted = self.account.hold(Unit::InFlightBytes, 0)?;
+        for (input, port) in inputs.iter_mut().zip(&model.file.inputs) {
+            if widen::widens(input.dtype(), port.dtype) {
+                *input = widen::widen(input, &mut counted).await?;
+            }
+        }
         if let Some(room) = self.room
             && !model.program.takes_from(room.mapping())
         {

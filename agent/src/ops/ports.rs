@@ -4,6 +4,7 @@ use vaccel_proto::Error;
 use vaccel_proto::error::shown;
 use vaccel_proto::v1::{DType, NamedTensor, Tensor, TfInput, TfNode};
 
+use super::widen::widens;
 use crate::backend::Port;
 
 /// What a call gives for one input.
@@ -59,7 +60,7 @@ pub(super) fn arrange_nodes(ports: &[Port], inputs: Vec<TfInput>) -> Result<Vec<
 }
 
 fn check_port(path: &str, port: &Port, tensor: &Tensor) -> Result<(), Error> {
-    if tensor.dtype() != port.dtype {
+    if tensor.dtype() != port.dtype && !widens(tensor.dtype(), port.dtype) {
         return Err(Error::field(format!("{path}.dtype"), describe(port), tensor.signature()));
     }
     let Some(shape) = &port.shape else { return Ok(()) };

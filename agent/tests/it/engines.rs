@@ -56,6 +56,40 @@ async fn both_engines_give_the_same_scores_and_probabilities() {
 }
 
 #[tokio::test]
+async fn numbers_in_fewer_bytes_mean_the_same() {
+    let library = onnxruntime();
+    let agent = Agent::unix(&["--onnxruntime", library.to_str().unwrap()]);
+    let client = agent.guest(0).await;
+    let digits_model = read(&repository().join("agent/models/digits.onnx"));
+    let bytes: Vec<u8> = (0..=u8::MAX).map(|n| n % 17).collect();
+    let shape = [4, 1, 8, 8];
+    let whole = Tensor::new(&shape, &bytes.iter().map(|n| f32::from(*n)).collect::<Vec<_>>()).unwrap();
+    let narrow = [
+        whole.to_f16().unwrap(),
+        Tensor::new(&shape, &bytes).unwrap(),
+        Tensor::new(&shape, &bytes.iter().map(|n| n.cast_signed()).collect::<Vec<_>>()).unwrap(),
+        Tensor::new(&shape, &bytes.iter().map(|n| u16::from(*n)).collect::<Vec<_>>()).unwrap(),
+    ];
+    for engine in ["tract", "onnxruntime"] {
+        let session = client.open_session(session_on(engine)).await.unwrap();
+        let files = ResourceFiles::model("digits.onnx", digits_model.clone());
+        let model = session.register(files).await.unwrap();
+        let run = async |tensor: &Tensor| {
+            let inputs = vec![named("image", tensor.clone())];
+            let run = session.run(&model, inputs, &["logits"]).await;
+            run.map(|run| run.outputs[0].tensor.as_ref().unwrap().data.clone())
+        };
+        let expected = run(&whole).await.unwrap();
+        for tensor in &narrow {
+            assert_eq!(run(tensor).await.unwrap(), expected, "{engine}, {}", tensor.dtype().name());
+        }
+        // Of which some numbers are none of f32.
+        let wide = Tensor::new(&shape, &[7_i32; 4 * 64]).unwrap();
+        assert_eq!(run(&wide).await.unwrap_err().reason(), Reason::BadArgument);
+    }
+}
+
+#[tokio::test]
 async fn scores_equal_an_independent_implementation() {
     let text = std::fs::read_to_string(repository().join("agent/tests/data/digits_logits.json")).unwrap();
     let cases: serde_json::Value = serde_json::from_str(&text).unwrap();
