@@ -1,11 +1,11 @@
 //! One run of a model: tensors in, tensors out.
 //!
 //! *Shapes:* what the model declares; a dimension it leaves open takes any size. *Types:* those of the model; what it
-//! takes as `f32` may come as `f16`, `bf16`, `u8`, `i8`, `u16` or `i16`, and is widened here. Inputs come all by name or
-//! all by position; outputs are asked for by name, or by position as `#0`, `#1` and so on. *Errors:* `BAD_ARGUMENT` with
-//! the field for a tensor that does not fit, `NOT_FOUND` for a resource the session does not hold, `MODEL_REJECTED` when
-//! it cannot be loaded, `DEADLINE`. *Source:* the operator semantics of the model's format: ONNX 1.20, TensorFlow Lite,
-//! TensorFlow 2.
+//! takes as `f32` may come as `f16`, `bf16`, `u8`, `i8`, `u16` or `i16`, and is widened here. Inputs come all by name
+//! or all by position; outputs are asked for by name, or by position as `#0`, `#1` and so on. *Errors:* `BAD_ARGUMENT`
+//! with the field for a tensor that does not fit, `NOT_FOUND` for a resource the session does not hold,
+//! `MODEL_REJECTED` when it cannot be loaded, `DEADLINE`. *Source:* the operator semantics of the model's format: ONNX
+//! 1.20, TensorFlow Lite, TensorFlow 2.
 
 use vaccel_proto::Error;
 use vaccel_proto::limits::{NAME_BYTES_MAX, TENSORS_PER_CALL_MAX};
