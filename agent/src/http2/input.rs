@@ -97,6 +97,18 @@ impl Input {
         Some(header)
     }
 
+    /// Ready when a read is worth a try. Meanwhile a connection holds nothing, if everything was taken.
+    pub(super) fn poll_readable(
+        &mut self,
+        context: &mut Context<'_>,
+        wire: &mut impl Wire,
+    ) -> Poll<io::Result<()>> {
+        if self.ahead().is_empty() {
+            (self.buffer, self.begin) = (None, 0);
+        }
+        wire.poll_readable(context)
+    }
+
     /// Reads more. Returns how much came, 0 at the end.
     pub(super) fn poll_read(
         &mut self,
@@ -104,7 +116,7 @@ impl Input {
         stream: &mut impl Wire,
         pool: &Pool,
     ) -> Poll<io::Result<usize>> {
-        ready!(stream.poll_readable(context))?;
+        ready!(self.poll_readable(context, stream))?;
         let mut buffer = self.buffer.take().unwrap_or_else(|| pool.take(AHEAD_BYTES));
         buffer.consume(std::mem::take(&mut self.begin));
         if buffer.capacity() != AHEAD_BYTES {
@@ -153,4 +165,63 @@ pub(super) fn poll_read(
     let mut place = ReadBuf::new(place);
     ready!(Pin::new(stream).poll_read(context, &mut place))?;
     Poll::Ready(Ok(place.filled().len()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::task::Waker;
+    use tokio::io::DuplexStream;
+
+    /// Knows before a read that there is nothing.
+    struct Silent(DuplexStream);
+
+    impl AsyncRead for Silent {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            context: &mut Context<'_>,
+            into: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.0).poll_read(context, into)
+        }
+    }
+
+    impl AsyncWrite for Silent {
+        fn poll_write(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            bytes: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            Pin::new(&mut self.0).poll_write(cx, bytes)
+        }
+
+        fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.0).poll_flush(cx)
+        }
+
+        fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.0).poll_shutdown(cx)
+        }
+    }
+
+    impl Wire for Silent {
+        fn poll_readable(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Pending
+        }
+    }
+
+    #[test]
+    fn who_waits_holds_nothing_unless_there_is_something() {
+        let (near, _far) = tokio::io::duplex(64);
+        let (mut wire, pool) = (Silent(near), Pool::default());
+        let mut context = Context::from_waker(Waker::noop());
+        let mut input = Input::default();
+        input.keep(b"two", &pool);
+        input.consume(1);
+        assert!(input.poll_read(&mut context, &mut wire, &pool).is_pending());
+        assert_eq!(input.ahead(), b"wo");
+        input.consume(2);
+        assert!(input.poll_read(&mut context, &mut wire, &pool).is_pending());
+        assert!(input.buffer.is_none());
+    }
 }
