@@ -53,7 +53,7 @@ impl<I: Wire, S: Service> Connection<I, S> {
         let Some(foreseen) = self.foreseen.filter(|_| is_begin) else {
             return input.poll_read(context, io, pool);
         };
-        ready!(input.poll_readable(context, io))?;
+        ready!(input.poll_readable(context, io, pool))?;
         let mut message = foreseen.buffer(pool);
         let place = message.room_for(foreseen.whole);
         let count = ready!(input.poll_read_two(context, io, pool, foreseen.head, place))?;

@@ -97,14 +97,22 @@ impl Input {
         Some(header)
     }
 
-    /// Ready when a read is worth a try. Meanwhile a connection holds nothing, if everything was taken.
+    /// Ready when a read is worth a try. Meanwhile a connection holds a buffer of the usual size for what was not taken
+    /// yet, or nothing.
     pub(super) fn poll_readable(
         &mut self,
         context: &mut Context<'_>,
         wire: &mut impl Wire,
+        pool: &Pool,
     ) -> Poll<io::Result<()>> {
-        if self.ahead().is_empty() {
+        let rest = self.ahead();
+        if rest.is_empty() {
             (self.buffer, self.begin) = (None, 0);
+        } else if self.buffer.as_ref().is_some_and(|buffer| buffer.capacity() != AHEAD_BYTES) {
+            // It was for a head, or for what was appended, of which little is left.
+            let mut buffer = pool.take(AHEAD_BYTES);
+            buffer.put(rest);
+            (self.buffer, self.begin) = (Some(buffer), 0);
         }
         wire.poll_readable(context)
     }
@@ -116,14 +124,9 @@ impl Input {
         stream: &mut impl Wire,
         pool: &Pool,
     ) -> Poll<io::Result<usize>> {
-        ready!(self.poll_readable(context, stream))?;
+        ready!(self.poll_readable(context, stream, pool))?;
         let mut buffer = self.buffer.take().unwrap_or_else(|| pool.take(AHEAD_BYTES));
         buffer.consume(std::mem::take(&mut self.begin));
-        if buffer.capacity() != AHEAD_BYTES {
-            // It was for a head, or for what was appended, of which little is left.
-            let rest = std::mem::replace(&mut buffer, pool.take(AHEAD_BYTES));
-            buffer.put(rest.filled());
-        }
         let room = buffer.room();
         let room = if self.is_more { room } else { room.split_at_mut(FIRST_BYTES.min(room.len())).0 };
         let length = room.len();
@@ -211,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn who_waits_holds_nothing_unless_there_is_something() {
+    fn who_waits_holds_no_more_than_there_is() {
         let (near, _far) = tokio::io::duplex(64);
         let (mut wire, pool) = (Silent(near), Pool::default());
         let mut context = Context::from_waker(Waker::noop());
@@ -223,5 +226,10 @@ mod tests {
         input.consume(2);
         assert!(input.poll_read(&mut context, &mut wire, &pool).is_pending());
         assert!(input.buffer.is_none());
+        input.append([&[7; 2 * AHEAD_BYTES], b"rest"], &pool);
+        input.consume(2 * AHEAD_BYTES);
+        assert!(input.poll_read(&mut context, &mut wire, &pool).is_pending());
+        assert_eq!(input.ahead(), b"rest");
+        assert_eq!(input.buffer.map(|buffer| buffer.capacity()), Some(AHEAD_BYTES));
     }
 }
