@@ -50,7 +50,8 @@ impl<I: Wire, S: Service> Connection<I, S> {
         let Self { io, input, pool, .. } = self;
         let is_begin =
             matches!(self.expect, Expect::Header) && input.passed() == 0 && input.ahead().is_empty();
-        let Some(foreseen) = self.foreseen.filter(|_| is_begin) else {
+        // A read for the head alone would be one more.
+        let Some(foreseen) = self.foreseen.filter(|_| is_begin && io.reads_two()) else {
             return input.poll_read(context, io, pool);
         };
         ready!(input.poll_readable(context, io, pool))?;

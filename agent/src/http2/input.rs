@@ -21,8 +21,13 @@ pub(crate) trait Wire: AsyncRead + AsyncWrite + Unpin {
         Poll::Ready(Ok(()))
     }
 
+    /// Whether one read can bring something to two places.
+    fn reads_two(&self) -> bool {
+        false
+    }
+
     /// Reads to two places, to the second one when the first is full; returns how much came, 0 at the end. Neither is
-    /// empty. To read to the first alone is right, and a system call more.
+    /// empty. Where that is no one read, to the first alone.
     fn poll_read_two(
         &mut self,
         context: &mut Context<'_>,

@@ -74,6 +74,10 @@ impl Wire for Rewound {
         if self.read.has_remaining() { Poll::Ready(Ok(())) } else { self.stream.poll_readable(context) }
     }
 
+    fn reads_two(&self) -> bool {
+        self.stream.reads_two()
+    }
+
     fn poll_read_two(
         &mut self,
         context: &mut Context<'_>,

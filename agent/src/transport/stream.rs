@@ -44,6 +44,10 @@ macro_rules! reads_two {
                 self.poll_read_ready(context)
             }
 
+            fn reads_two(&self) -> bool {
+                true
+            }
+
             fn poll_read_two(
                 &mut self,
                 context: &mut Context<'_>,
@@ -82,9 +86,14 @@ reads_two!(UnixStream);
 impl Wire for ShortWrites<VsockStream> {}
 // It has one record at a time.
 impl<S: Stream> Wire for TlsStream<S> {}
+
 impl<S: Wire + ?Sized> Wire for Box<S> {
     fn poll_readable(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         (**self).poll_readable(context)
+    }
+
+    fn reads_two(&self) -> bool {
+        (**self).reads_two()
     }
 
     fn poll_read_two(

@@ -12,6 +12,10 @@ thread_local! {
 
 /// Reads as sockets do.
 impl Wire for DuplexStream {
+    fn reads_two(&self) -> bool {
+        true
+    }
+
     fn poll_read_two(
         &mut self,
         context: &mut Context<'_>,
