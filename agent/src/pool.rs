@@ -16,7 +16,7 @@ use bytes::Bytes;
 const ALIGNMENT: usize = 64;
 
 /// Smaller ones are left to the allocator, which has them at hand.
-const BYTES_MIN: usize = 16 << 10;
+const BYTES_MIN: usize = 4 << 10;
 
 /// Free buffers together, in bytes: eight images of 16 MiB.
 const FREE_BYTES_MAX: usize = 128 << 20;

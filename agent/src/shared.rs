@@ -18,9 +18,9 @@ use bytes::Bytes;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 pub(crate) use vaccel_client::shared::Mapping;
 use vaccel_client::shared::REGION;
-use vaccel_proto::tensor::{Aligned, Carrier};
+use vaccel_proto::carrier::{Aligned, Carrier, Content};
 use vaccel_proto::v1::run_request::Op;
-use vaccel_proto::v1::{DType, Place, RunReply, RunRequest, Shared, Tensor};
+use vaccel_proto::v1::{Place, RunReply, RunRequest, Shared, Tensor};
 use vaccel_proto::{Error, Reason};
 
 use crate::identity::Tenant;
@@ -41,10 +41,11 @@ pub(crate) struct SharedMemory {
     pool: Pool,
 }
 
-/// Whether whoever runs an operation can be trusted with tensors that change: those that compute with the numbers,
-/// whatever they are, and runs of models, for which the caller of [`Room::own`] answers.
+/// Whether whoever runs an operation can be trusted with numbers that change: those that compute with them, whatever
+/// they are, by their own requests or as generic ones, and runs of models, for which the caller of [`Room::own`]
+/// answers.
 fn is_in_place(request: &RunRequest) -> bool {
-    use Op::{FpgaArraycopy, FpgaMmult, FpgaParallel, FpgaVectoradd, Minmax, Sgemm, TorchSgemm};
+    use Op::{FpgaArraycopy, FpgaMmult, FpgaParallel, FpgaVectoradd, Genop, Minmax, Sgemm, TorchSgemm};
     use Op::{ModelRun, TfModelRun, TfliteModelRun, TorchModelRun};
     let op = request.op.as_ref();
     op.is_some_and(|op| {
@@ -57,6 +58,7 @@ fn is_in_place(request: &RunRequest) -> bool {
                 | FpgaMmult(_)
                 | FpgaParallel(_)
                 | FpgaVectoradd(_)
+                | Genop(_)
         );
         computes || matches!(op, ModelRun(_) | TfModelRun(_) | TfliteModelRun(_) | TorchModelRun(_))
     })
@@ -130,8 +132,8 @@ impl SharedMemory {
         Ok(Region { memory: self.clone(), tenant: tenant.clone(), name, file, _counted: counted })
     }
 
-    /// Gives the tensors of a request their data: views of the region for arithmetic, for runs of models, and where
-    /// `is_unread` says that nobody looks at it, else copies. Returns where those of the reply go.
+    /// Gives the tensors of a request their data, or its arguments theirs: views of the region for arithmetic, for runs
+    /// of models, and where `is_unread` says that nobody looks at it, else copies. Returns where those of the reply go.
     ///
     /// # Errors
     /// `NOT_FOUND` for a region that is none of the tenant's, `BAD_ARGUMENT` for places outside of it,
@@ -148,36 +150,41 @@ impl SharedMemory {
         let mut counted = account.hold(Unit::InFlightBytes, 0)?;
         let mapping = self.all().get(tenant).and_then(|regions| regions.get(&region)).cloned();
         let mapping = mapping.ok_or_else(|| Error::not_found(REGION, &region))?;
-        let range = |path: &str, place: &Place| {
+        let range = |path: &dyn Fn() -> String, place: &Place| {
             let begin = usize::try_from(place.offset).ok();
             let end = begin.and_then(|begin| begin.checked_add(usize::try_from(place.bytes).ok()?));
             let range =
                 begin.zip(end).map(|(begin, end)| begin..end).filter(|range| range.end <= mapping.bytes());
             range.ok_or_else(|| {
                 let got = format!("{} bytes at {}", place.bytes, place.offset);
-                Error::field(path, format!("a place in the region's {} bytes", mapping.bytes()), got)
+                Error::field(path(), format!("a place in the region's {} bytes", mapping.bytes()), got)
             })
         };
-        let carriers = request.carriers_mut();
+        let carriers = request.lendable_mut();
         if !places.is_empty() && places.len() != carriers.len() {
-            let expected = format!("as many as the {} tensors, or none", carriers.len());
+            let expected = format!("as many as the {} tensors or arguments, or none", carriers.len());
             return Err(Error::field("shared.places", expected, places.len()));
         }
-        for (index, (place, carrier)) in places.iter().zip(carriers).enumerate() {
-            let Some(tensor) = carrier.tensor_mut().filter(|_| place.bytes > 0) else { continue };
-            if !tensor.data.is_empty() {
-                let path = format!("shared.places[{index}]");
-                return Err(Error::field(path, "no place for a tensor with data", place.bytes));
-            }
-            let range = range(&format!("shared.places[{index}]"), place)?;
-            let view = mapping.view(range).unwrap_or_default();
-            tensor.data = if is_in_place && tensor.dtype() != DType::Bytes {
-                view
-            } else {
-                copy(&self.pool, &mut counted, &view)?
+        let named = places.iter().zip(carriers).enumerate().filter(|(_, (place, _))| place.bytes > 0);
+        for (index, (place, carrier)) in named {
+            let path = || format!("shared.places[{index}]");
+            let is_in_place = match carrier.content() {
+                Content::Numbers => is_in_place,
+                Content::Bytes => is_unread,
+                Content::Checked => false,
             };
+            let Some(data) = carrier.data_mut() else { continue };
+            if !data.is_empty() {
+                return Err(Error::field(path(), "no place for what has data", place.bytes));
+            }
+            let range = range(&path, place)?;
+            let view = mapping.view(range).unwrap_or_default();
+            *data = if is_in_place { view } else { copy(&self.pool, &mut counted, &view)? };
         }
-        let room = room.filter(|room| room.bytes > 0).map(|room| range("shared.room", &room)).transpose()?;
+        let room = room
+            .filter(|room| room.bytes > 0)
+            .map(|room| range(&|| "shared.room".into(), &room))
+            .transpose()?;
         let (counted, rest) = (Mutex::new(counted), Mutex::new(room.unwrap_or(0..0)));
         Ok(Some(Arc::new(Room { mapping: Arc::clone(&mapping), pool: self.pool.clone(), rest, counted })))
     }
@@ -248,9 +255,9 @@ impl Room {
         Some(begin..end)
     }
 
-    /// Puts the tensors of a reply there, as far as they fit.
+    /// Puts the tensors of a reply there, or its arguments, as far as they fit.
     pub(crate) fn place(&self, reply: &mut RunReply) {
-        let carriers = reply.carriers_mut();
+        let carriers = reply.lendable_mut();
         let places: Vec<Place> = carriers.into_iter().map(|carrier| self.place_one(carrier)).collect();
         if places.iter().any(|place| place.bytes > 0) {
             reply.places = places;
@@ -258,17 +265,17 @@ impl Room {
     }
 
     fn place_one(&self, carrier: &mut dyn Carrier) -> Place {
-        let long = carrier.tensor_mut().filter(|tensor| tensor.data.len() >= PLACED_BYTES_MIN);
-        let Some(tensor) = long else { return Place::default() };
-        let length = tensor.data.len();
-        let there = self.mapping.place(&tensor.data).or_else(|| {
+        let long = carrier.data_mut().filter(|data| data.len() >= PLACED_BYTES_MIN);
+        let Some(data) = long else { return Place::default() };
+        let length = data.len();
+        let there = self.mapping.place(data).or_else(|| {
             let part = self.take(length)?;
-            self.mapping.write(part.start, &tensor.data);
+            self.mapping.write(part.start, data);
             Some(part)
         });
         // An input that is passed on is there already, and so is what a device wrote there.
         let Some(there) = there else { return Place::default() };
-        tensor.data = Bytes::new();
+        *data = Bytes::new();
         Place { offset: there.start as u64, bytes: length as u64 }
     }
 }
@@ -278,7 +285,16 @@ mod tests {
     use super::*;
     use crate::config::{Config, Settings};
     use crate::quota::Accounts;
-    use vaccel_proto::v1::{ModelRunRequest, NamedTensor, SgemmRequest, Tensor};
+    use vaccel_proto::v1::{
+        Arg, ArgType, DType, GenopRequest, ModelRunRequest, NamedTensor, SgemmRequest, Tensor,
+    };
+
+    type Make = fn(Vec<NamedTensor>) -> Op;
+
+    fn genop(kind: ArgType) -> Op {
+        let write = vec![Arg { kind: kind.into(), ..Arg::default() }];
+        Op::Genop(GenopRequest { write, ..Default::default() })
+    }
 
     #[test]
     fn only_arithmetic_sees_what_its_caller_can_still_change() {
@@ -287,15 +303,16 @@ mod tests {
         let account = Accounts::new(limits, |_| 1).of(&tenant);
         let memory = SharedMemory::default();
         let region = memory.make(&tenant, &account, 1 << 20).expect("memory");
-        let filled = |op: fn(Vec<NamedTensor>) -> Op, dtype: DType, is_unread| {
+        let filled = |op: Make, dtype: DType, is_unread| {
             let tensor = Tensor { dtype: dtype.into(), shape: vec![16], ..Tensor::default() };
-            let tensors = vec![NamedTensor { name: String::new(), tensor: Some(tensor) }];
+            let tensors = vec![NamedTensor { name: String::new(), tensor: Some(tensor.clone()) }];
             let places = vec![Place { offset: 4096, bytes: 64 }];
             let shared = Some(Shared { region: region.name().into(), places, room: None });
             let mut request = RunRequest { session: String::new(), shared, op: Some(op(tensors)) };
             let room =
                 memory.fill(&tenant, &account, &mut request, is_unread).expect("fits").expect("shared");
-            let mut tensor = request.carriers_mut()[0].tensor_mut().expect("there").clone();
+            let mut tensor =
+                Tensor { data: request.lendable_mut()[0].data_mut().expect("there").clone(), ..tensor };
             if matches!(request.op, Some(Op::ModelRun(_))) && !is_unread {
                 room.own(std::slice::from_mut(&mut tensor)).expect("within the limit");
             }
@@ -310,6 +327,10 @@ mod tests {
         assert!(filled(model, DType::F32, false) && filled(model, DType::I64, false));
         assert!(!filled(model, DType::F32, true) && filled(model, DType::Bytes, true));
         assert!(!filled(sgemm, DType::F32, false) && filled(sgemm, DType::Bytes, false));
+        let array: Make = |_| genop(ArgType::Float32Array);
+        let (buffer, text): (Make, Make) = (|_| genop(ArgType::Buffer), |_| genop(ArgType::CharArray));
+        assert!(!filled(array, DType::F32, false) && filled(buffer, DType::F32, false));
+        assert!(!filled(buffer, DType::F32, true) && filled(text, DType::F32, true));
         assert_eq!(account.used(Unit::InFlightBytes), 0);
         drop(region);
         assert_eq!(account.used(Unit::SharedBytes), 0);

@@ -1,6 +1,7 @@
 //! The contract between guests and the agent: messages and services of `vaccel.v1`, addresses, tensors, errors and
 //! limits. Nothing here does I/O.
 
+pub mod carrier;
 pub mod codec;
 pub mod compute;
 pub mod endpoint;

@@ -11,8 +11,9 @@ use http::header::CONTENT_TYPE;
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
 use http_body::Body;
 use prost::{Message, Name};
+use vaccel_proto::carrier::Aligned;
 use vaccel_proto::inference::ModelInferRequest;
-use vaccel_proto::tensor::{Aligned, GRPC_HEADER_BYTES};
+use vaccel_proto::tensor::GRPC_HEADER_BYTES;
 use vaccel_proto::v1::RunRequest;
 use vaccel_proto::{Error, codec, gather};
 

@@ -98,7 +98,8 @@ fn empty(guest: &mut Guest<Posix>) {
     guest.noop().unwrap();
 }
 
-/// A call of a library on the engine that computes nothing: 64 KiB go up, 4 KiB of them come back.
+/// A call of a library on the engine that computes nothing: 64 KiB go up, or lie in shared memory, 4 KiB of them come
+/// back.
 fn kib_64(guest: &mut Guest<Posix>) {
     let up = vec![1; 64 << 10];
     let (before, data) = up.split_at(4 << 10);
@@ -114,11 +115,14 @@ fn kib_64(guest: &mut Guest<Posix>) {
     assert_eq!(write[0].length, before.len());
 }
 
+type Call = fn(&mut Guest<Posix>);
+
 fn count() -> Figures {
     let counted = Counted::start();
     let mut guest = guest(counted.agent.address());
     let mut dump = 0;
-    let mut each = |call: fn(&mut Guest<Posix>)| {
+    let mut each = |call: Call, shared_bytes| {
+        guest.set_shared_bytes(shared_bytes);
         let mut calls = |count| {
             for _ in 0..count {
                 call(&mut guest);
@@ -130,9 +134,8 @@ fn count() -> Figures {
         calls(WARM_CALLS);
         calls(CALLS) / CALLS as u64
     };
-    [("empty", empty as fn(&mut Guest<Posix>)), ("kib_64", kib_64)]
-        .map(|(name, call)| (name.to_owned(), each(call)))
-        .into()
+    let calls = [("empty", empty as Call, 0), ("kib_64", kib_64, 0), ("kib_64_shared", kib_64, 1 << 20)];
+    calls.map(|(name, call, shared_bytes)| (name.to_owned(), each(call, shared_bytes))).into()
 }
 
 fn record_path() -> PathBuf {

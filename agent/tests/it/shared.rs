@@ -1,7 +1,7 @@
 //! Memory that agent and client share: the same results as through the socket, and nothing that a tenant can do with
 //! it to the agent or to others.
 
-use std::io::{IoSliceMut, Read, Write};
+use std::io::{IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -9,7 +9,10 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use rustix::fs::{SealFlags, fcntl_add_seals, ftruncate};
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, sendmsg,
+};
 use vaccel_client::proto::v1::operations_client::OperationsClient;
 use vaccel_client::proto::v1::run_reply::Outcome;
 use vaccel_client::proto::v1::run_request::Op;
@@ -19,6 +22,9 @@ use vaccel_client::{
     Client, DType, Error, Reason, Resource, ResourceFiles, Session, SessionOptions, Sgemm, Tensor, named,
 };
 
+use vaccel_guest::{DType as GuestDType, Guest, Input, Memory as _, Output, Posix, ResourceId, SharedMemory};
+
+use crate::guest::{guest, register};
 use crate::support::{Agent, endpoint, onnx, socket_path};
 
 const MEBIBYTE: usize = 1 << 20;
@@ -69,14 +75,18 @@ fn region(agent: &Agent, bytes: usize) -> Raw {
     ask(agent, format!("VACCEL-MEMORY/1 {bytes}\n").as_bytes(), bytes).expect("there is memory")
 }
 
-/// A session with a model that gives back what it gets, doubled.
+/// A model that gives back what it gets, doubled.
+fn double() -> Bytes {
+    let node = onnx::node("Add", &["x", "x"], &["y"]);
+    let any = |name| onnx::port(name, 1, &[-1]);
+    onnx::model(vec![node], vec![], vec![any("x")], vec![any("y")])
+}
+
+/// A session with that model.
 async fn doubling(agent: &Agent) -> (Session, Resource) {
     let client = Client::builder(endpoint(agent.address())).connect().await.unwrap();
     let session = client.open_session(SessionOptions::default()).await.unwrap();
-    let node = onnx::node("Add", &["x", "x"], &["y"]);
-    let any = |name| onnx::port(name, 1, &[-1]);
-    let model = onnx::model(vec![node], vec![], vec![any("x")], vec![any("y")]);
-    let model = session.register(ResourceFiles::model("m", model)).await.unwrap();
+    let model = session.register(ResourceFiles::model("m", double())).await.unwrap();
     (session, model)
 }
 
@@ -336,4 +346,146 @@ async fn a_region_that_goes_during_a_run_stays_for_the_run() {
         }
     }
     session.noop().await.unwrap();
+}
+
+/// Regions that this process has mapped.
+fn mapped() -> usize {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    maps.lines().filter(|line| line.contains("/memfd:vaccel")).count()
+}
+
+/// Doubles numbers that lie in this memory, or anywhere.
+fn double_by(
+    guest: &mut Guest<Posix>,
+    model: &ResourceId,
+    data: &[u8],
+    memory: Option<&SharedMemory>,
+) -> Vec<u8> {
+    let mut place = vec![0; data.len()];
+    let shape = [(data.len() / 4) as i64];
+    let inputs = [Input { name: "x", dtype: GuestDType::F32, shape: &shape, data }];
+    let mut outputs = [Output::new(&mut place)];
+    let outcome = match memory {
+        Some(memory) => guest.run_from(memory, model, &inputs, &[], &mut outputs),
+        None => guest.run(model, &inputs, &[], &mut outputs),
+    };
+    outcome.unwrap_or_else(|error| panic!("{error:?}: {}", guest.message()));
+    assert_eq!((outputs[0].length, outputs[0].shape()), (data.len(), &shape[..]));
+    place
+}
+
+#[test]
+fn thin_guests_get_the_same_results_with_and_without() {
+    let agent = Agent::unix(&["--engine", "tract"]);
+    let mut guest = guest(agent.address());
+    let model = register(&mut guest, &double());
+    for count in [1, 3000, 20_000, 150_528, 300_000, 2_000_000, 4_000_000] {
+        let given = bytes_of(&numbers(count));
+        let doubled = bytes_of(&numbers(count).iter().map(|x| x * 2.0).collect::<Vec<_>>());
+        for call in 0..3 {
+            assert!(double_by(&mut guest, &model, &given, None) == doubled, "{count} numbers, call {call}");
+            assert_eq!(mapped(), usize::from(count > 20_000 || (count == 20_000 && call > 0)), "{count}");
+        }
+        let mut memory = guest.share(4 * count + 100).unwrap();
+        assert!(memory.iter().all(|byte| *byte == 0) && memory.name().len() == 32);
+        for offset in [0, 4, 100] {
+            memory[offset..][..given.len()].copy_from_slice(&given);
+            let there = &memory[offset..][..given.len()];
+            assert!(double_by(&mut guest, &model, there, Some(&memory)) == doubled, "{count} at {offset}");
+        }
+    }
+    guest.close().unwrap();
+    assert_eq!(mapped(), 0);
+}
+
+#[test]
+fn thin_guests_multiply_matrices_through_it() {
+    let agent = Agent::unix(&[]);
+    let mut guest = guest(agent.address());
+    let ones = bytes_of(&vec![1.0; 256 * 256]);
+    let product = vaccel_guest::Sgemm {
+        sizes: [256; 3],
+        alpha: 1.0,
+        a: &ones,
+        lda: 0,
+        b: &ones,
+        ldb: 0,
+        beta: 2.0,
+        c: &ones,
+        ldc: 0,
+    };
+    for _ in 0..3 {
+        let mut c = vec![0; ones.len()];
+        guest.sgemm(&product, &mut c).unwrap();
+        assert!(c.chunks_exact(4).all(|number| number == 258_f32.to_le_bytes()));
+    }
+    assert_eq!(mapped(), 1);
+}
+
+#[test]
+fn thin_guests_go_on_without_it_and_after_a_restart() {
+    let none = Agent::unix(&["--engine", "tract", "--tenant-shared-mib", "0"]);
+    let mut without = guest(none.address());
+    let model = register(&mut without, &double());
+    let (given, doubled) = (bytes_of(&vec![1.0; 100_000]), bytes_of(&vec![2.0; 100_000]));
+    for _ in 0..3 {
+        assert!(double_by(&mut without, &model, &given, None) == doubled);
+    }
+    let refusal = without.share(4096).unwrap_err();
+    assert_eq!(refusal.reason, vaccel_guest::Reason::Unusable, "{}", without.message());
+    let agent = Agent::unix(&["--engine", "tract"]);
+    let mut guest = guest(agent.address());
+    let model = register(&mut guest, &double());
+    double_by(&mut guest, &model, &given, None);
+    double_by(&mut guest, &model, &given, None);
+    let mut memory = guest.share(given.len()).unwrap();
+    memory.copy_from_slice(&given);
+    let (_, folder) = agent.terminate();
+    let _again = Agent::start_in(folder, &["unix://{}/s"], &["--engine", "tract"]);
+    let lost = guest.noop().unwrap_err();
+    assert!(lost.session_lost, "{lost:?}");
+    let model = register(&mut guest, &double());
+    for _ in 0..3 {
+        assert!(double_by(&mut guest, &model, &given, None) == doubled);
+        // The agent does not know this memory, and gets what lies in it.
+        assert!(double_by(&mut guest, &model, &memory, Some(&memory)) == doubled);
+    }
+    assert_eq!(mapped(), 2);
+}
+
+#[test]
+fn thin_guests_know_memory_that_could_be_taken_away() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("s");
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let impostor = std::thread::spawn(move || {
+        let flags = rustix::fs::MemfdFlags::ALLOW_SEALING;
+        for (bytes, seals, text) in [
+            (8192, SealFlags::GROW, "OK name\n"),
+            (4096, SealFlags::SHRINK, "OK name\n"),
+            (8192, SealFlags::SHRINK, "OK nobody ends this line"),
+            (8192, SealFlags::SHRINK, "ERROR BAD_ARGUMENT: no\n"),
+            (8192, SealFlags::SHRINK, "OK name\n"),
+        ] {
+            let (mut connection, _) = listener.accept().unwrap();
+            let mut asked = [0; 21];
+            connection.read_exact(&mut asked).unwrap();
+            assert_eq!(&asked, b"VACCEL-MEMORY/1 8192\n");
+            let file = rustix::fs::memfd_create("impostor", flags).unwrap();
+            ftruncate(&file, bytes).unwrap();
+            fcntl_add_seals(&file, seals).unwrap();
+            let files = [std::os::fd::AsFd::as_fd(&file)];
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            control.push(SendAncillaryMessage::ScmRights(&files));
+            let text = [IoSlice::new(text.as_bytes())];
+            sendmsg(&connection, &text, &mut control, SendFlags::empty()).unwrap();
+        }
+    });
+    let mut guest = guest(&format!("unix://{}", path.display()));
+    for _ in 0..4 {
+        assert_eq!(guest.share(8192).unwrap_err().reason, vaccel_guest::Reason::Unusable);
+    }
+    assert_eq!(guest.share(8192).unwrap().len(), 8192);
+    impostor.join().unwrap();
 }

@@ -1,7 +1,9 @@
 //! A conversation of a guest with an agent that says what some bytes make it say: anything, in any cuts. The test
 //! `fake` holds some thousands of them, `run` beside this file as many as there is time for.
 
-use vaccel_guest::{DType, Fault, File, Guest, Input, Label, Output, Ready, ResourceKind, Transport};
+use vaccel_guest::{
+    DType, Fault, File, Guest, Input, Label, NoMemory, Output, Ready, ResourceKind, Transport,
+};
 
 /// What the bytes of a conversation are read as.
 struct Script<'a> {
@@ -227,6 +229,8 @@ impl Agent {
 }
 
 impl Transport for Agent {
+    type Memory = NoMemory;
+
     fn authority(&self) -> &str {
         "agent"
     }

@@ -94,11 +94,13 @@ pub struct Error {
     pub may_have_run: bool,
     /// The agent does not know the session any more: its lease ended, or the agent was restarted.
     pub session_lost: bool,
+    /// The agent does not know the memory that the call's tensors lay in, and has done nothing.
+    pub(crate) region_lost: bool,
 }
 
 impl Error {
     pub(crate) const fn new(reason: Reason) -> Self {
-        Self { reason, retry_after_ms: 0, may_have_run: false, session_lost: false }
+        Self { reason, retry_after_ms: 0, may_have_run: false, session_lost: false, region_lost: false }
     }
 }
 

@@ -41,6 +41,9 @@ mod address;
 #[cfg(feature = "capi")]
 mod capi;
 mod connection;
+// For the client, too.
+#[doc(hidden)]
+pub mod copy;
 mod error;
 // For the agent's end of the wire, too.
 #[doc(hidden)]
@@ -55,6 +58,7 @@ mod posix;
 mod protobuf;
 mod reply;
 mod request;
+mod shared;
 mod status;
 mod text;
 mod transport;
@@ -64,9 +68,9 @@ pub use address::{Address, NoAddress, UNIX_PATH_BYTES_MAX};
 pub use error::{Error, Reason, Result};
 pub use guest::{FILES_MAX, Guest};
 #[cfg(feature = "posix")]
-pub use posix::Posix;
+pub use posix::{Posix, SharedMemory};
 pub use text::Text;
-pub use transport::{Fault, Ready, Transport};
+pub use transport::{Fault, Memory, NoMemory, Ready, Transport};
 pub use types::{
     Arg, ArgOut, ArgType, DType, File, ITEMS_MAX, Info, Input, Label, Output, RANK_MAX, ResourceId,
     ResourceKind, Sgemm, Timings,

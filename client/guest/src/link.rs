@@ -39,6 +39,8 @@ pub(crate) struct Link<T> {
     connected: bool,
     /// When the peer was heard last.
     heard: u64,
+    /// The last call was begun more than once.
+    pub(crate) is_repeated: bool,
     pub(crate) token: Text<TOKEN_BYTES>,
     /// What people are told about the last failure.
     pub(crate) text: Text<TEXT_BYTES>,
@@ -69,6 +71,7 @@ impl<T: Transport> Link<T> {
             connection: Connection::new(),
             connected: false,
             heard: 0,
+            is_repeated: false,
             token: Text::new(),
             text: Text::new(),
         }
@@ -80,6 +83,7 @@ impl<T: Transport> Link<T> {
     /// The agent's, or what became of the connection.
     pub(crate) fn call(&mut self, request: &Request<'_>, reply: &mut dyn Reader) -> Result<()> {
         let mut pause = PAUSE_FIRST_MS;
+        self.is_repeated = false;
         loop {
             let Err(miss) = self.attempt(request, reply) else { return Ok(()) };
             let wait = pause.max(u64::from(miss.error.retry_after_ms));
@@ -88,6 +92,7 @@ impl<T: Transport> Link<T> {
                 return Err(miss.error);
             }
             self.transport.pause(again);
+            self.is_repeated = true;
             pause = (pause * 2).min(PAUSE_MAX_MS);
         }
     }

@@ -2,9 +2,11 @@
 
 use crate::protobuf::{Malformed, Reader, Reading, Take};
 use crate::request::op;
+use crate::shared::Place;
 use crate::text::Text;
 use crate::types::{
-    ArgOut, DType, Info, Label, Output, RESOURCE_BYTES, ResourceId, SESSION_BYTES, SessionId, Timings,
+    ArgOut, DType, ITEMS_MAX, Info, Label, Output, RESOURCE_BYTES, ResourceId, SESSION_BYTES, SessionId,
+    Timings,
 };
 
 /// A reply that says nothing.
@@ -20,6 +22,36 @@ fn timing(timings: &mut Timings, path: &[u32], value: u64) {
         [1, 2] => timings.run_us = value,
         [1, 3] => timings.batch_size = u32::try_from(value).unwrap_or(u32::MAX),
         _ => {}
+    }
+}
+
+/// Field 2 of `RunReply`: where results are whose data is not in the reply, `{1: offset, 2: bytes}` of each.
+#[derive(Debug, Default)]
+pub(crate) struct Places {
+    places: [Place; ITEMS_MAX],
+    count: usize,
+}
+
+impl Places {
+    pub(crate) fn as_slice(&self) -> &[Place] {
+        self.places.get(..self.count).unwrap_or_default()
+    }
+
+    fn begin(&mut self) -> Reading<Take> {
+        self.count += 1;
+        if self.count > ITEMS_MAX { Err(Malformed) } else { Ok(Take::Enter) }
+    }
+
+    fn number(&mut self, path: &[u32], value: u64) -> Reading<()> {
+        let [2, field] = path else { return Ok(()) };
+        let last = self.count.checked_sub(1).and_then(|last| self.places.get_mut(last));
+        let last = last.ok_or(Malformed)?;
+        match field {
+            1 => last.offset = value,
+            2 => last.bytes = value,
+            _ => {}
+        }
+        Ok(())
     }
 }
 
@@ -104,11 +136,12 @@ impl Reader for Classified<'_> {
     }
 }
 
-/// `RunReply{timings, model_run{1: outputs{2: tensor{1: dtype, 2: shape, 4: data}}}}`.
+/// `RunReply{timings, places, model_run{1: outputs{2: tensor{1: dtype, 2: shape, 4: data}}}}`.
 #[derive(Debug)]
 pub(crate) struct Computed<'a, 'd> {
     pub(crate) outputs: &'a mut [Output<'d>],
     pub(crate) count: usize,
+    pub(crate) places: Places,
     pub(crate) timings: Timings,
     /// The output that found no place, and the bytes it needs.
     pub(crate) too_small: Option<(usize, usize)>,
@@ -132,6 +165,7 @@ impl<'a, 'd> Computed<'a, 'd> {
         Self {
             outputs,
             count: 0,
+            places: Places::default(),
             timings,
             too_small: None,
             byte: [0],
@@ -158,6 +192,7 @@ impl Reader for Computed<'_, '_> {
     fn begin(&mut self, path: &[u32], length: usize) -> Reading<Take> {
         match path {
             [1] | [op::MODEL_RUN] => Ok(Take::Enter),
+            [2] => self.places.begin(),
             [op::MODEL_RUN, 1] => {
                 self.count += 1;
                 if self.count > self.outputs.len() {
@@ -188,6 +223,7 @@ impl Reader for Computed<'_, '_> {
 
     fn number(&mut self, path: &[u32], value: u64) -> Reading<()> {
         timing(&mut self.timings, path, value);
+        self.places.number(path, value)?;
         match (path, self.output()) {
             ([tensor @ .., 1], Some(output)) if *tensor == TENSOR => output.dtype = DType::from_number(value),
             // A shape may come number by number as well.
@@ -229,11 +265,12 @@ impl Reader for Computed<'_, '_> {
     }
 }
 
-/// `RunReply{timings, genop{1: write{4: data}}}`.
+/// `RunReply{timings, places, genop{1: write{4: data}}}`.
 #[derive(Debug)]
 pub(crate) struct Generic<'a, 'd> {
     pub(crate) write: &'a mut [ArgOut<'d>],
     pub(crate) count: usize,
+    pub(crate) places: Places,
     pub(crate) timings: Timings,
     /// The argument that found no place, and the bytes it needs.
     pub(crate) too_small: Option<(usize, usize)>,
@@ -242,7 +279,8 @@ pub(crate) struct Generic<'a, 'd> {
 impl<'a, 'd> Generic<'a, 'd> {
     pub(crate) fn new(write: &'a mut [ArgOut<'d>]) -> Self {
         write.iter_mut().for_each(|arg| arg.length = 0);
-        Self { write, count: 0, timings: Timings::default(), too_small: None }
+        let (places, timings) = Default::default();
+        Self { write, count: 0, places, timings, too_small: None }
     }
 
     fn arg(&mut self) -> Option<&mut ArgOut<'d>> {
@@ -254,6 +292,7 @@ impl Reader for Generic<'_, '_> {
     fn begin(&mut self, path: &[u32], length: usize) -> Reading<Take> {
         match path {
             [1] | [op::GENOP] => Ok(Take::Enter),
+            [2] => self.places.begin(),
             [op::GENOP, 1] => {
                 self.count += 1;
                 Ok(Take::Enter)
@@ -275,7 +314,7 @@ impl Reader for Generic<'_, '_> {
 
     fn number(&mut self, path: &[u32], value: u64) -> Reading<()> {
         timing(&mut self.timings, path, value);
-        Ok(())
+        self.places.number(path, value)
     }
 
     fn place(&mut self) -> &mut [u8] {

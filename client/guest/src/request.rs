@@ -6,6 +6,7 @@
 use crate::connection::MESSAGE_BYTES_MAX;
 use crate::error::{Error, Reason, Result};
 use crate::protobuf::{Writer, field_len, varint_len};
+use crate::shared::{Lent, Place};
 use crate::types::{
     Arg, ArgType, DType, File, ITEMS_MAX, Input, RESOURCE_BYTES, ResourceId, ResourceKind, SESSION_BYTES,
     SessionId,
@@ -15,7 +16,7 @@ use crate::types::{
 const PARTS_MAX: usize = 2 * ITEMS_MAX + 1;
 
 /// Bytes of all that is written around the items of one request.
-pub(crate) const SCRATCH_BYTES: usize = 4096;
+pub(crate) const SCRATCH_BYTES: usize = 4096 + SHARED_BYTES_MAX;
 
 /// Every message begins with this much of gRPC's: a byte that says it is not compressed, and four of length.
 const PREFIX_BYTES: usize = 5;
@@ -92,9 +93,12 @@ pub(crate) enum Ask<'a> {
     Unregister(&'a ResourceId),
     Noop,
     Classify { model: &'a [u8], top_k: u32, images: &'a [&'a [u8]] },
-    ModelRun { model: &'a ResourceId, inputs: &'a [Input<'a>], outputs: &'a [&'a str] },
-    Genop { read: &'a [Arg<'a>], write: &'a [Room<'a>] },
+    ModelRun { model: &'a ResourceId, inputs: &'a [Input<'a>], outputs: &'a [&'a str], lent: Lending<'a> },
+    Genop { read: &'a [Arg<'a>], write: &'a [Room<'a>], lent: Lending<'a> },
 }
+
+/// What of the data lies in memory that the agent has, too, if any does.
+type Lending<'a> = Option<&'a Lent>;
 
 /// An argument that comes out, as the request describes it.
 #[derive(Clone, Copy, Debug)]
@@ -137,8 +141,10 @@ impl<'a> Ask<'a> {
             }),
             Self::Noop => noop(scratch, session),
             Self::Classify { model, top_k, images } => classify(scratch, session, model, top_k, images),
-            Self::ModelRun { model, inputs, outputs } => model_run(scratch, session, model, inputs, outputs),
-            Self::Genop { read, write } => genop(scratch, session, read, write),
+            Self::ModelRun { model, inputs, outputs, lent } => {
+                model_run(scratch, session, lent, model, inputs, outputs)
+            }
+            Self::Genop { read, write, lent } => genop(scratch, session, lent, read, write),
         }
     }
 }
@@ -155,21 +161,58 @@ pub(crate) mod op {
 const OP_TAG_BYTES: usize = 2;
 
 /// Bytes of `RunRequest` around an operation's request of so many bytes.
-fn run_len(length: usize) -> usize {
-    field_len(SESSION_BYTES) + OP_TAG_BYTES + varint_len(length as u64) + length
+fn run_len(shared: usize, length: usize) -> usize {
+    field_len(SESSION_BYTES) + shared + OP_TAG_BYTES + varint_len(length as u64) + length
 }
 
-fn begin_run(writer: &mut Writer<'_>, session: &SessionId, op: u32, length: usize) -> Result<()> {
-    prefix(writer, run_len(length))?;
+fn begin_run(
+    writer: &mut Writer<'_>,
+    session: &SessionId,
+    shared: &[u8],
+    op: u32,
+    length: usize,
+) -> Result<()> {
+    prefix(writer, run_len(shared.len(), length))?;
     writer.bytes(1, &session.0);
+    writer.put(shared);
     writer.begin(op, length);
     Ok(())
+}
+
+fn number_len(number: u64) -> usize {
+    if number == 0 { 0 } else { 1 + varint_len(number) }
+}
+
+/// `Place{1: offset, 2: bytes}`.
+fn put_place(writer: &mut Writer<'_>, field: u32, place: Place) {
+    writer.begin(field, number_len(place.offset) + number_len(place.bytes));
+    writer.number(1, place.offset);
+    writer.number(2, place.bytes);
+}
+
+/// Bytes of the longest `Shared{1: region, 2: places, 3: room}`: a name of 66, and 17 places of at most 24.
+const SHARED_BYTES_MAX: usize = 512;
+
+/// The field of `RunRequest` that says where tensors are.
+fn shared<'a>(place: &'a mut [u8; SHARED_BYTES_MAX], lent: Lending<'_>, inputs: usize) -> &'a [u8] {
+    let Some(lent) = lent else { return &[] };
+    let place_len = |place: &Place| field_len(number_len(place.offset) + number_len(place.bytes));
+    let places = lent.places.get(..inputs).unwrap_or_default();
+    let length = field_len(lent.region.as_bytes().len())
+        + places.iter().map(place_len).sum::<usize>()
+        + place_len(&lent.room);
+    let mut writer = Writer::new(place);
+    writer.begin(2, length);
+    writer.bytes(1, lent.region.as_bytes());
+    places.iter().for_each(|place| put_place(&mut writer, 2, *place));
+    put_place(&mut writer, 3, lent.room);
+    writer.finish().unwrap_or_default()
 }
 
 /// `RunRequest{session, noop}`.
 fn noop<'a>(scratch: &'a mut [u8], session: &SessionId) -> Result<Parts<'a>> {
     let mut writer = Writer::new(scratch);
-    begin_run(&mut writer, session, op::NOOP, 0)?;
+    begin_run(&mut writer, session, &[], op::NOOP, 0)?;
     let written = writer.finish().ok_or(TOO_LONG)?;
     Ok(Parts::interleaved(written, &[], core::iter::empty()))
 }
@@ -183,12 +226,13 @@ fn classify<'a>(
     images: &'a [&'a [u8]],
 ) -> Result<Parts<'a>> {
     let optional = |length: usize| if length == 0 { 0 } else { field_len(length) };
-    let top_k_len = if top_k == 0 { 0 } else { 1 + varint_len(u64::from(top_k)) };
+    let top_k_len = number_len(u64::from(top_k));
     let images_len: usize = images.iter().map(|image| field_len(image.len())).sum();
     let mut writer = Writer::new(scratch);
     begin_run(
         &mut writer,
         session,
+        &[],
         op::IMAGE_CLASSIFICATION,
         optional(model.len()) + top_k_len + images_len,
     )?;
@@ -203,17 +247,21 @@ fn classify<'a>(
     Ok(Parts::interleaved(written, cuts.get(..images.len()).unwrap_or_default(), images.iter().copied()))
 }
 
-/// `RunRequest{session, model_run{1: model, 2: outputs, 3: inputs}}`, each input's data on a boundary.
+/// `RunRequest{session, shared, model_run{1: model, 2: outputs, 3: inputs}}`, each input's data on a boundary.
 fn model_run<'a>(
     scratch: &'a mut [u8],
     session: &SessionId,
+    lent: Lending<'_>,
     model: &ResourceId,
     inputs: &'a [Input<'a>],
     outputs: &[&str],
 ) -> Result<Parts<'a>> {
-    let pads = pads(inputs, outputs);
+    let mut place = [0; SHARED_BYTES_MAX];
+    let shared = shared(&mut place, lent, inputs.len());
+    let pads = pads(shared.len(), inputs, outputs);
+    let length = model_run_len(inputs, outputs, &pads);
     let mut writer = Writer::new(scratch);
-    begin_run(&mut writer, session, op::MODEL_RUN, model_run_len(inputs, outputs, &pads))?;
+    begin_run(&mut writer, session, shared, op::MODEL_RUN, length)?;
     writer.bytes(1, &model.0);
     for output in outputs {
         writer.begin(2, output.len());
@@ -242,27 +290,27 @@ fn model_run<'a>(
     Ok(Parts::interleaved(written, cuts, inputs.iter().map(|input| input.data)))
 }
 
-/// `RunRequest{session, genop{2: read{1: type, 4: data}, 3: write{1: type, 3: size, 4: data}}}`; a written argument has
-/// a size where it has no data.
+/// `RunRequest{session, shared, genop{2: read{1: type, 4: data}, 3: write{1: type, 3: size, 4: data}}}`; a written
+/// argument has a size where it has no data.
 fn genop<'a>(
     scratch: &'a mut [u8],
     session: &SessionId,
+    lent: Lending<'_>,
     read: &'a [Arg<'a>],
     write: &'a [Room<'a>],
 ) -> Result<Parts<'a>> {
-    let number_len = |number: usize| if number == 0 { 0 } else { 1 + varint_len(number as u64) };
     let data_len = |length: usize| if length == 0 { 0 } else { field_len(length) };
     let args = read.iter().map(|arg| (2, arg.kind, 0, arg.data));
-    let rooms = write
-        .iter()
-        .map(|room| (3, room.kind, if room.before.is_empty() { room.size } else { 0 }, room.before));
+    let rooms = write.iter().map(|room| (3, room.kind, room.size, room.before));
     let all = args.chain(rooms);
     let arg_len = |kind: ArgType, size: usize, data: &[u8]| {
-        number_len(kind.0 as usize) + number_len(size) + data_len(data.len())
+        number_len(u64::from(kind.0)) + number_len(size as u64) + data_len(data.len())
     };
     let length = all.clone().map(|(_, kind, size, data)| field_len(arg_len(kind, size, data))).sum();
+    let mut place = [0; SHARED_BYTES_MAX];
+    let shared = shared(&mut place, lent, read.len() + write.len());
     let mut writer = Writer::new(scratch);
-    begin_run(&mut writer, session, op::GENOP, length)?;
+    begin_run(&mut writer, session, shared, op::GENOP, length)?;
     let mut cuts = [0; ITEMS_MAX];
     for ((field, kind, size, data), cut) in all.clone().zip(&mut cuts) {
         writer.begin(field, arg_len(kind, size, data));
@@ -308,13 +356,13 @@ fn model_run_len(inputs: &[Input<'_>], outputs: &[&str], pads: &[usize; ITEMS_MA
 }
 
 /// How much padding moves each input's data to a boundary.
-fn pads(inputs: &[Input<'_>], outputs: &[&str]) -> [usize; ITEMS_MAX] {
+fn pads(shared: usize, inputs: &[Input<'_>], outputs: &[&str]) -> [usize; ITEMS_MAX] {
     let mut pads = [0; ITEMS_MAX];
     // A pad may lengthen the lengths before it by a byte, which the next pass sees. Pads only grow, so that no two
     // passes undo each other.
     for _ in 0..3 {
         let length = model_run_len(inputs, outputs, &pads);
-        let mut end = PREFIX_BYTES + run_len(length) - inputs_len(inputs, &pads);
+        let mut end = PREFIX_BYTES + run_len(shared, length) - inputs_len(inputs, &pads);
         for index in 0..inputs.len().min(ITEMS_MAX) {
             let (Some(input), Some(pad)) = (inputs.get(index), pads.get_mut(index)) else { break };
             end += field_len(named_len(input, *pad));
@@ -344,7 +392,7 @@ fn register<'a>(
         writer.number(2, kind as u64);
         for (file, hash) in files.iter().zip(hashes) {
             let size = file.content.len() as u64;
-            let size_len = if size == 0 { 0 } else { 1 + varint_len(size) };
+            let size_len = number_len(size);
             let name_len = if file.name.is_empty() { 0 } else { field_len(file.name.len()) };
             writer.begin(3, name_len + size_len + field_len(hash.len()));
             writer.bytes(1, file.name.as_bytes());

@@ -29,6 +29,7 @@ struct Details {
     reason: Option<Reason>,
     retry_after_ms: u32,
     session_lost: bool,
+    region_lost: bool,
 }
 
 impl Status {
@@ -67,9 +68,10 @@ impl Status {
             if text.is_empty() {
                 text.push("the call ended with gRPC status ").push_number(u64::from(code));
             }
-            let Details { retry_after_ms, session_lost, .. } = self.details;
-            let session_lost = session_lost && reason == Reason::NotFound;
-            return Err(Error { retry_after_ms, session_lost, ..Error::new(reason) });
+            let Details { retry_after_ms, session_lost, region_lost, .. } = self.details;
+            let is_absent = reason == Reason::NotFound;
+            let (session_lost, region_lost) = (session_lost && is_absent, region_lost && is_absent);
+            return Err(Error { retry_after_ms, session_lost, region_lost, ..Error::new(reason) });
         }
         text.clear();
         // What HTTP's codes mean to gRPC: "HTTP to gRPC Status Code Mapping".
@@ -275,7 +277,8 @@ impl Details {
     /// `ResourceInfo{1: kind, 2: name}`.
     fn resource_info<I: Iterator<Item = u8>>(&mut self, info: &mut Fields<'_, I>) -> Option<()> {
         let (1, length, true) = info.next()? else { return None };
-        self.session_lost = info.text::<16>(length)?.as_str() == "session";
+        let kind = info.text::<16>(length)?;
+        (self.session_lost, self.region_lost) = (kind.as_str() == "session", kind.as_str() == "region");
         Some(())
     }
 }

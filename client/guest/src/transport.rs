@@ -1,6 +1,9 @@
 //! What a guest needs of its network. [`posix`](crate::posix) has it for platforms with a C library; a unikernel with
 //! its own way to move bytes implements [`Transport`], or gives four functions through the C interface.
 
+use core::fmt::Debug;
+use core::ops::{Deref, DerefMut};
+
 /// Why bytes did not move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
@@ -21,11 +24,51 @@ pub struct Ready {
     pub write: bool,
 }
 
+/// Memory that the agent has, too, for tensors that would take longer through a socket. It is zeros at first, and stays
+/// the agent's until it is dropped. Nothing but numbers may lie there: the agent may write them at any time.
+pub trait Memory: Debug + Deref<Target = [u8]> + DerefMut {
+    /// What the agent calls it.
+    fn name(&self) -> &str;
+
+    /// Copies bytes there. Returns whether they are, or were too many.
+    fn put(&mut self, offset: usize, bytes: &[u8]) -> bool {
+        let place = self.get_mut(offset..).and_then(|rest| rest.get_mut(..bytes.len()));
+        place.map(|place| place.copy_from_slice(bytes)).is_some()
+    }
+}
+
+/// The memory of a transport that can have none.
+#[derive(Debug)]
+pub enum NoMemory {}
+
+impl Deref for NoMemory {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match *self {}
+    }
+}
+
+impl DerefMut for NoMemory {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        match *self {}
+    }
+}
+
+impl Memory for NoMemory {
+    fn name(&self) -> &str {
+        match *self {}
+    }
+}
+
 /// A byte stream to the agent that can be opened again, and a clock.
 ///
 /// Reading and writing never wait: they move what can be moved at once. An implementation that cannot tell waits a
 /// little in them instead and is as good, except that deadlines are kept less exactly.
 pub trait Transport {
+    /// Memory that the agent has, too: [`NoMemory`] where there is no such thing.
+    type Memory: Memory;
+
     /// The agent as `:authority` of requests names it.
     fn authority(&self) -> &str;
 
@@ -58,6 +101,14 @@ pub trait Transport {
     /// A request goes out in more than one piece: from now on, small packets should be sent at once although others
     /// before them were not confirmed, and as much as can be should be taken in one write. There may be no such thing.
     fn hurry(&mut self) {}
+
+    /// Gets so many bytes of memory that the agent has, too, beside the connection.
+    ///
+    /// # Errors
+    /// [`Fault::Late`], and [`Fault::Broken`] where there is none.
+    fn share(&mut self, _bytes: usize, _until: u64) -> core::result::Result<Self::Memory, Fault> {
+        Err(Fault::Broken(0))
+    }
 
     /// Does nothing until the clock shows `until`.
     fn pause(&mut self, until: u64);

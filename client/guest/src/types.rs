@@ -71,7 +71,7 @@ impl DType {
 }
 
 /// A tensor that goes in: dense, row-major, little-endian.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Input<'a> {
     /// Name of the model's input; empty for its place in the list.
     pub name: &'a str,

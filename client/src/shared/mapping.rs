@@ -16,6 +16,7 @@ use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use memmap2::{MmapOptions, MmapRaw};
+use vaccel_guest::copy::{PAST_CACHES_BYTES_MIN, past_caches};
 
 /// A mapping. What looks into it keeps it.
 pub struct Mapping {
@@ -125,9 +126,6 @@ impl Mapping {
     }
 }
 
-/// Longer copies go past the caches: they would push out everything else, and be gone before they are read.
-const PAST_CACHES_BYTES_MIN: usize = 4 << 20;
-
 /// What one core copies while another is woken to help.
 const PART_BYTES_MIN: usize = 1 << 20;
 
@@ -169,52 +167,14 @@ unsafe fn copy_together(from: &[u8], to: Target, copiers: usize) {
         for (index, part) in rest.chunks(part_bytes).enumerate() {
             let offset = first.len() + index * part_bytes;
             // SAFETY: the parts follow each other within the place.
-            let work = move |to: Target| unsafe { copy_past_caches(part, to.0.add(offset)) };
+            let work = move |to: Target| unsafe { past_caches(part, to.0.add(offset)) };
             if std::thread::Builder::new().spawn_scoped(scope, move || work(to)).is_err() {
                 work(to);
             }
         }
         // SAFETY: as above.
-        unsafe { copy_past_caches(first, to.0) }
+        unsafe { past_caches(first, to.0) }
     });
-}
-
-/// Where no such instructions are known.
-///
-/// # Safety
-/// As for [`copy`].
-#[cfg(not(target_arch = "x86_64"))]
-unsafe fn copy_past_caches(from: &[u8], to: *mut u8) {
-    // SAFETY: the caller's.
-    unsafe { std::ptr::copy(from.as_ptr(), to, from.len()) }
-}
-
-/// Copies without reading what stood there, as an ordinary copy makes the caches do: a third less for the memory to do.
-///
-/// # Safety
-/// As for [`copy`].
-#[cfg(target_arch = "x86_64")]
-unsafe fn copy_past_caches(from: &[u8], to: *mut u8) {
-    use std::arch::x86_64::{_mm_loadu_si128, _mm_sfence, _mm_stream_si128};
-    const LINE: usize = 64;
-    const PART: usize = 16;
-    let head = to.align_offset(LINE).min(from.len());
-    let (head, rest) = from.split_at(head);
-    let (lines, tail) = rest.split_at(rest.len() / LINE * LINE);
-    // SAFETY: all three parts are within the place, one after the other, and the second begins on a line; every
-    // processor of this architecture has these instructions, and the fence orders them before what follows.
-    unsafe {
-        std::ptr::copy(head.as_ptr(), to, head.len());
-        let middle = to.add(head.len());
-        for (line, at) in lines.chunks_exact(LINE).zip((0..).step_by(LINE)) {
-            for part in (0..LINE).step_by(PART) {
-                let value = _mm_loadu_si128(line.as_ptr().add(part).cast());
-                _mm_stream_si128(middle.add(at + part).cast(), value);
-            }
-        }
-        _mm_sfence();
-        std::ptr::copy(tail.as_ptr(), middle.add(lines.len()), tail.len());
-    }
 }
 
 #[cfg(test)]

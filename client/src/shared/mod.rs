@@ -18,9 +18,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use prost::Message;
 use tokio::time::Instant;
+use vaccel_proto::carrier::{Aligned, Carrier};
 use vaccel_proto::error::Detail;
 use vaccel_proto::limits::MESSAGE_BYTES_MAX;
-use vaccel_proto::tensor::{Aligned, Carrier};
 use vaccel_proto::v1::{Place, RunReply, RunRequest, Shared};
 use vaccel_proto::{Endpoint, Error, Reason};
 
@@ -38,6 +38,10 @@ const TENSOR_BYTES_MIN: usize = 32 << 10;
 
 /// Pause after an agent had no region to give.
 const PAUSE: Duration = Duration::from_secs(60);
+
+fn length(carrier: &mut &mut dyn Carrier) -> usize {
+    carrier.data_mut().map_or(0, |data| data.len())
+}
 
 /// What a client has of shared memory.
 #[derive(Debug)]
@@ -135,13 +139,11 @@ impl Memory {
 
     /// Puts the tensors of a request into the region, if they are long and there is room.
     pub(crate) fn lend(self: &Arc<Self>, request: &RunRequest) -> Option<Lent> {
-        if self.bytes == 0 {
+        if self.bytes == 0 || request.encoded_len() < CALL_BYTES_MIN {
             return None;
         }
         let mut request = request.clone();
-        let mut carriers = request.carriers_mut();
-        let length =
-            |carrier: &mut &mut dyn Carrier| carrier.tensor_mut().map_or(0, |tensor| tensor.data.len());
+        let mut carriers = request.lendable_mut();
         if carriers.iter_mut().map(length).sum::<usize>() < CALL_BYTES_MIN {
             return None;
         }
@@ -154,21 +156,20 @@ impl Memory {
         for carrier in carriers {
             let mut place = Place::default();
             let mut data = Bytes::new();
-            if let Some(tensor) = carrier.tensor_mut().filter(|tensor| tensor.data.len() >= TENSOR_BYTES_MIN)
-            {
-                let part = match region.mapping.place(&tensor.data) {
+            if let Some(long) = carrier.data_mut().filter(|data| data.len() >= TENSOR_BYTES_MIN) {
+                let part = match region.mapping.place(long) {
                     Some(part) => part,
                     None => {
-                        let slot = region.take(tensor.data.len())?;
-                        let part = slot.part.start..slot.part.start + tensor.data.len();
-                        region.mapping.write(part.start, &tensor.data);
+                        let slot = region.take(long.len())?;
+                        let part = slot.part.start..slot.part.start + long.len();
+                        region.mapping.write(part.start, long);
                         slots.push(slot);
                         part
                     }
                 };
                 place = Place { offset: part.start as u64, bytes: part.len() as u64 };
-                data = std::mem::take(&mut tensor.data);
-                tensor.pad = Bytes::new();
+                data = std::mem::take(long);
+                carrier.tensor_mut().into_iter().for_each(|tensor| tensor.pad = Bytes::new());
             }
             places.push(place);
             given.push(data);
@@ -284,9 +285,7 @@ impl Lent {
 
     fn receive(&mut self, mut reply: RunReply) -> Result<RunReply, Error> {
         let places = std::mem::take(&mut reply.places);
-        let mut carriers = reply.carriers_mut();
-        let length =
-            |carrier: &mut &mut dyn Carrier| carrier.tensor_mut().map_or(0, |tensor| tensor.data.len());
+        let mut carriers = reply.lendable_mut();
         let inline: usize = carriers.iter_mut().map(length).sum();
         let placed: u64 = places.iter().map(|place| place.bytes).sum();
         let all = inline.saturating_add(usize::try_from(placed).unwrap_or(usize::MAX));
@@ -301,8 +300,8 @@ impl Lent {
         }
         let room = self.room.take().map(Arc::new);
         for (place, carrier) in places.iter().zip(carriers) {
-            let Some(tensor) = carrier.tensor_mut().filter(|_| place.bytes > 0) else { continue };
-            tensor.data = self.view(place, room.as_ref()).ok_or_else(wrong)?;
+            let Some(data) = carrier.data_mut().filter(|_| place.bytes > 0) else { continue };
+            *data = self.view(place, room.as_ref()).ok_or_else(wrong)?;
         }
         Ok(reply)
     }

@@ -10,23 +10,13 @@ use vaccel_client::{
     ArgType, Client, DType, Resource, ResourceFiles, Session, SessionOptions, Tensor, arg, named,
 };
 
-use super::guest::{EXEC, NOTHING};
+use super::guest::{EXEC, NOTHING, Way};
 use super::{Source, model};
 use crate::Failure;
 use crate::shape::Shape;
 
 /// Less is not put into shared memory by the client.
 pub(super) const SHARED_BYTES_MIN: usize = 64 << 10;
-
-/// How tensors come to the agent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Way {
-    Socket,
-    /// Through shared memory, into which the client copies them.
-    Copy,
-    /// They are there already.
-    InPlace,
-}
 
 /// A session.
 struct Caller {

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use vaccel_guest::{
-    Arg, ArgOut, ArgType, DType, File, Guest, Input, Output, Posix, ResourceId, ResourceKind,
+    Arg, ArgOut, ArgType, DType, File, Guest, Input, Output, Posix, ResourceId, ResourceKind, SharedMemory,
 };
 
 use super::model;
@@ -26,22 +26,38 @@ pub(super) enum Engine {
     Tract,
 }
 
+/// How data comes to the agent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Way {
+    Socket,
+    /// Through shared memory, into which it is copied.
+    Copy,
+    /// It is there already.
+    InPlace,
+}
+
 /// A guest, and what it sends and receives.
 pub(super) struct Caller {
     // It has all its memory in it.
     guest: Box<Guest<Posix>>,
     engine: Engine,
+    way: Way,
+    memory: Option<SharedMemory>,
     models: HashMap<Shape, ResourceId>,
     up: Vec<u8>,
     down: Vec<u8>,
 }
 
 impl Caller {
-    pub(super) fn new(address: &str, engine: Engine) -> Result<Self, Failure> {
+    pub(super) fn new(address: &str, engine: Engine, way: Way) -> Result<Self, Failure> {
         let mut guest = Box::new(Guest::new(address.parse::<Posix>().map_err(|_| "no address")?));
         // A connection that ended while others had their turn is no failure.
         guest.set_repeatable(true);
-        Ok(Self { guest, engine, models: HashMap::new(), up: Vec::new(), down: Vec::new() })
+        if way == Way::Socket {
+            guest.set_shared_bytes(0);
+        }
+        let (models, memory, up, down) = (HashMap::new(), None, Vec::new(), Vec::new());
+        Ok(Self { guest, engine, way, memory, models, up, down })
     }
 
     /// Runs the model of this shape, with all bytes as its input.
@@ -64,7 +80,8 @@ impl Caller {
 
     /// Gives a library some bytes to read, and all others as what is written before it is.
     fn exec(&mut self, shape: Shape) -> Result<usize, vaccel_guest::Error> {
-        let (before, data) = self.up[..shape.up].split_at(shape.down());
+        let up = self.memory.as_deref().unwrap_or(&self.up);
+        let (before, data) = up[..shape.up].split_at(shape.down());
         let read = [
             Arg { kind: ArgType::UINT8, data: &[EXEC] },
             Arg { kind: ArgType::STRING, data: NOTHING },
@@ -73,7 +90,10 @@ impl Caller {
         ];
         let place = &mut self.down[..shape.down()];
         let mut write = [ArgOut { kind: ArgType::BUFFER, before, data: place, length: 0 }];
-        self.guest.genop(&read, &mut write)?;
+        match &self.memory {
+            Some(memory) => self.guest.genop_from(memory, &read, &mut write)?,
+            None => self.guest.genop(&read, &mut write)?,
+        };
         Ok(write[0].length)
     }
 }
@@ -82,6 +102,12 @@ impl super::Caller for Caller {
     fn call(&mut self, shape: Shape) -> Result<(), Failure> {
         if self.up.len() < shape.up {
             self.up.resize(shape.up, 1);
+        }
+        if self.way == Way::InPlace && self.memory.as_ref().is_none_or(|memory| memory.len() < shape.up) {
+            let memory = self.guest.share(shape.up);
+            let mut memory = memory.map_err(|error| format!("{error:?}: {}", self.guest.message()))?;
+            memory.fill(1);
+            self.memory = Some(memory);
         }
         if self.down.len() < shape.down() {
             self.down.resize(shape.down(), 1);

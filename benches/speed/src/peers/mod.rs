@@ -80,10 +80,12 @@ pub(crate) const GUEST: Peer = peer("guest, agent", Program::Agent("noop"), Prog
 pub(crate) const CLIENT: Peer = peer("async client, agent", Program::Agent("noop"), Program::Own("client"));
 
 /// All of them, what the others are compared with first.
-pub(crate) static ALL: [Peer; 14] = [
+pub(crate) static ALL: [Peer; 16] = [
     RAW,
     GUEST,
     CLIENT,
+    shared("guest, memory, copied", "guest-copies"),
+    shared("guest, memory, in place", "guest-in-place"),
     shared("async client, memory, copied", "client-copies"),
     shared("async client, memory, in place", "client-in-place"),
     Peer {
@@ -209,11 +211,13 @@ fn check(came: usize, shape: Shape) -> Result<(), Failure> {
 pub(crate) fn caller(kind: &str, address: &str) -> Result<Box<dyn Caller>, Failure> {
     Ok(match kind {
         "raw" => Box::new(raw::Raw::new(address)),
-        "guest" => Box::new(guest::Caller::new(address, guest::Engine::Noop)?),
-        "guest-model" => Box::new(guest::Caller::new(address, guest::Engine::Tract)?),
-        "client" => Box::new(client::Single::new(address, client::Way::Socket)?),
-        "client-copies" => Box::new(client::Single::new(address, client::Way::Copy)?),
-        "client-in-place" => Box::new(client::Single::new(address, client::Way::InPlace)?),
+        "guest" => Box::new(guest::Caller::new(address, guest::Engine::Noop, guest::Way::Socket)?),
+        "guest-copies" => Box::new(guest::Caller::new(address, guest::Engine::Noop, guest::Way::Copy)?),
+        "guest-in-place" => Box::new(guest::Caller::new(address, guest::Engine::Noop, guest::Way::InPlace)?),
+        "guest-model" => Box::new(guest::Caller::new(address, guest::Engine::Tract, guest::Way::Socket)?),
+        "client" => Box::new(client::Single::new(address, guest::Way::Socket)?),
+        "client-copies" => Box::new(client::Single::new(address, guest::Way::Copy)?),
+        "client-in-place" => Box::new(client::Single::new(address, guest::Way::InPlace)?),
         "tonic" => Box::new(tonic::Caller::new(address)?),
         "ttrpc-sync" => Box::new(ttrpc::blocking::Caller::new(address)?),
         "ttrpc-async" => Box::new(ttrpc::tasks::Caller::new(address)?),

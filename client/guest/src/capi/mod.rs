@@ -19,7 +19,7 @@ use self::types::{
 };
 use self::way::{Io, Way};
 use crate::error::{Error, Reason, Result};
-use crate::posix::Posix;
+use crate::posix::{Posix, SharedMemory};
 use crate::status::TEXT_BYTES;
 use crate::text::Text;
 use crate::types::{
@@ -31,6 +31,8 @@ use crate::{FILES_MAX, Guest};
 #[derive(Debug)]
 pub(crate) struct Handle {
     guest: Guest<Way>,
+    /// What the program produces its data in.
+    memory: Option<SharedMemory>,
     error: Error,
     message: [u8; TEXT_BYTES + 1],
 }
@@ -81,6 +83,11 @@ macro_rules! guest {
     };
 }
 
+/// Whether data is in memory that the agent has, too.
+fn lies_in(memory: &SharedMemory, data: &[u8]) -> bool {
+    !data.is_empty() && memory.as_ptr_range().contains(&data.as_ptr())
+}
+
 /// # Safety
 /// The module's contract; the memory is this guest's own until it is closed.
 unsafe fn place(memory: *mut c_void, size: usize, way: Way) -> *mut Handle {
@@ -91,7 +98,9 @@ unsafe fn place(memory: *mut c_void, size: usize, way: Way) -> *mut Handle {
     let place = memory.wrapping_byte_add(skipped).cast::<Handle>();
     let error = Error::new(Reason::BadArgument);
     // SAFETY: aligned and large enough, as was checked, and the caller's own to give.
-    unsafe { place.write(Handle { guest: Guest::new(way), error, message: [0; TEXT_BYTES + 1] }) };
+    unsafe {
+        place.write(Handle { guest: Guest::new(way), memory: None, error, message: [0; TEXT_BYTES + 1] })
+    };
     place
 }
 
@@ -178,6 +187,25 @@ unsafe extern "C" fn vaccel_guest_wish(guest: *mut Handle, hints: u32) {
 }
 
 #[unsafe(no_mangle)]
+unsafe extern "C" fn vaccel_guest_set_shared_bytes(guest: *mut Handle, size: usize) {
+    // SAFETY: null, or a guest that is this call's own.
+    if let Some(guest) = unsafe { guest.as_mut() } {
+        guest.guest.set_shared_bytes(size);
+    }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn vaccel_guest_share(guest: *mut Handle, size: usize) -> *mut c_void {
+    // SAFETY: null, or a guest that is this call's own.
+    let Some(guest) = (unsafe { guest.as_mut() }) else { return ptr::null_mut() };
+    // What there is counts, too, against what this guest may have.
+    guest.memory = None;
+    let made = guest.guest.share(size).map(|memory| guest.memory = Some(memory));
+    guest.returns(made);
+    guest.memory.as_mut().map_or(ptr::null_mut(), |memory| memory.as_mut_ptr().cast())
+}
+
+#[unsafe(no_mangle)]
 unsafe extern "C" fn vaccel_guest_open(guest: *mut Handle) -> c_int {
     let guest = guest!(guest);
     let outcome = guest.guest.open();
@@ -187,6 +215,7 @@ unsafe extern "C" fn vaccel_guest_open(guest: *mut Handle) -> c_int {
 #[unsafe(no_mangle)]
 unsafe extern "C" fn vaccel_guest_close(guest: *mut Handle) -> c_int {
     let guest = guest!(guest);
+    guest.memory = None;
     let outcome = guest.guest.close();
     guest.returns(outcome)
 }
@@ -337,7 +366,12 @@ unsafe extern "C" fn vaccel_guest_run(
         };
         *output = Output::new(data);
     }
-    let outcome = guest.guest.run(&model, inputs, names, outputs);
+    let outcome = match &guest.memory {
+        Some(memory) if inputs.iter().any(|input| lies_in(memory, input.data)) => {
+            guest.guest.run_from(memory, &model, inputs, names, outputs)
+        }
+        _ => guest.guest.run(&model, inputs, names, outputs),
+    };
     for (place, output) in places.iter_mut().zip(outputs.iter()) {
         (place.length, place.dtype) = (output.length, output.dtype as c_int);
         (place.rank, place.shape) = (output.rank, output.shape);
@@ -380,7 +414,13 @@ unsafe extern "C" fn vaccel_guest_genop(
         };
         *arg = ArgOut { kind: ArgType(place.kind), before, data, length: 0 };
     }
-    let outcome = guest.guest.genop(read, write);
+    let given = read.iter().map(|arg| arg.data).chain(write.iter().map(|arg| arg.before));
+    let outcome = match &guest.memory {
+        Some(memory) if given.into_iter().any(|data| lies_in(memory, data)) => {
+            guest.guest.genop_from(memory, read, write)
+        }
+        _ => guest.guest.genop(read, write),
+    };
     for (place, arg) in places.iter_mut().zip(write.iter()) {
         place.length = arg.length;
     }

@@ -2,7 +2,7 @@
 
 use core::ffi::{c_int, c_void};
 
-use crate::posix::Posix;
+use crate::posix::{Posix, SharedMemory};
 use crate::transport::{Fault, Ready, Transport};
 
 /// What `read` and `write` of C programs return when nothing can be moved now.
@@ -40,6 +40,8 @@ fn count(moved: isize) -> core::result::Result<usize, Fault> {
 }
 
 impl Transport for Way {
+    type Memory = SharedMemory;
+
     fn authority(&self) -> &str {
         "localhost"
     }
@@ -82,6 +84,13 @@ impl Transport for Way {
                 ready @ 1.. => Ok(Ready { read: ready & READABLE != 0, write: ready & WRITABLE != 0 }),
                 errno => Err(Fault::Broken(errno.checked_abs().unwrap_or(0))),
             },
+        }
+    }
+
+    fn share(&mut self, bytes: usize, until: u64) -> core::result::Result<SharedMemory, Fault> {
+        match self {
+            Self::Posix(posix) => posix.share(bytes, until),
+            Self::Own(_) => Err(Fault::Broken(0)),
         }
     }
 

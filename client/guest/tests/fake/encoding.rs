@@ -4,7 +4,7 @@ use prost::Message;
 use prost::bytes::Bytes;
 use vaccel_guest::{Arg, ArgOut, ArgType, DType, File, Guest, Input, Label, Output, ResourceKind};
 use vaccel_proto::v1::{self, RunReply, RunRequest, run_reply::Outcome, run_request::Op};
-use vaccel_proto::{limits, tensor};
+use vaccel_proto::{carrier, limits};
 
 use crate::peer::{Event, MODEL, SESSION, prefixed};
 use crate::random::Random;
@@ -211,7 +211,7 @@ fn pads_are_not_longer_than_those_of_the_contract() {
         let mut theirs = own.clone();
         let Some(Op::ModelRun(run)) = &mut theirs.op else { panic!("a run of a model") };
         run.inputs[0].tensor.as_mut().unwrap().pad = Bytes::new();
-        tensor::Aligned::align(&mut theirs);
+        carrier::Aligned::align(&mut theirs);
         assert!(own.encoded_len() <= theirs.encoded_len() + 16, "{size}");
     }
 }

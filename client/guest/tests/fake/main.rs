@@ -16,6 +16,7 @@
 mod huffman;
 
 mod frames;
+mod memory;
 mod peer;
 mod random;
 mod replies;

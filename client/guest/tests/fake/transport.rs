@@ -1,9 +1,10 @@
 //! A [`Transport`] in memory: the peer is a script, and time passes only where the guest waits.
 
 use std::collections::VecDeque;
+use std::ops::{Deref, DerefMut};
 use std::rc::Rc;
 
-use vaccel_guest::{Fault, Ready, Transport};
+use vaccel_guest::{Fault, Memory, Ready, Transport};
 
 use crate::peer::{Event, Peer};
 use crate::random::Random;
@@ -45,6 +46,10 @@ pub struct Fake {
     pub manner: Manner,
     /// The lengths of its writes.
     pub writes: Vec<usize>,
+    /// What memory is filled with that the guest gets, if it gets any.
+    pub memory: Option<u8>,
+    /// The bytes of memory it asked for.
+    pub shares: Vec<usize>,
     turns: u32,
 }
 
@@ -64,7 +69,7 @@ impl Fake {
             blocks: false,
             turn: false,
         };
-        Self { peer, manner, writes: Vec::new(), turns: 0 }
+        Self { peer, manner, writes: Vec::new(), memory: None, shares: Vec::new(), turns: 0 }
     }
 
     fn moved(&mut self) {
@@ -103,7 +108,36 @@ fn due(items: &mut VecDeque<(u64, Item)>, now: u64) -> Option<&mut Item> {
     items.front_mut().filter(|(when, _)| *when <= now).map(|(_, item)| item)
 }
 
+/// Memory of which the agent sees nothing, but may say what it likes.
+#[derive(Debug)]
+pub struct FakeMemory {
+    bytes: Vec<u8>,
+    name: String,
+}
+
+impl Deref for FakeMemory {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl DerefMut for FakeMemory {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes
+    }
+}
+
+impl Memory for FakeMemory {
+    fn name(&self) -> &str {
+        &self.name
+    }
+}
+
 impl Transport for Fake {
+    type Memory = FakeMemory;
+
     fn authority(&self) -> &str {
         "fake.agent"
     }
@@ -199,6 +233,12 @@ impl Transport for Fake {
         self.pass_to(next);
         let now = self.peer.now;
         Ok(Ready { read: readable_from <= now, write: write && writable_from <= now })
+    }
+
+    fn share(&mut self, bytes: usize, _until: u64) -> Result<FakeMemory, Fault> {
+        self.shares.push(bytes);
+        let fill = self.memory.ok_or(Fault::Broken(0))?;
+        Ok(FakeMemory { bytes: vec![fill; bytes], name: format!("region {}", self.shares.len()) })
     }
 
     fn pause(&mut self, until: u64) {

@@ -16,8 +16,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use vaccel_guest::{
-    DType, Fault, File, Guest, Input, Label, Output, Posix, Ready, Reason, ResourceId, ResourceKind,
-    Transport,
+    DType, Fault, File, Guest, Input, Label, NoMemory, Output, Posix, Ready, Reason, ResourceId,
+    ResourceKind, Transport,
 };
 
 /// Longest message the servers take.
@@ -226,6 +226,8 @@ struct Counted {
 }
 
 impl Transport for Counted {
+    type Memory = NoMemory;
+
     fn authority(&self) -> &str {
         self.posix.authority()
     }

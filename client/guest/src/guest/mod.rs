@@ -1,22 +1,21 @@
 //! A guest: its session on an agent and everything it can ask for.
 
+mod runs;
+
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Reason, Result};
 use crate::link::{Link, Request};
 use crate::protobuf::Reader;
 use crate::protobuf::Writer;
-use crate::reply::{Classified, Computed, Generic, Informed, Nothing, Opened, Ran, Received, Registered};
-use crate::request::{self, Ask, Piece, Room, SCRATCH_BYTES, UPLOAD_BYTES};
+use crate::reply::{Classified, Informed, Nothing, Opened, Ran, Received, Registered};
+use crate::request::{self, Ask, Piece, SCRATCH_BYTES, UPLOAD_BYTES};
+use crate::shared::Shared;
 use crate::text::Text;
 use crate::transport::Transport;
 use crate::types::{
-    Arg, ArgOut, ArgType, File, ITEMS_MAX, Info, Input, Label, NAME_BYTES_MAX, Output, RANK_MAX, ResourceId,
-    ResourceKind, SessionId, Sgemm, Timings,
+    File, ITEMS_MAX, Info, Label, NAME_BYTES_MAX, ResourceId, ResourceKind, SessionId, Timings,
 };
-
-/// The number of BLAS's product of matrices among vAccel's operations.
-const SGEMM: u8 = 17;
 
 /// How long a call may take when nothing else is said, in milliseconds.
 const DEADLINE_MS: u32 = 60_000;
@@ -37,8 +36,9 @@ const BREAKS_MAX: usize = 8;
 /// that cannot make the agent run something twice. A session that was lost took its resources with it: a guest that
 /// had registered some gets `NOT_FOUND` with [`Error::session_lost`] and registers them again.
 #[derive(Debug)]
-pub struct Guest<T> {
+pub struct Guest<T: Transport> {
     link: Link<T>,
+    shared: Shared<T::Memory>,
     scratch: [u8; SCRATCH_BYTES],
     session: Option<SessionId>,
     /// The session holds something that a new one would not have.
@@ -55,6 +55,7 @@ impl<T: Transport> Guest<T> {
     pub const fn new(transport: T) -> Self {
         Self {
             link: Link::new(transport),
+            shared: Shared::new(),
             scratch: [0; SCRATCH_BYTES],
             session: None,
             holds: false,
@@ -80,6 +81,13 @@ impl<T: Transport> Guest<T> {
     /// only compute: running one twice does nothing but take time.
     pub fn set_repeatable(&mut self, repeatable: bool) {
         self.repeatable = repeatable;
+    }
+
+    /// How many bytes of memory this guest and an agent on its machine may have together, behind a unix socket; 0 for
+    /// none. There are none before there was a run with tensors of 64 KiB and more, and then as many as the longest run
+    /// needs.
+    pub fn set_shared_bytes(&mut self, bytes: usize) {
+        self.shared.limit(bytes);
     }
 
     /// Engine and device of later sessions; empty for the agent's choice.
@@ -147,6 +155,7 @@ impl<T: Transport> Guest<T> {
             }
         };
         self.link.close();
+        self.shared.close();
         closed
     }
 
@@ -190,82 +199,6 @@ impl<T: Transport> Guest<T> {
         let model = model.map_or(&[][..], |model| &model.0);
         self.ask(&Ask::Classify { model, top_k, images }, &mut classified)?;
         Ok((classified.count, classified.timings))
-    }
-
-    /// Runs a model on `inputs`, at most [`ITEMS_MAX`]. `names` are the outputs wanted, none for all; each goes to the
-    /// place in `outputs` of the same number.
-    ///
-    /// # Errors
-    /// `BAD_ARGUMENT` for tensors that are not what the model takes and for a place that is too small, and those of
-    /// [`Guest::classify`].
-    pub fn run(
-        &mut self,
-        model: &ResourceId,
-        inputs: &[Input<'_>],
-        names: &[&str],
-        outputs: &mut [Output<'_>],
-    ) -> Result<Timings> {
-        if inputs.len() > ITEMS_MAX || names.len() > ITEMS_MAX {
-            return self.refuse("expected at most 16 inputs and 16 names of outputs");
-        }
-        if inputs.iter().any(|input| input.shape.len() > RANK_MAX || input.name.len() > NAME_BYTES_MAX) {
-            return self.refuse("expected inputs of at most 8 axes with names of at most 256 bytes");
-        }
-        let mut computed = Computed::new(outputs);
-        let outcome = self.ask(&Ask::ModelRun { model, inputs, outputs: names }, &mut computed);
-        let (too_small, timings) = (computed.too_small, computed.timings);
-        self.found_places("outputs", outcome, too_small)?;
-        Ok(timings)
-    }
-
-    /// Runs any operation by vAccel's number, with the arguments that vAccel's generic operation has: the first one
-    /// read is a `UINT8`, the operation's number. Arguments read and written are at most [`ITEMS_MAX`] together.
-    ///
-    /// # Errors
-    /// `BAD_ARGUMENT` for arguments that are not the operation's and for a place that is too small,
-    /// `UNKNOWN_OPERATION`, and those of [`Guest::info`].
-    pub fn genop(&mut self, read: &[Arg<'_>], write: &mut [ArgOut<'_>]) -> Result<Timings> {
-        let mut rooms = [Room { kind: ArgType::RAW, before: &[], size: 0 }; ITEMS_MAX];
-        let Some(rooms) = rooms.get_mut(..write.len()).filter(|_| read.len() + write.len() <= ITEMS_MAX)
-        else {
-            return self.refuse("expected at most 16 arguments");
-        };
-        for (room, arg) in rooms.iter_mut().zip(write.iter()) {
-            *room = Room { kind: arg.kind, before: arg.before, size: arg.data.len() };
-        }
-        let mut generic = Generic::new(write);
-        let outcome = self.ask(&Ask::Genop { read, write: rooms }, &mut generic);
-        let (too_small, timings) = (generic.too_small, generic.timings);
-        self.found_places("write", outcome, too_small)?;
-        Ok(timings)
-    }
-
-    /// Multiplies matrices; `c` gets the result, with `ldc` elements from one row to the next as before.
-    ///
-    /// # Errors
-    /// `BAD_ARGUMENT` for sizes that do not fit the data, and those of [`Guest::info`].
-    pub fn sgemm(&mut self, product: &Sgemm<'_>, c: &mut [u8]) -> Result<Timings> {
-        let Sgemm { sizes: [m, n, k], alpha, a, lda, b, ldb, beta, c: before, ldc } = *product;
-        let number = i64::to_le_bytes;
-        let numbers = [m, n, k, lda, ldb, ldc].map(number);
-        let [m, n, k, lda, ldb, ldc] = &numbers;
-        let (alpha, beta) = (alpha.to_le_bytes(), beta.to_le_bytes());
-        let arg = |kind, data| Arg { kind, data };
-        let read = [
-            arg(ArgType::UINT8, &[SGEMM]),
-            arg(ArgType::INT64, m),
-            arg(ArgType::INT64, n),
-            arg(ArgType::INT64, k),
-            arg(ArgType::FLOAT32, &alpha),
-            arg(ArgType::FLOAT32_ARRAY, a),
-            arg(ArgType::INT64, lda),
-            arg(ArgType::FLOAT32_ARRAY, b),
-            arg(ArgType::INT64, ldb),
-            arg(ArgType::FLOAT32, &beta),
-            arg(ArgType::INT64, ldc),
-        ];
-        let write = ArgOut { kind: ArgType::FLOAT32_ARRAY, before, data: c, length: 0 };
-        self.genop(&read, &mut [write])
     }
 
     /// Makes the session hold a resource; only what the agent lacks is sent. A file that broke off goes on where it
@@ -334,24 +267,14 @@ impl<T: Transport> Guest<T> {
 }
 
 impl<T: Transport> Guest<T> {
-    /// The outcome of a call whose results go to places of the caller's.
-    fn found_places(
-        &mut self,
-        what: &str,
-        outcome: Result<()>,
-        too_small: Option<(usize, usize)>,
-    ) -> Result<()> {
-        let (Err(_), Some((index, bytes))) = (outcome, too_small) else { return outcome };
-        self.link.text.clear();
-        let text = self.link.text.push(what).push("[").push_number(index as u64);
-        text.push("]: expected a place for ").push_number(bytes as u64).push(" bytes");
-        Err(Error { may_have_run: true, ..Error::new(Reason::BadArgument) })
+    fn refuse<R>(&mut self, text: &str) -> Result<R> {
+        self.fail(Reason::BadArgument, text)
     }
 
-    fn refuse<R>(&mut self, text: &str) -> Result<R> {
+    fn fail<R>(&mut self, reason: Reason, text: &str) -> Result<R> {
         self.link.text.clear();
         self.link.text.push(text);
-        Err(Error::new(Reason::BadArgument))
+        Err(Error::new(reason))
     }
 
     fn until(&mut self) -> u64 {

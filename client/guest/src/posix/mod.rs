@@ -4,6 +4,9 @@
 //! `close`, the clock; `readv`, `writev` and for requests in pieces `setsockopt` where they do, and nothing that has
 //! to. Time limits are `poll`'s. No signal is ever raised by a connection that broke.
 
+#[cfg(any(target_os = "linux", target_os = "android"))]
+mod memory;
+
 use core::ffi::c_int;
 use core::mem::size_of;
 use core::net::IpAddr;
@@ -12,6 +15,11 @@ use core::ptr;
 use crate::address::{Address, NoAddress};
 use crate::connection::PIECES_MAX;
 use crate::transport::{Fault, Ready, Transport};
+
+#[cfg(any(target_os = "linux", target_os = "android"))]
+pub use self::memory::SharedMemory;
+#[cfg(not(any(target_os = "linux", target_os = "android")))]
+pub use crate::transport::NoMemory as SharedMemory;
 
 /// Bytes of one write on vsock: some hypervisors break on packets above 32 KiB.
 const VSOCK_WRITE_BYTES_MAX: usize = 32 << 10;
@@ -149,6 +157,8 @@ impl Drop for Posix {
 }
 
 impl Transport for Posix {
+    type Memory = SharedMemory;
+
     fn authority(&self) -> &str {
         "localhost"
     }
@@ -234,6 +244,11 @@ impl Transport for Posix {
         }
     }
 
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    fn share(&mut self, bytes: usize, until: u64) -> Result<SharedMemory, Fault> {
+        SharedMemory::open(self.address, bytes, until)
+    }
+
     fn pause(&mut self, until: u64) {
         while let left @ 1.. = until.saturating_sub(self.now()) {
             if sys::poll(-1, false, c_int::try_from(left).unwrap_or(c_int::MAX))
@@ -292,7 +307,7 @@ mod sys {
         if returned < -1 { c_int::try_from(returned.unsigned_abs()).unwrap_or(libc::EIO) } else { libc::EIO }
     }
 
-    fn moved(count: isize) -> Result<usize, Fault> {
+    pub(super) fn moved(count: isize) -> Result<usize, Fault> {
         match usize::try_from(count) {
             Ok(count) => Ok(count),
             Err(_) => match errno(count) {
