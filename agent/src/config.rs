@@ -185,7 +185,7 @@ pub struct Settings {
     #[arg(long, global = true, env = "VACCEL_AGENT_TENANT_IN_FLIGHT_MIB", value_name = "MIB")]
     pub tenant_in_flight_mib: Option<u64>,
 
-    /// MiB of memory one tenant may share with the agent over unix sockets; 0 for none [default: 1024]
+    /// MiB of memory one tenant may share with the agent, from the same machine; 0 for none [default: 1024]
     #[arg(long, global = true, env = "VACCEL_AGENT_TENANT_SHARED_MIB", value_name = "MIB")]
     pub tenant_shared_mib: Option<u64>,
 

@@ -45,7 +45,7 @@ use crate::pool::Pool;
 use crate::resource::Store;
 use crate::scheduler::Scheduler;
 use crate::service::Gate;
-use crate::transport::{Acceptor, Entrance, Listener};
+use crate::transport::{Acceptor, Annex, Entrance, Listener};
 
 /// After the calls are done, how long connections may take to say goodbye.
 const GOODBYE: Duration = Duration::from_secs(1);
@@ -101,6 +101,16 @@ fn policies(config: &Config) -> Result<Policies, ConfigError> {
     Policies::new(config.policy.clone(), &known)
 }
 
+/// Where callers over TCP from this machine get shared memory, if there may be any.
+async fn annex(config: &Config) -> Option<(Arc<Annex>, Listener)> {
+    let is_tcp = |endpoint: &Endpoint| matches!(endpoint, Endpoint::Tcp(_));
+    if config.tenant.shared_bytes == 0 || !config.addresses.iter().any(is_tcp) {
+        return None;
+    }
+    let none = |error: &std::io::Error| tracing::warn!(%error, "callers over TCP get no shared memory");
+    Annex::open().await.inspect_err(none).ok()
+}
+
 /// A running agent.
 #[derive(Debug)]
 pub struct Agent {
@@ -129,6 +139,8 @@ impl Agent {
             bound.push(listener.map_err(|error| StartError::Bind(endpoint.clone(), error))?);
         }
 
+        let (annex, annexed) = annex(&config).await.unzip();
+
         let workshop = Workshop::new(engines, Scheduler::new(config.lanes), config.load_deadline);
         let pool = Pool::default();
         let dispatch = Arc::new(Dispatch::new(&config, workshop, policies, store, pool.clone())?);
@@ -139,6 +151,7 @@ impl Agent {
             gate,
             Arc::clone(&dispatch),
             acceptor,
+            annex,
             pool.clone(),
             config.connections_max,
             is_closing,
@@ -146,7 +159,7 @@ impl Agent {
 
         let endpoints = bound.iter().map(|listener| listener.endpoint().clone()).collect();
         let mut listeners = JoinSet::new();
-        for listener in bound {
+        for listener in bound.into_iter().chain(annexed) {
             listeners.spawn(Arc::clone(&entrance).serve(listener));
         }
         let mut housekeeping = JoinSet::new();

@@ -30,7 +30,7 @@ use crate::quota::{Account, Hold, Unit};
 /// Tensors of a reply that are put in the room, in bytes: shorter ones are as fast in the message.
 const PLACED_BYTES_MIN: usize = 16 << 10;
 
-/// Random bytes of a region's name.
+/// Random bytes of a name.
 const NAME_BYTES: usize = 16;
 
 /// All regions.
@@ -123,11 +123,7 @@ impl SharedMemory {
         let length =
             usize::try_from(bytes).map_err(|_| Error::field("bytes", "less than all memory", bytes))?;
         let mapping = Mapping::new(&file, length).map_err(unusable)?;
-        let mut name = [0; NAME_BYTES];
-        getrandom::fill(&mut name).map_err(|error| {
-            Error::new(Reason::Unusable, "no random numbers").caused_by(error.to_string())
-        })?;
-        let name = format!("{:032x}", u128::from_be_bytes(name));
+        let name = random_name()?;
         self.all().entry(tenant.clone()).or_default().insert(name.clone(), mapping);
         Ok(Region { memory: self.clone(), tenant: tenant.clone(), name, file, _counted: counted })
     }
@@ -188,6 +184,17 @@ impl SharedMemory {
         let (counted, rest) = (Mutex::new(counted), Mutex::new(room.unwrap_or(0..0)));
         Ok(Some(Arc::new(Room { mapping: Arc::clone(&mapping), pool: self.pool.clone(), rest, counted })))
     }
+}
+
+/// A name that nobody guesses.
+///
+/// # Errors
+/// `UNUSABLE`: the system has no random numbers.
+pub(crate) fn random_name() -> Result<String, Error> {
+    let mut name = [0; NAME_BYTES];
+    getrandom::fill(&mut name)
+        .map_err(|error| Error::new(Reason::Unusable, "no random numbers").caused_by(error.to_string()))?;
+    Ok(format!("{:032x}", u128::from_be_bytes(name)))
 }
 
 /// A copy of what lies in a region, which is counted.

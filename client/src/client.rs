@@ -183,10 +183,10 @@ impl Builder {
         self
     }
 
-    /// Bytes of memory to share with an agent on this machine, behind a unix socket, if it has so much to give; 128 MiB
-    /// if not said, 0 for none. Long tensors go through it, as far as they fit there together, and it makes no other
-    /// difference than that of time. Pages take memory once they were written; all of them do once one of the agent's
-    /// devices computes with something there.
+    /// Bytes of memory to share with an agent on this machine, behind a unix socket or TCP, if it has so much to give;
+    /// 128 MiB if not said, 0 for none. Long tensors go through it, as far as they fit there together, and it makes no
+    /// other difference than that of time. Pages take memory once they were written; all of them do once one of the
+    /// agent's devices computes with something there.
     #[must_use]
     pub fn shared_bytes(mut self, bytes: usize) -> Self {
         self.options.shared_bytes = bytes;

@@ -86,7 +86,7 @@ impl Link {
     pub(crate) fn new(dialer: Dialer, token: Option<&str>, options: &Options) -> Result<Self, Error> {
         let Options { connect_timeout, connections, shared_bytes, compresses } = *options;
         let head = Arc::new(Head::new(dialer.endpoint(), token, compresses)?);
-        let memory = Memory::new(dialer.endpoint(), shared_bytes, connect_timeout);
+        let memory = Memory::new(dialer.endpoint(), token, shared_bytes, connect_timeout);
         let (dialer, failures, slot) = (Arc::new(dialer), Default::default(), Default::default());
         Ok(Self {
             shared: Arc::new(Shared { dialer, head, connect_timeout, connections, memory, failures, slot }),

@@ -116,6 +116,15 @@ impl Gate {
         ConnectionService { gate: self.clone(), connection }
     }
 
+    /// Whose a connection is that makes no calls, with the token it brings.
+    ///
+    /// # Errors
+    /// Those of [`Identity::of_call`].
+    pub(crate) fn owner(&self, tenant: &Tenant, peer: &Peer, token: Option<&str>) -> Result<Tenant, Error> {
+        let authorization = token.map(|token| format!("Bearer {token}"));
+        self.identity.of_call(tenant, peer, authorization.as_ref().map(String::as_bytes))
+    }
+
     /// Who calls, and the count of the call's bytes.
     fn admit(&self, connection: &Connection, head: &Head) -> Result<(Caller, Arc<HeldBytes>), Error> {
         let Head { request, is_grpc, .. } = head;

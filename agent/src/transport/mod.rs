@@ -32,6 +32,7 @@ use preface::Speech;
 use stream::Stream;
 
 pub(crate) use listener::Listener;
+pub(crate) use memory::Annex;
 pub(crate) use tls::Acceptor;
 
 /// From accept to the end of the HTTP/2 preface, TLS handshake included. A live client is through in a few round trips.
@@ -55,6 +56,8 @@ pub(crate) struct Entrance {
     pub(crate) gate: Gate,
     pub(crate) dispatch: Arc<Dispatch>,
     pub(crate) acceptor: Option<Acceptor>,
+    /// Where callers over TCP get shared memory.
+    annex: Option<Arc<Annex>>,
     slots: Arc<Semaphore>,
     pool: Pool,
     next: AtomicU64,
@@ -67,12 +70,13 @@ impl Entrance {
         gate: Gate,
         dispatch: Arc<Dispatch>,
         acceptor: Option<Acceptor>,
+        annex: Option<Arc<Annex>>,
         pool: Pool,
         connections_max: usize,
         closing: watch::Receiver<bool>,
     ) -> Self {
         let slots = Arc::new(Semaphore::new(connections_max));
-        Self { gate, dispatch, acceptor, slots, pool, next: AtomicU64::new(1), closing }
+        Self { gate, dispatch, acceptor, annex, slots, pool, next: AtomicU64::new(1), closing }
     }
 
     /// Serves a listener until closing; returns when its last connection is gone.
@@ -151,6 +155,9 @@ impl Entrance {
         let late = |_| io::Error::new(io::ErrorKind::TimedOut, "the peer did not open HTTP in time");
         let (speech, stream, peer, tenant) =
             tokio::time::timeout(OPENING_DEADLINE, opening).await.map_err(late)??;
+        if let Some(annex) = self.annex.as_ref().filter(|annex| annex.is(endpoint)) {
+            return Box::pin(redeem(annex, stream, speech)).await;
+        }
         if speech == Speech::Memory {
             return Box::pin(self.lend_memory(stream, &peer, &tenant)).await;
         }
@@ -169,18 +176,25 @@ impl Entrance {
 
     /// Gives the peer a region of shared memory for as long as it is there.
     async fn lend_memory(&self, mut stream: Box<dyn Stream>, peer: &Peer, tenant: &Tenant) -> io::Result<()> {
+        let annex = self.annex.as_ref().filter(|_| matches!(peer, Peer::Tcp { .. }) && peer.is_near());
         let opening = async {
             let wanted = memory::wanted(&mut stream).await?;
-            let account = self.dispatch.accounts().of(tenant);
-            let region = memory::check(peer)
-                .and(wanted)
-                .and_then(|bytes| self.dispatch.shared().make(tenant, &account, bytes));
-            memory::answer(&mut stream, &region).await?;
-            Ok::<_, io::Error>(region)
+            let region = wanted.and_then(|(bytes, token)| {
+                if annex.is_none() && !matches!(peer, Peer::Unix { .. }) {
+                    return Err(memory::none_for_others());
+                }
+                let tenant = self.gate.owner(tenant, peer, token.as_deref())?;
+                let account = self.dispatch.accounts().of(&tenant);
+                self.dispatch.shared().make(&tenant, &account, bytes).map(Arc::new)
+            });
+            let ticket = match (&region, annex) {
+                (Ok(region), Some(annex)) => Some(annex.offer(&mut stream, region).await?),
+                (Ok(region), None) => memory::give(&mut stream, region).await.map(|()| None)?,
+                (Err(error), _) => memory::refuse(&mut stream, error).await.map(|()| None)?,
+            };
+            Ok::<_, io::Error>((region, ticket))
         };
-        let late =
-            |_| io::Error::new(io::ErrorKind::TimedOut, "the peer did not say how much memory it wants");
-        let region = tokio::time::timeout(OPENING_DEADLINE, opening).await.map_err(late)??;
+        let (region, _ticket) = tokio::time::timeout(OPENING_DEADLINE, opening).await.map_err(silent)??;
         if region.is_ok() {
             let mut closing = self.closing.clone();
             tokio::select! {
@@ -232,6 +246,19 @@ impl Entrance {
         }
         ended
     }
+}
+
+/// Gives a peer that has a ticket its memory.
+async fn redeem(annex: &Annex, mut stream: Box<dyn Stream>, speech: Speech) -> io::Result<()> {
+    if speech != Speech::Memory {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "the peer does not speak of memory"));
+    }
+    tokio::time::timeout(OPENING_DEADLINE, annex.redeem(&mut stream)).await.map_err(silent)?
+}
+
+/// That a peer did not say in time what it wants of memory.
+fn silent(_: tokio::time::error::Elapsed) -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, "the peer did not say what memory it wants")
 }
 
 /// Waits for the signal to close.

@@ -1,9 +1,12 @@
 //! Memory that agent and client share: the same results as through the socket, and nothing that a tenant can do with
 //! it to the agent or to others.
 
-use std::io::{IoSlice, IoSliceMut, Read, Write};
+mod guests;
+
+use std::io::{BufRead, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
+use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
@@ -22,9 +25,6 @@ use vaccel_client::{
     Client, DType, Error, Reason, Resource, ResourceFiles, Session, SessionOptions, Sgemm, Tensor, named,
 };
 
-use vaccel_guest::{DType as GuestDType, Guest, Input, Memory as _, Output, Posix, ResourceId, SharedMemory};
-
-use crate::guest::{guest, register};
 use crate::support::{Agent, endpoint, onnx, socket_path};
 
 const MEBIBYTE: usize = 1 << 20;
@@ -75,6 +75,14 @@ fn region(agent: &Agent, bytes: usize) -> Raw {
     ask(agent, format!("VACCEL-MEMORY/1 {bytes}\n").as_bytes(), bytes).expect("there is memory")
 }
 
+/// What is answered to a wish, whole or its first line.
+fn told(mut connection: impl Read + Write, wish: &str) -> String {
+    connection.write_all(format!("VACCEL-MEMORY/1 {wish}\n").as_bytes()).unwrap();
+    let mut line = String::new();
+    std::io::BufReader::new(connection).read_line(&mut line).unwrap();
+    line
+}
+
 /// A model that gives back what it gets, doubled.
 fn double() -> Bytes {
     let node = onnx::node("Add", &["x", "x"], &["y"]);
@@ -84,7 +92,11 @@ fn double() -> Bytes {
 
 /// A session with that model.
 async fn doubling(agent: &Agent) -> (Session, Resource) {
-    let client = Client::builder(endpoint(agent.address())).connect().await.unwrap();
+    doubling_at(agent.address()).await
+}
+
+async fn doubling_at(address: &str) -> (Session, Resource) {
+    let client = Client::builder(endpoint(address)).connect().await.unwrap();
     let session = client.open_session(SessionOptions::default()).await.unwrap();
     let model = session.register(ResourceFiles::model("m", double())).await.unwrap();
     (session, model)
@@ -110,10 +122,19 @@ fn outputs(reply: &RunReply) -> &[NamedTensor] {
     }
 }
 
+/// Sockets of this machine.
+const NEAR: &[&str] = &["unix://{}/s", "unix://@vaccel-shared-{}", "tcp://127.0.0.1:0", "tcp://[::1]:0"];
+
 #[tokio::test]
 async fn results_are_the_same_with_and_without() {
-    let agent = Agent::unix(&["--engine", "tract"]);
-    let (session, model) = doubling(&agent).await;
+    let agent = Agent::start(NEAR, &["--engine", "tract"]);
+    for address in &agent.addresses {
+        results_are_the_same_at(address).await;
+    }
+}
+
+async fn results_are_the_same_at(address: &str) {
+    let (session, model) = doubling_at(address).await;
     for count in [1, 20_000, 70_000, 300_000, 4_000_000, 9_000_000] {
         let given = numbers(count);
         let doubled: Vec<f32> = given.iter().map(|x| x * 2.0).collect();
@@ -251,25 +272,26 @@ async fn memory_cannot_be_made_shorter_and_goes_with_its_connection() {
 
 #[tokio::test]
 async fn wishes_that_cannot_be_met_are_answered_in_words() {
-    let agent = Agent::start(&["unix://{}/a", "tcp://127.0.0.1:0"], &["--tenant-shared-mib", "4"]);
+    let agent = Agent::start(&["unix://{}/a", "hvsock://{}/v:5"], &["--tenant-shared-mib", "4"]);
     for (words, answer) in [
         ("VACCEL-MEMORY/1 0\n", "ERROR BAD_ARGUMENT: bytes"),
         ("VACCEL-MEMORY/1 many\n", "ERROR BAD_ARGUMENT: bytes"),
         ("VACCEL-MEMORY/1 -1\n", "ERROR BAD_ARGUMENT: bytes"),
         ("VACCEL-MEMORY/1 18446744073709551616\n", "ERROR BAD_ARGUMENT: bytes"),
-        ("VACCEL-MEMORY/1 999999999999999999999999", "ERROR BAD_ARGUMENT: bytes"),
+        ("VACCEL-MEMORY/1 999999999999999999999999\n", "ERROR BAD_ARGUMENT: bytes"),
+        (&*format!("VACCEL-MEMORY/1 {}", "9".repeat(300)), "ERROR BAD_ARGUMENT: bytes"),
         ("VACCEL-MEMORY/1 18446744073709551615\n", "ERROR QUOTA_EXCEEDED: "),
         ("VACCEL-MEMORY/1 4194305\n", "ERROR QUOTA_EXCEEDED: "),
     ] {
         let refusal = ask(&agent, words.as_bytes(), 1).err().expect(words);
         assert!(refusal.starts_with(answer) && refusal.ends_with('\n'), "{words:?}: {refusal}");
     }
-    let endpoint = agent.addresses[1].trim_start_matches("tcp://").to_owned();
-    let mut remote = std::net::TcpStream::connect(endpoint).unwrap();
-    remote.write_all(b"VACCEL-MEMORY/1 4096\n").unwrap();
-    let mut refusal = String::new();
-    remote.read_to_string(&mut refusal).unwrap();
-    assert_eq!(refusal, "ERROR DENIED: shared memory is for callers of a unix socket\n");
+    let vm = agent.addresses[1].strip_prefix("hvsock://").unwrap().replace(":5", "_5");
+    let refusal = told(UnixStream::connect(vm).unwrap(), "4096");
+    assert_eq!(
+        refusal,
+        "ERROR DENIED: shared memory is for callers from this machine, over unix sockets or TCP\n"
+    );
     // An agent that gives none is no reason for a client to fail.
     let none = Agent::unix(&["--engine", "tract", "--tenant-shared-mib", "0"]);
     let (session, model) = doubling(&none).await;
@@ -348,144 +370,42 @@ async fn a_region_that_goes_during_a_run_stays_for_the_run() {
     session.noop().await.unwrap();
 }
 
-/// Regions that this process has mapped.
-fn mapped() -> usize {
-    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
-    maps.lines().filter(|line| line.contains("/memfd:vaccel")).count()
+/// A unix socket that is reached by the name that an agent on TCP told.
+fn annex(name: &str) -> UnixStream {
+    UnixStream::connect_addr(&std::os::unix::net::SocketAddr::from_abstract_name(name).unwrap()).unwrap()
 }
 
-/// Doubles numbers that lie in this memory, or anywhere.
-fn double_by(
-    guest: &mut Guest<Posix>,
-    model: &ResourceId,
-    data: &[u8],
-    memory: Option<&SharedMemory>,
-) -> Vec<u8> {
-    let mut place = vec![0; data.len()];
-    let shape = [(data.len() / 4) as i64];
-    let inputs = [Input { name: "x", dtype: GuestDType::F32, shape: &shape, data }];
-    let mut outputs = [Output::new(&mut place)];
-    let outcome = match memory {
-        Some(memory) => guest.run_from(memory, model, &inputs, &[], &mut outputs),
-        None => guest.run(model, &inputs, &[], &mut outputs),
+#[test]
+fn tickets_are_valid_once_and_while_they_are_wanted() {
+    let agent = Agent::start(&["tcp://127.0.0.1:0"], &["--tenant-shared-mib", "2"]);
+    let tcp = || std::net::TcpStream::connect(agent.address().trim_start_matches("tcp://")).unwrap();
+    let ticket = |connection: &std::net::TcpStream| {
+        let told = told(connection, "2097152");
+        let (name, ticket) = told.trim_end().strip_prefix("AT ")?.split_once(' ')?;
+        Some((name.to_owned(), ticket.to_owned()))
     };
-    outcome.unwrap_or_else(|error| panic!("{error:?}: {}", guest.message()));
-    assert_eq!((outputs[0].length, outputs[0].shape()), (data.len(), &shape[..]));
-    place
-}
-
-#[test]
-fn thin_guests_get_the_same_results_with_and_without() {
-    let agent = Agent::unix(&["--engine", "tract"]);
-    let mut guest = guest(agent.address());
-    let model = register(&mut guest, &double());
-    for count in [1, 3000, 20_000, 150_528, 300_000, 2_000_000, 4_000_000] {
-        let given = bytes_of(&numbers(count));
-        let doubled = bytes_of(&numbers(count).iter().map(|x| x * 2.0).collect::<Vec<_>>());
-        for call in 0..3 {
-            assert!(double_by(&mut guest, &model, &given, None) == doubled, "{count} numbers, call {call}");
-            assert_eq!(mapped(), usize::from(count > 20_000 || (count == 20_000 && call > 0)), "{count}");
-        }
-        let mut memory = guest.share(4 * count + 100).unwrap();
-        assert!(memory.iter().all(|byte| *byte == 0) && memory.name().len() == 32);
-        for offset in [0, 4, 100] {
-            memory[offset..][..given.len()].copy_from_slice(&given);
-            let there = &memory[offset..][..given.len()];
-            assert!(double_by(&mut guest, &model, there, Some(&memory)) == doubled, "{count} at {offset}");
-        }
+    let first = tcp();
+    let (name, one) = ticket(&first).expect("there is memory");
+    let refusal = told(tcp(), "1");
+    assert!(refusal.starts_with("ERROR QUOTA_EXCEEDED: shared memory of this tenant"), "{refusal}");
+    // Guesses, what is no ticket, and what is no wish at all.
+    for wish in ["", "1", &"0".repeat(32), &one[1..], &format!("{one} {one}")] {
+        assert_eq!(told(annex(&name), wish), "ERROR DENIED: expected a ticket that is valid\n", "{wish:?}");
     }
-    guest.close().unwrap();
-    assert_eq!(mapped(), 0);
-}
-
-#[test]
-fn thin_guests_multiply_matrices_through_it() {
-    let agent = Agent::unix(&[]);
-    let mut guest = guest(agent.address());
-    let ones = bytes_of(&vec![1.0; 256 * 256]);
-    let product = vaccel_guest::Sgemm {
-        sizes: [256; 3],
-        alpha: 1.0,
-        a: &ones,
-        lda: 0,
-        b: &ones,
-        ldb: 0,
-        beta: 2.0,
-        c: &ones,
-        ldc: 0,
+    let mut http = annex(&name);
+    http.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").unwrap();
+    assert_eq!(http.read_to_end(&mut Vec::new()).unwrap_or(0), 0);
+    assert!(told(annex(&name), &one).starts_with("OK "));
+    assert_eq!(told(annex(&name), &one), "ERROR DENIED: expected a ticket that is valid\n");
+    drop(first);
+    // The agent notices as soon as it looks that nobody wants it any more.
+    let offered = || loop {
+        let connection = tcp();
+        if let Some(offered) = ticket(&connection) {
+            break offered;
+        }
     };
-    for _ in 0..3 {
-        let mut c = vec![0; ones.len()];
-        guest.sgemm(&product, &mut c).unwrap();
-        assert!(c.chunks_exact(4).all(|number| number == 258_f32.to_le_bytes()));
-    }
-    assert_eq!(mapped(), 1);
-}
-
-#[test]
-fn thin_guests_go_on_without_it_and_after_a_restart() {
-    let none = Agent::unix(&["--engine", "tract", "--tenant-shared-mib", "0"]);
-    let mut without = guest(none.address());
-    let model = register(&mut without, &double());
-    let (given, doubled) = (bytes_of(&vec![1.0; 100_000]), bytes_of(&vec![2.0; 100_000]));
-    for _ in 0..3 {
-        assert!(double_by(&mut without, &model, &given, None) == doubled);
-    }
-    let refusal = without.share(4096).unwrap_err();
-    assert_eq!(refusal.reason, vaccel_guest::Reason::Unusable, "{}", without.message());
-    let agent = Agent::unix(&["--engine", "tract"]);
-    let mut guest = guest(agent.address());
-    let model = register(&mut guest, &double());
-    double_by(&mut guest, &model, &given, None);
-    double_by(&mut guest, &model, &given, None);
-    let mut memory = guest.share(given.len()).unwrap();
-    memory.copy_from_slice(&given);
-    let (_, folder) = agent.terminate();
-    let _again = Agent::start_in(folder, &["unix://{}/s"], &["--engine", "tract"]);
-    let lost = guest.noop().unwrap_err();
-    assert!(lost.session_lost, "{lost:?}");
-    let model = register(&mut guest, &double());
-    for _ in 0..3 {
-        assert!(double_by(&mut guest, &model, &given, None) == doubled);
-        // The agent does not know this memory, and gets what lies in it.
-        assert!(double_by(&mut guest, &model, &memory, Some(&memory)) == doubled);
-    }
-    assert_eq!(mapped(), 2);
-}
-
-#[test]
-fn thin_guests_know_memory_that_could_be_taken_away() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("s");
-    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
-    let impostor = std::thread::spawn(move || {
-        let flags = rustix::fs::MemfdFlags::ALLOW_SEALING;
-        for (bytes, seals, text) in [
-            (8192, SealFlags::GROW, "OK name\n"),
-            (4096, SealFlags::SHRINK, "OK name\n"),
-            (8192, SealFlags::SHRINK, "OK nobody ends this line"),
-            (8192, SealFlags::SHRINK, "ERROR BAD_ARGUMENT: no\n"),
-            (8192, SealFlags::SHRINK, "OK name\n"),
-        ] {
-            let (mut connection, _) = listener.accept().unwrap();
-            let mut asked = [0; 21];
-            connection.read_exact(&mut asked).unwrap();
-            assert_eq!(&asked, b"VACCEL-MEMORY/1 8192\n");
-            let file = rustix::fs::memfd_create("impostor", flags).unwrap();
-            ftruncate(&file, bytes).unwrap();
-            fcntl_add_seals(&file, seals).unwrap();
-            let files = [std::os::fd::AsFd::as_fd(&file)];
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-            let mut control = SendAncillaryBuffer::new(&mut space);
-            control.push(SendAncillaryMessage::ScmRights(&files));
-            let text = [IoSlice::new(text.as_bytes())];
-            sendmsg(&connection, &text, &mut control, SendFlags::empty()).unwrap();
-        }
-    });
-    let mut guest = guest(&format!("unix://{}", path.display()));
-    for _ in 0..4 {
-        assert_eq!(guest.share(8192).unwrap_err().reason, vaccel_guest::Reason::Unusable);
-    }
-    assert_eq!(guest.share(8192).unwrap().len(), 8192);
-    impostor.join().unwrap();
+    let (name, unused) = offered();
+    offered();
+    assert_eq!(told(annex(&name), &unused), "ERROR DENIED: expected a ticket that is valid\n");
 }

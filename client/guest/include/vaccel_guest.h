@@ -221,9 +221,9 @@ void vaccel_guest_choose(vaccel_guest *guest, const char *engine, const char *de
  * is an error. */
 void vaccel_guest_wish(vaccel_guest *guest, uint32_t hints);
 
-/* How many bytes of memory this guest and an agent on its machine may have together, behind a unix socket; 0 for none.
- * The guest gets it by itself, by recvmsg and mmap, before its second run or generic operation with data of 64 KiB and
- * more, and puts such data there instead of sending it. If not said: 64 MiB, of which what is used takes memory. */
+/* How many bytes of memory this guest and an agent on its machine may have together, behind a unix socket or TCP; 0 for
+ * none. The guest gets it by itself, by recvmsg and mmap, before its second run or generic operation with 32 KiB of data
+ * and more, and puts such data there instead of sending it. If not said: 64 MiB, of which what is used takes memory. */
 void vaccel_guest_set_shared_bytes(vaccel_guest *guest, size_t size);
 
 /* Memory that the agent has, too: data of runs and generic operations that lies there is neither sent nor copied. NULL

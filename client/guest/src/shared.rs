@@ -6,6 +6,7 @@
 
 use crate::connection::MESSAGE_BYTES_MAX;
 use crate::error::{Error, Reason};
+use crate::link::Link;
 use crate::text::Text;
 use crate::transport::{Memory, Transport};
 use crate::types::ITEMS_MAX;
@@ -95,7 +96,7 @@ impl<M: Memory> Shared<M> {
     /// worth it.
     pub(crate) fn lend<'d, T: Transport<Memory = M>>(
         &mut self,
-        transport: &mut T,
+        link: &mut Link<T>,
         until: u64,
         given: impl Iterator<Item = &'d [u8]> + Clone,
         results: impl Iterator<Item = usize>,
@@ -112,7 +113,7 @@ impl<M: Memory> Shared<M> {
         let there = self.memory.take().filter(|memory| memory.len() >= wanted);
         let mut memory = match there {
             Some(memory) => memory,
-            None => self.open(transport, until, wanted)?,
+            None => self.open(link, until, wanted)?,
         };
         let region = memory.name().into();
         let mut lent = Lent { region, places: [Place::default(); ITEMS_MAX], room: Place::default() };
@@ -130,13 +131,14 @@ impl<M: Memory> Shared<M> {
     }
 
     /// Gets so much or more, unless it is too early for that.
-    fn open<T: Transport<Memory = M>>(&mut self, transport: &mut T, until: u64, wanted: usize) -> Option<M> {
-        let now = transport.now();
+    fn open<T: Transport<Memory = M>>(&mut self, link: &mut Link<T>, until: u64, wanted: usize) -> Option<M> {
+        let now = link.transport.now();
         if !core::mem::replace(&mut self.is_wanted, true) || now < self.not_before {
             return None;
         }
         let bytes = wanted.next_power_of_two().max(SHARED_BYTES_MIN).min(self.most);
-        let memory = transport.share(bytes, until.min(now.saturating_add(OPEN_MS))).ok();
+        let until = until.min(now.saturating_add(OPEN_MS));
+        let memory = link.transport.share(link.token.as_str(), bytes, until).ok();
         let memory = memory.filter(|memory| memory.len() >= bytes);
         if memory.is_none() {
             self.not_before = now.saturating_add(PAUSE_MS);

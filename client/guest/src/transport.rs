@@ -102,11 +102,17 @@ pub trait Transport {
     /// before them were not confirmed, and as much as can be should be taken in one write. There may be no such thing.
     fn hurry(&mut self) {}
 
-    /// Gets so many bytes of memory that the agent has, too, beside the connection.
+    /// Gets so many bytes of memory that the agent has, too, beside the connection; the token is as in calls, and empty
+    /// without one.
     ///
     /// # Errors
     /// [`Fault::Late`], and [`Fault::Broken`] where there is none.
-    fn share(&mut self, _bytes: usize, _until: u64) -> core::result::Result<Self::Memory, Fault> {
+    fn share(
+        &mut self,
+        _token: &str,
+        _bytes: usize,
+        _until: u64,
+    ) -> core::result::Result<Self::Memory, Fault> {
         Err(Fault::Broken(0))
     }
 

@@ -26,6 +26,7 @@ use vaccel_proto::{Endpoint, Error, Reason};
 
 pub use mapping::Mapping;
 pub use opening::PREFACE;
+use opening::Source;
 use slots::Slots;
 
 /// Bytes of a region if nobody said how many. Only pages that were written take memory.
@@ -46,7 +47,7 @@ fn length(carrier: &mut &mut dyn Carrier) -> usize {
 /// What a client has of shared memory.
 #[derive(Debug)]
 pub(crate) struct Memory {
-    endpoint: Endpoint,
+    source: Source,
     patience: Duration,
     /// Of a region; 0 where none is wanted.
     bytes: usize,
@@ -65,7 +66,7 @@ struct Region {
     /// What the tensors of the last reply took: the next one's take as much, more often than not.
     reply_bytes: AtomicUsize,
     /// The agent has it for as long as this is open.
-    _connection: std::os::unix::net::UnixStream,
+    _connection: Box<dyn std::any::Any + Send + Sync>,
 }
 
 impl fmt::Debug for Region {
@@ -123,12 +124,16 @@ impl Region {
 
 impl Memory {
     /// None yet. Getting some may take as long as `patience`.
-    pub(crate) fn new(endpoint: &Endpoint, bytes: usize, patience: Duration) -> Arc<Self> {
-        // Other sockets do not carry file descriptors, or lead to other machines.
-        let is_local = matches!(endpoint, Endpoint::Unix(_) | Endpoint::UnixAbstract(_));
-        let bytes = if is_local { bytes } else { 0 };
+    pub(crate) fn new(
+        endpoint: &Endpoint,
+        token: Option<&str>,
+        bytes: usize,
+        patience: Duration,
+    ) -> Arc<Self> {
+        let source = Source::new(endpoint, token);
+        let bytes = if source.is_near() { bytes } else { 0 };
         let (region, is_opening, not_before) = Default::default();
-        Arc::new(Self { endpoint: endpoint.clone(), patience, bytes, region, is_opening, not_before })
+        Arc::new(Self { source, patience, bytes, region, is_opening, not_before })
     }
 
     fn region(&self) -> Option<Arc<Region>> {
@@ -200,7 +205,7 @@ impl Memory {
     }
 
     async fn open(&self) {
-        match tokio::time::timeout(self.patience, opening::open(&self.endpoint, self.bytes)).await {
+        match tokio::time::timeout(self.patience, self.source.open(self.bytes)).await {
             Ok(Ok(region)) => {
                 *self.region.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(region));
             }

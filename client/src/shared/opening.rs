@@ -1,15 +1,18 @@
 //! Getting a region from an agent: a connection of its own, over which the file descriptor comes.
 
+use std::any::Any;
+use std::fmt;
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream as StdUnixStream;
 use std::sync::Mutex;
 use std::sync::atomic::AtomicUsize;
 
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
-use tokio::io::{AsyncWriteExt, Interest};
-use tokio::net::UnixStream;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Interest};
+use tokio::net::{TcpStream, UnixStream};
 use vaccel_proto::Endpoint;
+use vaccel_proto::endpoint::Authority;
 
 use super::{Mapping, Region, Slots};
 
@@ -17,43 +20,113 @@ use super::{Mapping, Region, Slots};
 pub const PREFACE: &[u8] = b"VACCEL-MEMORY/1 ";
 
 /// Bytes of an answer: the longest are errors in words.
-const ANSWER_BYTES_MAX: usize = 512;
+const ANSWER_BYTES_MAX: u64 = 512;
 
-/// Asks for a region.
-///
-/// # Errors
-/// The socket's; and that the agent, or whatever answered, gave none.
-pub(super) async fn open(endpoint: &Endpoint, bytes: usize) -> io::Result<Region> {
-    let mut stream = match endpoint {
-        Endpoint::Unix(path) => UnixStream::connect(path).await?,
-        Endpoint::UnixAbstract(name) => UnixStream::connect(format!("\0{name}")).await?,
-        _ => return Err(io::ErrorKind::Unsupported.into()),
-    };
-    stream.write_all(&[PREFACE, format!("{bytes}\n").as_bytes()].concat()).await?;
+/// Whom memory is asked of.
+pub(super) struct Source {
+    endpoint: Endpoint,
+    token: Option<String>,
+}
+
+impl fmt::Debug for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Source").field("endpoint", &self.endpoint).finish_non_exhaustive()
+    }
+}
+
+impl Source {
+    pub(super) fn new(endpoint: &Endpoint, token: Option<&str>) -> Self {
+        Self { endpoint: endpoint.clone(), token: token.map(str::to_owned) }
+    }
+
+    /// Whether an agent there can share memory: other sockets lead to other machines. Of TCP that is so where the
+    /// address is this machine's own, or its name says so.
+    pub(super) fn is_near(&self) -> bool {
+        match &self.endpoint {
+            Endpoint::Unix(_) | Endpoint::UnixAbstract(_) => true,
+            Endpoint::Tcp(Authority { host, .. }) => {
+                host == "localhost" || host.parse().is_ok_and(|ip: IpAddr| ip.is_loopback())
+            }
+            _ => false,
+        }
+    }
+
+    /// Asks for a region.
+    ///
+    /// # Errors
+    /// The socket's; and that the agent, or whatever answered, gave none.
+    pub(super) async fn open(&self, bytes: usize) -> io::Result<Region> {
+        let wish = match &self.token {
+            Some(token) => format!("{bytes} {token}"),
+            None => bytes.to_string(),
+        };
+        let (connection, (answer, file)): (Box<dyn Any + Send + Sync>, _) = match &self.endpoint {
+            Endpoint::Tcp(authority) => {
+                let (connection, annex, ticket) = directed(authority, &wish).await?;
+                (connection, ask(&mut connect(&annex).await?, &ticket).await?)
+            }
+            endpoint => {
+                let mut stream = connect(endpoint).await?;
+                let answer = ask(&mut stream, &wish).await?;
+                (Box::new(stream), answer)
+            }
+        };
+        let (Some(name), Some(file)) = (answer.trim_end().strip_prefix("OK "), file) else {
+            return Err(io::Error::other(answer));
+        };
+        Ok(Region {
+            name: name.to_owned(),
+            mapping: Mapping::new(&file, bytes)?,
+            slots: Mutex::new(Slots::new(bytes)),
+            lost: AtomicUsize::new(0),
+            reply_bytes: AtomicUsize::new(0),
+            _connection: connection,
+        })
+    }
+}
+
+/// Asks an agent on TCP, which carries no descriptors: it says where a ticket gets the memory.
+async fn directed(
+    Authority { host, port }: &Authority,
+    wish: &str,
+) -> io::Result<(Box<dyn Any + Send + Sync>, Endpoint, String)> {
+    let mut stream = TcpStream::connect((host.as_str(), *port)).await?;
+    stream.write_all(&line(wish)).await?;
+    let mut answer = String::new();
+    let mut reader = BufReader::new(stream).take(ANSWER_BYTES_MAX);
+    reader.read_line(&mut answer).await?;
+    let place = answer.trim_end().strip_prefix("AT ").and_then(|place| place.split_once(' '));
+    let (name, ticket) = place.ok_or_else(|| io::Error::other(answer.clone()))?;
+    Ok((Box::new(reader), Endpoint::UnixAbstract(name.to_owned()), ticket.to_owned()))
+}
+
+fn line(wish: &str) -> Vec<u8> {
+    [PREFACE, wish.as_bytes(), b"\n"].concat()
+}
+
+async fn connect(endpoint: &Endpoint) -> io::Result<UnixStream> {
+    match endpoint {
+        Endpoint::Unix(path) => UnixStream::connect(path).await,
+        Endpoint::UnixAbstract(name) => UnixStream::connect(format!("\0{name}")).await,
+        _ => Err(io::ErrorKind::Unsupported.into()),
+    }
+}
+
+/// The agent's answer, a line, and what came with it.
+async fn ask(stream: &mut UnixStream, wish: &str) -> io::Result<(String, Option<OwnedFd>)> {
+    stream.write_all(&line(wish)).await?;
     let mut answer = Vec::new();
     let mut file = None;
     while answer.last() != Some(&b'\n') {
-        let mut part = [0; ANSWER_BYTES_MAX];
-        let (count, came) = stream.async_io(Interest::READABLE, || receive(&stream, &mut part)).await?;
+        let mut part = [0; ANSWER_BYTES_MAX as usize];
+        let (count, came) = stream.async_io(Interest::READABLE, || receive(stream, &mut part)).await?;
         answer.extend_from_slice(&part[..count]);
         file = file.or(came);
-        if count == 0 || answer.len() > ANSWER_BYTES_MAX {
+        if count == 0 || answer.len() > part.len() {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
     }
-    let answer = String::from_utf8_lossy(&answer).trim_end().to_owned();
-    let (Some(name), Some(file)) = (answer.strip_prefix("OK "), file) else {
-        return Err(io::Error::other(answer));
-    };
-    let connection: StdUnixStream = stream.into_std()?;
-    Ok(Region {
-        name: name.to_owned(),
-        mapping: Mapping::new(&file, bytes)?,
-        slots: Mutex::new(Slots::new(bytes)),
-        lost: AtomicUsize::new(0),
-        reply_bytes: AtomicUsize::new(0),
-        _connection: connection,
-    })
+    Ok((String::from_utf8_lossy(&answer).into_owned(), file))
 }
 
 /// What came, and a file descriptor if one came with it.

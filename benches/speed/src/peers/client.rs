@@ -128,10 +128,10 @@ pub(super) struct Tasks {
 }
 
 impl Tasks {
-    pub(super) fn new(address: &str, count: usize) -> Result<Self, Failure> {
+    pub(super) fn new(address: &str, way: Way, count: usize) -> Result<Self, Failure> {
         let runtime = Builder::new_multi_thread().enable_all().build()?;
-        let client = runtime.block_on(connect(address, Way::Socket))?;
-        let caller = || runtime.block_on(Caller::new(&client, Way::Socket));
+        let client = runtime.block_on(connect(address, way))?;
+        let caller = || runtime.block_on(Caller::new(&client, way));
         let callers = (0..count).map(|_| caller()).collect::<Result<_, _>>()?;
         Ok(Self { runtime, callers })
     }

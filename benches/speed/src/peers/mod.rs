@@ -128,8 +128,10 @@ impl Peer {
 
     /// Whether it is measured with callers at the same time.
     pub(crate) fn is_crowd(&self) -> bool {
-        matches!(self.client, Program::Own("raw" | "guest" | "client" | "tonic"))
-            && !matches!(self.server, Program::Own("sink" | "large-sink"))
+        matches!(
+            self.client,
+            Program::Own("raw" | "guest" | "guest-copies" | "client" | "client-copies" | "tonic")
+        ) && !matches!(self.server, Program::Own("sink" | "large-sink"))
     }
 
     pub(crate) fn covers(&self, socket: Socket, shape: Shape) -> Cover {
@@ -138,9 +140,7 @@ impl Peer {
             Range::Tcp if socket != Socket::Tcp => Cover::No,
             Range::Model if shape.up < model::UP_BYTES_MIN || shape.echo => Cover::No,
             Range::NoEcho if shape.echo => Cover::No,
-            Range::Shared if socket != Socket::Unix || shape.echo || shape.up < client::SHARED_BYTES_MIN => {
-                Cover::No
-            }
+            Range::Shared if shape.echo || shape.up < client::SHARED_BYTES_MIN => Cover::No,
             _ if is_ttrpc && shape.up >= ttrpc::MESSAGE_BYTES_MAX => Cover::Above(ttrpc::LIMIT),
             _ => Cover::Yes,
         }
@@ -227,8 +227,10 @@ pub(crate) fn caller(kind: &str, address: &str) -> Result<Box<dyn Caller>, Failu
 
 /// Connects several callers: tasks of one runtime where the client is made for that, else threads.
 pub(crate) fn crowd(kind: &str, address: &str, count: usize) -> Result<Box<dyn Crowd>, Failure> {
-    if kind == "client" {
-        return Ok(Box::new(client::Tasks::new(address, count)?));
+    match kind {
+        "client" => return Ok(Box::new(client::Tasks::new(address, guest::Way::Socket, count)?)),
+        "client-copies" => return Ok(Box::new(client::Tasks::new(address, guest::Way::Copy, count)?)),
+        _ => {}
     }
     let callers = (0..count).map(|_| caller(kind, address)).collect::<Result<_, _>>()?;
     Ok(Box::new(Threads(callers)))

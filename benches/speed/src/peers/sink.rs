@@ -131,7 +131,8 @@ impl Replies {
     fn new() -> Self {
         let wrote = |bytes: usize| {
             let write = vec![Arg { data: vec![1; bytes].into(), ..Arg::default() }];
-            RunReply { outcome: Some(Outcome::Genop(GenopReply { write })), ..RunReply::default() }.encode_to_vec()
+            RunReply { outcome: Some(Outcome::Genop(GenopReply { write })), ..RunReply::default() }
+                .encode_to_vec()
         };
         let opened = OpenSessionReply { session: "0".repeat(32), ..OpenSessionReply::default() };
         Self {

@@ -87,9 +87,9 @@ impl Transport for Way {
         }
     }
 
-    fn share(&mut self, bytes: usize, until: u64) -> core::result::Result<SharedMemory, Fault> {
+    fn share(&mut self, token: &str, bytes: usize, until: u64) -> core::result::Result<SharedMemory, Fault> {
         match self {
-            Self::Posix(posix) => posix.share(bytes, until),
+            Self::Posix(posix) => posix.share(token, bytes, until),
             Self::Own(_) => Err(Fault::Broken(0)),
         }
     }

@@ -83,9 +83,9 @@ impl<T: Transport> Guest<T> {
         self.repeatable = repeatable;
     }
 
-    /// How many bytes of memory this guest and an agent on its machine may have together, behind a unix socket; 0 for
-    /// none. There are none before there was a run with tensors of 64 KiB and more, and then as many as the longest run
-    /// needs.
+    /// How many bytes of memory this guest and an agent on its machine may have together, behind a unix socket or TCP;
+    /// 0 for none. There are none before the second run or generic operation with 32 KiB of data and more, and then as
+    /// many as the longest one needs.
     pub fn set_shared_bytes(&mut self, bytes: usize) {
         self.shared.limit(bytes);
     }

@@ -39,7 +39,7 @@ impl<T: Transport> Guest<T> {
     /// `UNUSABLE` where there is none: for such an agent the data is as good anywhere else.
     pub fn share(&mut self, bytes: usize) -> Result<T::Memory> {
         let until = self.until();
-        let memory = self.link.transport.share(bytes, until);
+        let memory = self.link.transport.share(self.link.token.as_str(), bytes, until);
         let none = "the agent shares no memory, or not so much, or not over this kind of socket";
         memory.or_else(|_| self.fail(Reason::Unusable, none))
     }
@@ -138,7 +138,7 @@ impl<T: Transport> Guest<T> {
         results: impl Iterator<Item = usize>,
     ) -> Option<(T::Memory, Lent)> {
         let until = self.until();
-        self.shared.lend(&mut self.link.transport, until, given, results)
+        self.shared.lend(&mut self.link, until, given, results)
     }
 
     /// A call that is lent the guest's own memory, or none.

@@ -1,5 +1,5 @@
-//! Memory that guest and agent both have, over unix sockets: the agent makes it and sends a descriptor of it over a
-//! connection of its own.
+//! Memory that guest and agent both have: the agent makes it and sends a descriptor of it over a connection of its own.
+//! TCP carries none; there a caller from the agent's machine is told where a ticket gets it.
 //!
 //! What is used: `recvmsg`, `fcntl`, `fstat`, `mmap` and `munmap`. Where one of them is missing there is no such
 //! memory.
@@ -13,11 +13,15 @@ use core::ptr::NonNull;
 use super::{Posix, sys};
 use crate::address::Address;
 use crate::copy::{PAST_CACHES_BYTES_MIN, past_caches};
+use crate::link::TOKEN_BYTES;
 use crate::text::Text;
 use crate::transport::{Fault, Memory, Transport};
 
 /// What a connection for memory begins with.
 const PREFACE: &str = "VACCEL-MEMORY/1 ";
+
+/// A line that asks: 20 digits, a token, and what is around them.
+type Wish = Text<{ PREFACE.len() + 20 + 1 + TOKEN_BYTES + 1 }>;
 
 /// Bytes of an answer: the longest are errors in words.
 const ANSWER_BYTES_MAX: usize = 512;
@@ -42,16 +46,50 @@ impl Drop for File {
 }
 
 impl SharedMemory {
-    /// Asks the agent at this address for so many bytes.
-    pub(super) fn open(address: Address, bytes: usize, until: u64) -> Result<Self, Fault> {
-        if !matches!(address, Address::Unix { .. }) {
+    /// Asks the agent at this address for so many bytes. Where it says that they are got elsewhere, they are.
+    pub(super) fn open(address: Address, token: &str, bytes: usize, until: u64) -> Result<Self, Fault> {
+        let is_near = match address {
+            Address::Unix { .. } => true,
+            Address::Tcp { ip, .. } => ip.is_loopback(),
+            Address::Vsock { .. } => false,
+        };
+        if !is_near {
             return Err(Fault::Broken(libc::EOPNOTSUPP));
         }
+        let mut wish = Wish::new();
+        wish.push(PREFACE).push_number(bytes as u64);
+        if !token.is_empty() {
+            wish.push(" ").push(token);
+        }
         let mut connection = Posix::new(address);
+        let mut answer = Answer::to(wish, &mut connection, until)?;
+        if let Some((name, ticket)) = answer.word("AT ").and_then(|place| place.split_once(' ')) {
+            let address = Address::Unix { path: name.into(), is_abstract: true };
+            let mut wish = Wish::new();
+            wish.push(PREFACE).push(ticket);
+            answer = Answer::to(wish, &mut Posix::new(address), until)?;
+        }
+        let name: Text<64> = answer.word("OK ").ok_or(Fault::Broken(libc::ENOMEM))?.into();
+        let file = answer.file.ok_or(Fault::Broken(libc::EPROTO))?;
+        if !is_sealed(&file, bytes) {
+            return Err(Fault::Broken(libc::EPROTO));
+        }
+        let begin = map(&file, bytes).ok_or(Fault::Broken(libc::ENOMEM))?;
+        Ok(Self { begin, bytes, name, _connection: connection })
+    }
+}
+
+/// What an agent answers to a wish: a line, and perhaps a descriptor.
+struct Answer {
+    line: Text<ANSWER_BYTES_MAX>,
+    file: Option<File>,
+}
+
+impl Answer {
+    /// Connects, and says what is wished for.
+    fn to(mut wish: Wish, connection: &mut Posix, until: u64) -> Result<Self, Fault> {
         connection.connect(until)?;
-        let mut wish = Text::<64>::new();
-        wish.push(PREFACE).push_number(bytes as u64).push("\n");
-        let mut left = wish.as_bytes();
+        let mut left = wish.push("\n").as_bytes();
         while !left.is_empty() {
             match connection.write(&[left]) {
                 Ok(count) => left = left.get(count..).unwrap_or_default(),
@@ -59,26 +97,28 @@ impl SharedMemory {
                 Err(fault) => return Err(fault),
             }
         }
-        let (mut answer, mut length, mut file) = ([0; ANSWER_BYTES_MAX], 0, None);
-        let line = loop {
-            let room = answer.get_mut(length..).filter(|room| !room.is_empty());
-            match receive(connection.fd, room.ok_or(Fault::Broken(libc::EPROTO))?) {
+        let mut answer = Self { line: Text::new(), file: None };
+        while !answer.line.as_bytes().ends_with(b"\n") {
+            let room = answer.line.spare();
+            if room.is_empty() {
+                return Err(Fault::Broken(libc::EPROTO));
+            }
+            match receive(connection.fd, room) {
                 Ok((0, _)) => return Err(Fault::Broken(libc::ECONNRESET)),
-                Ok((count, came)) => (length, file) = (length + count, file.or(came)),
+                Ok((count, came)) => {
+                    answer.line.grow(count);
+                    answer.file = answer.file.or(came);
+                }
                 Err(Fault::WouldBlock) => drop(connection.wait(false, until)?),
                 Err(fault) => return Err(fault),
             }
-            if let Some((b'\n', line)) = answer.get(..length).and_then(<[u8]>::split_last) {
-                break line;
-            }
-        };
-        let name = line.strip_prefix(b"OK ").and_then(|name| core::str::from_utf8(name).ok());
-        let (Some(name), Some(file)) = (name, file) else { return Err(Fault::Broken(libc::ENOMEM)) };
-        if !is_sealed(&file, bytes) {
-            return Err(Fault::Broken(libc::EPROTO));
         }
-        let begin = map(&file, bytes).ok_or(Fault::Broken(libc::ENOMEM))?;
-        Ok(Self { begin, bytes, name: name.into(), _connection: connection })
+        Ok(answer)
+    }
+
+    /// What follows this word.
+    fn word(&self, word: &str) -> Option<&str> {
+        self.line.as_str().trim_end().strip_prefix(word)
     }
 }
 
@@ -151,7 +191,8 @@ fn receive(fd: c_int, into: &mut [u8]) -> Result<(usize, Option<File>), Fault> {
     let came = message.msg_controllen > 0
         && (control.header.cmsg_level, control.header.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS);
     let [descriptor, _] = control.content;
-    Ok((count, came.then_some(File(descriptor))))
+    // Not `then_some`: a value that is not wanted would be closed.
+    Ok((count, came.then(|| File(descriptor))))
 }
 
 /// Whether a file has so many bytes, and always will.

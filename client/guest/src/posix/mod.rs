@@ -245,8 +245,8 @@ impl Transport for Posix {
     }
 
     #[cfg(any(target_os = "linux", target_os = "android"))]
-    fn share(&mut self, bytes: usize, until: u64) -> Result<SharedMemory, Fault> {
-        SharedMemory::open(self.address, bytes, until)
+    fn share(&mut self, token: &str, bytes: usize, until: u64) -> Result<SharedMemory, Fault> {
+        SharedMemory::open(self.address, token, bytes, until)
     }
 
     fn pause(&mut self, until: u64) {

@@ -235,7 +235,7 @@ impl Transport for Fake {
         Ok(Ready { read: readable_from <= now, write: write && writable_from <= now })
     }
 
-    fn share(&mut self, bytes: usize, _until: u64) -> Result<FakeMemory, Fault> {
+    fn share(&mut self, _token: &str, bytes: usize, _until: u64) -> Result<FakeMemory, Fault> {
         self.shares.push(bytes);
         let fill = self.memory.ok_or(Fault::Broken(0))?;
         Ok(FakeMemory { bytes: vec![fill; bytes], name: format!("region {}", self.shares.len()) })
