@@ -20,7 +20,7 @@ use super::{Mapping, Region, Slots};
 pub const PREFACE: &[u8] = b"VACCEL-MEMORY/1 ";
 
 /// Bytes of an answer: the longest are errors in words.
-const ANSWER_BYTES_MAX: u64 = 512;
+const ANSWER_BYTES_MAX: usize = 512;
 
 /// Whom memory is asked of.
 pub(super) struct Source {
@@ -93,7 +93,7 @@ async fn directed(
     let mut stream = TcpStream::connect((host.as_str(), *port)).await?;
     stream.write_all(&line(wish)).await?;
     let mut answer = String::new();
-    let mut reader = BufReader::new(stream).take(ANSWER_BYTES_MAX);
+    let mut reader = BufReader::new(stream).take(ANSWER_BYTES_MAX as u64);
     reader.read_line(&mut answer).await?;
     let place = answer.trim_end().strip_prefix("AT ").and_then(|place| place.split_once(' '));
     let (name, ticket) = place.ok_or_else(|| io::Error::other(answer.clone()))?;
@@ -118,7 +118,7 @@ async fn ask(stream: &mut UnixStream, wish: &str) -> io::Result<(String, Option<
     let mut answer = Vec::new();
     let mut file = None;
     while answer.last() != Some(&b'\n') {
-        let mut part = [0; ANSWER_BYTES_MAX as usize];
+        let mut part = [0; ANSWER_BYTES_MAX];
         let (count, came) = stream.async_io(Interest::READABLE, || receive(stream, &mut part)).await?;
         answer.extend_from_slice(&part[..count]);
         file = file.or(came);
