@@ -12,10 +12,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use rustix::fs::{SealFlags, fcntl_add_seals, ftruncate};
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, recvmsg, sendmsg,
-};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use vaccel_client::proto::v1::operations_client::OperationsClient;
 use vaccel_client::proto::v1::run_reply::Outcome;
 use vaccel_client::proto::v1::run_request::Op;
