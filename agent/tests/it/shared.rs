@@ -175,6 +175,19 @@ async fn many_calls_at_a_time_share_a_region_and_keep_what_is_theirs() {
 }
 
 #[tokio::test]
+async fn whoever_wants_a_buffer_waits_for_the_region() {
+    let agent = Agent::unix(&[]);
+    let (session, _) = doubling(&agent).await;
+    let buffers: tokio::task::JoinSet<_> = (0..16)
+        .map(|_| {
+            let session = session.clone();
+            async move { session.client().buffer(MEBIBYTE).await.is_shared() }
+        })
+        .collect();
+    assert_eq!(buffers.join_all().await, [true; 16]);
+}
+
+#[tokio::test]
 async fn products_of_matrices_use_it_too() {
     let agent = Agent::unix(&[]);
     let (session, _) = doubling(&agent).await;

@@ -11,7 +11,7 @@ mod slots;
 
 use std::fmt;
 use std::ops::{Deref, DerefMut, Range};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -52,7 +52,8 @@ pub(crate) struct Memory {
     /// Of a region; 0 where none is wanted.
     bytes: usize,
     region: Mutex<Option<Arc<Region>>>,
-    is_opening: AtomicBool,
+    /// Held by who asks for a region.
+    opening: Arc<tokio::sync::Mutex<()>>,
     not_before: Mutex<Option<Instant>>,
 }
 
@@ -132,8 +133,8 @@ impl Memory {
     ) -> Arc<Self> {
         let source = Source::new(endpoint, token);
         let bytes = if source.is_near() { bytes } else { 0 };
-        let (region, is_opening, not_before) = Default::default();
-        Arc::new(Self { source, patience, bytes, region, is_opening, not_before })
+        let (region, opening, not_before) = Default::default();
+        Arc::new(Self { source, patience, bytes, region, opening, not_before })
     }
 
     fn region(&self) -> Option<Arc<Region>> {
@@ -194,14 +195,19 @@ impl Memory {
     /// Gets a region, while calls go on without.
     fn open_meanwhile(self: &Arc<Self>) {
         let memory = Arc::clone(self);
-        if self.may_open() {
-            tokio::spawn(async move { memory.open().await });
+        if self.may_open()
+            && let Ok(turn) = Arc::clone(&self.opening).try_lock_owned()
+        {
+            tokio::spawn(async move {
+                memory.open().await;
+                drop(turn);
+            });
         }
     }
 
     fn may_open(&self) -> bool {
         let not_before = *self.not_before.lock().unwrap_or_else(PoisonError::into_inner);
-        not_before.is_none_or(|at| Instant::now() >= at) && !self.is_opening.swap(true, Ordering::AcqRel)
+        not_before.is_none_or(|at| Instant::now() >= at)
     }
 
     async fn open(&self) {
@@ -215,13 +221,16 @@ impl Memory {
                 *self.not_before.lock().unwrap_or_else(PoisonError::into_inner) = Some(at);
             }
         }
-        self.is_opening.store(false, Ordering::Release);
     }
 
     /// Memory for so many bytes, in the region if there is one with room.
     pub(crate) async fn buffer(self: &Arc<Self>, bytes: usize) -> Buffer {
-        if self.bytes > 0 && bytes >= TENSOR_BYTES_MIN && self.region().is_none() && self.may_open() {
-            self.open().await;
+        if self.bytes > 0 && bytes >= TENSOR_BYTES_MIN && self.region().is_none() {
+            let _turn = self.opening.lock().await;
+            // Somebody else may have got it meanwhile.
+            if self.region().is_none() && self.may_open() {
+                self.open().await;
+            }
         }
         let slot = self.region().filter(|_| bytes >= TENSOR_BYTES_MIN).and_then(|region| region.take(bytes));
         match slot {
