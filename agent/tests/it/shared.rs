@@ -22,7 +22,7 @@ use vaccel_client::{
     Client, DType, Error, Reason, Resource, ResourceFiles, Session, SessionOptions, Sgemm, Tensor, named,
 };
 
-use crate::support::{Agent, endpoint, onnx, socket_path};
+use crate::support::{Agent, endpoint, onnx, onnxruntime, socket_path};
 
 const MEBIBYTE: usize = 1 << 20;
 
@@ -248,7 +248,9 @@ async fn a_program_of_its_own_reads_and_writes_in_place() {
 
 #[tokio::test]
 async fn what_is_copied_is_the_tenants_bytes_in_flight() {
-    let agent = Agent::unix(&["--engine", "tract", "--tenant-in-flight-mib", "1"]);
+    let library = onnxruntime();
+    let flags = ["--engine", "onnxruntime", "--onnxruntime", library.to_str().unwrap()];
+    let agent = Agent::unix(&[&flags[..], &["--tenant-in-flight-mib", "1"]].concat());
     let (session, model) = doubling(&agent).await;
     let raw = region(&agent, 4 * MEBIBYTE);
     let place = Place { offset: 0, bytes: 2 << 20 };

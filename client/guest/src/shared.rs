@@ -1,8 +1,9 @@
 //! Where tensors lie in memory that the agent has, too.
 //!
 //! A guest on the agent's machine copies long tensors there, once, instead of into the kernel and out of it, and finds
-//! those of the reply there. It gets the memory before its second long call: one that calls once is faster without. A
-//! call for which there is none goes as all others do, and nothing depends on it but time.
+//! those of the reply there. It gets the memory before its second long call: one that calls once is faster without,
+//! unless the call is so long that it makes no difference. A call for which there is none goes as all others do, and
+//! nothing depends on it but time.
 
 use crate::connection::MESSAGE_BYTES_MAX;
 use crate::error::{Error, Reason};
@@ -21,6 +22,10 @@ const SHARED_BYTES_MIN: usize = 1 << 20;
 /// Tensors of a call that are worth it, together, and each of them, in bytes.
 const CALL_BYTES_MIN: usize = 32 << 10;
 const TENSOR_BYTES_MIN: usize = 16 << 10;
+
+/// From so many bytes on getting the memory, all pages of which are new, takes no longer than the socket and what the
+/// agent keeps for that: the first such call has it, too.
+const FIRST_BYTES_MIN: usize = 1 << 20;
 
 /// Where tensors begin, in bytes: a cache line.
 const ALIGNMENT: usize = 64;
@@ -133,7 +138,8 @@ impl<M: Memory> Shared<M> {
     /// Gets so much or more, unless it is too early for that.
     fn open<T: Transport<Memory = M>>(&mut self, link: &mut Link<T>, until: u64, wanted: usize) -> Option<M> {
         let now = link.transport.now();
-        if !core::mem::replace(&mut self.is_wanted, true) || now < self.not_before {
+        let is_first = !core::mem::replace(&mut self.is_wanted, true);
+        if (is_first && wanted < FIRST_BYTES_MIN) || now < self.not_before {
             return None;
         }
         let bytes = wanted.next_power_of_two().max(SHARED_BYTES_MIN).min(self.most);

@@ -30,6 +30,7 @@ use vaccel_proto::{Error, Reason};
 use super::file::{Format, Port, refuse};
 use super::{CPU, Engine, ModelFile, Program, TRACT, check_reply, rejected};
 use crate::scheduler::{Cancel, Runner};
+use crate::shared::Mapping;
 use guard::{TooLarge, check_facts, check_run, check_step, guard, stop_if};
 use tensors::{from_tract, to_tract, wire_type};
 
@@ -277,9 +278,10 @@ impl Runner for TractProgram {
             Error::new(Reason::BadArgument, message)
         };
         let plan = self.plan(&shapes, cancel).map_err(misfit)?;
-        let values = inputs.iter().enumerate().map(|(index, input)| {
+        // Each input is let go of when it was copied: it may be as large as all that is computed.
+        let values = inputs.into_iter().enumerate().map(|(index, input)| {
             let planned = plan.model().input_fact(index).map(|fact| fact.datum_type);
-            to_tract(input, planned.ok().filter(DatumType::is_quantized))
+            to_tract(&input, planned.ok().filter(DatumType::is_quantized))
         });
         let values = values.collect::<Result<TVec<TValue>, Error>>()?;
         let failed = |error: TractError| match error.root_cause().downcast_ref::<TooLarge>() {
@@ -307,6 +309,11 @@ impl Program for TractProgram {
     }
 
     fn prepares_shapes(&self) -> bool {
+        true
+    }
+
+    fn takes_from(&self, _memory: &Arc<Mapping>) -> bool {
+        // Its own tensors are copies, and it has no strings, whose lengths would be looked at.
         true
     }
 }

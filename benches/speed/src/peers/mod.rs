@@ -80,7 +80,7 @@ pub(crate) const GUEST: Peer = peer("guest, agent", Program::Agent("noop"), Prog
 pub(crate) const CLIENT: Peer = peer("async client, agent", Program::Agent("noop"), Program::Own("client"));
 
 /// All of them, what the others are compared with first.
-pub(crate) static ALL: [Peer; 16] = [
+pub(crate) static ALL: [Peer; 17] = [
     RAW,
     GUEST,
     CLIENT,
@@ -91,6 +91,10 @@ pub(crate) static ALL: [Peer; 16] = [
     Peer {
         range: Range::Model,
         ..peer("guest, agent, model", Program::Agent("tract"), Program::Own("guest-model"))
+    },
+    Peer {
+        range: Range::Model,
+        ..peer("guest, memory, model", Program::Agent("tract"), Program::Own("guest-model-copies"))
     },
     Peer { range: Range::NoEcho, ..peer("guest, sink 64 KiB", Program::Own("sink"), Program::Own("guest")) },
     Peer {
@@ -214,6 +218,9 @@ pub(crate) fn caller(kind: &str, address: &str) -> Result<Box<dyn Caller>, Failu
         "guest" => Box::new(guest::Caller::new(address, guest::Engine::Noop, guest::Way::Socket)?),
         "guest-copies" => Box::new(guest::Caller::new(address, guest::Engine::Noop, guest::Way::Copy)?),
         "guest-in-place" => Box::new(guest::Caller::new(address, guest::Engine::Noop, guest::Way::InPlace)?),
+        "guest-model-copies" => {
+            Box::new(guest::Caller::new(address, guest::Engine::Tract, guest::Way::Copy)?)
+        }
         "guest-model" => Box::new(guest::Caller::new(address, guest::Engine::Tract, guest::Way::Socket)?),
         "client" => Box::new(client::Single::new(address, guest::Way::Socket)?),
         "client-copies" => Box::new(client::Single::new(address, guest::Way::Copy)?),
