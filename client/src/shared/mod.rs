@@ -34,8 +34,8 @@ pub(crate) const SHARED_BYTES_DEFAULT: usize = 128 << 20;
 
 /// Tensors of a call that are worth it, together, and each of them, in bytes: below, a system call more does not cost
 /// what the detour does.
-const CALL_BYTES_MIN: usize = 64 << 10;
-const TENSOR_BYTES_MIN: usize = 32 << 10;
+const CALL_BYTES_MIN: usize = 32 << 10;
+const TENSOR_BYTES_MIN: usize = 16 << 10;
 
 /// Pause after an agent had no region to give.
 const PAUSE: Duration = Duration::from_secs(60);
