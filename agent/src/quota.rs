@@ -117,6 +117,20 @@ impl Account {
         self.row(unit).0.load(Ordering::Relaxed)
     }
 
+    /// That what is in use leaves half of the limit to others who need it more.
+    ///
+    /// # Errors
+    /// `QUOTA_EXCEEDED`.
+    pub(crate) fn leaves_half(&self, unit: Unit) -> Result<(), Error> {
+        let (counter, limit, subject, unit) = self.row(unit);
+        let (used, half) = (counter.load(Ordering::Relaxed), limit / 2);
+        if used <= half {
+            return Ok(());
+        }
+        let subject = format!("{subject}, for what can be done without");
+        Err(Error::limit(Reason::QuotaExceeded, &subject, half, used, unit))
+    }
+
     /// Takes `amount`, or says by how much the limit would be passed.
     ///
     /// # Errors

@@ -19,7 +19,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::AsyncWriteExt;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
-use vaccel_proto::Endpoint;
+use vaccel_proto::{Endpoint, Error, Reason};
 
 use crate::dispatch::Dispatch;
 use crate::http2;
@@ -59,6 +59,7 @@ pub(crate) struct Entrance {
     /// Where callers over TCP get shared memory.
     annex: Option<Arc<Annex>>,
     slots: Arc<Semaphore>,
+    connections_max: usize,
     pool: Pool,
     next: AtomicU64,
     /// Becomes true when connections should finish what they are doing and close.
@@ -76,7 +77,17 @@ impl Entrance {
         closing: watch::Receiver<bool>,
     ) -> Self {
         let slots = Arc::new(Semaphore::new(connections_max));
-        Self { gate, dispatch, acceptor, annex, slots, pool, next: AtomicU64::new(1), closing }
+        Self {
+            gate,
+            dispatch,
+            acceptor,
+            annex,
+            slots,
+            connections_max,
+            pool,
+            next: AtomicU64::new(1),
+            closing,
+        }
     }
 
     /// Serves a listener until closing; returns when its last connection is gone.
@@ -182,6 +193,14 @@ impl Entrance {
             let region = wanted.and_then(|(bytes, token)| {
                 if annex.is_none() && !matches!(peer, Peer::Unix { .. }) {
                     return Err(memory::none_for_others());
+                }
+                // Calls go without memory, and nothing goes without a connection: half of them are for calls.
+                self.dispatch.accounts().of(tenant).leaves_half(Unit::Connections)?;
+                if self.slots.available_permits() < self.connections_max / 2 {
+                    return Err(Error::new(
+                        Reason::Overloaded,
+                        "the agent has too many connections for this one",
+                    ));
                 }
                 let tenant = self.gate.owner(tenant, peer, token.as_deref())?;
                 let account = self.dispatch.accounts().of(&tenant);

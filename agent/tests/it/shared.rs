@@ -73,11 +73,15 @@ fn region(agent: &Agent, bytes: usize) -> Raw {
 }
 
 /// What is answered to a wish, whole or its first line.
-fn told(mut connection: impl Read + Write, wish: &str) -> String {
-    connection.write_all(format!("VACCEL-MEMORY/1 {wish}\n").as_bytes()).unwrap();
+fn told(connection: impl Read + Write, wish: &str) -> String {
+    try_told(connection, wish).unwrap()
+}
+
+fn try_told(mut connection: impl Read + Write, wish: &str) -> std::io::Result<String> {
+    connection.write_all(format!("VACCEL-MEMORY/1 {wish}\n").as_bytes())?;
     let mut line = String::new();
-    std::io::BufReader::new(connection).read_line(&mut line).unwrap();
-    line
+    std::io::BufReader::new(connection).read_line(&mut line)?;
+    Ok(line)
 }
 
 /// A model that gives back what it gets, doubled.
@@ -420,4 +424,41 @@ fn tickets_are_valid_once_and_while_they_are_wanted() {
     let (name, unused) = offered();
     offered();
     assert_eq!(told(annex(&name), &unused), "ERROR DENIED: expected a ticket that is valid\n");
+}
+
+#[test]
+fn connections_for_memory_leave_half_to_those_for_calls() {
+    let path = |agent: &Agent| socket_path(agent.address());
+    let wish = |agent: &Agent| {
+        let connection = UnixStream::connect(path(agent)).unwrap();
+        let told = told(&connection, "4096");
+        (connection, told)
+    };
+    for (flag, refusal) in [
+        (
+            "--tenant-connections-max",
+            "ERROR QUOTA_EXCEEDED: connections of this tenant, for what can be done without",
+        ),
+        ("--connections-max", "ERROR OVERLOADED: the agent has too many connections"),
+    ] {
+        let agent = Agent::unix(&[flag, "8"]);
+        let mut kept: Vec<_> = (0..4).map(|_| wish(&agent)).collect();
+        assert!(kept.iter().all(|(_, told)| told.starts_with("OK ")), "{kept:?}");
+        let (connection, told) = wish(&agent);
+        assert!(told.starts_with(refusal), "{told}");
+        drop(connection);
+        // All others are there for calls.
+        let guests: Vec<_> = (0..4)
+            .map(|_| {
+                let mut guest = crate::guest::guest(agent.address());
+                guest.noop().unwrap();
+                guest
+            })
+            .collect();
+        drop(guests);
+        kept.clear();
+        // The agent notices as soon as it looks, and has no connection for anybody before.
+        let again = || try_told(UnixStream::connect(path(&agent)).unwrap(), "4096");
+        while !again().is_ok_and(|told| told.starts_with("OK ")) {}
+    }
 }

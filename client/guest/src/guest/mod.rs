@@ -314,6 +314,10 @@ impl<T: Transport> Guest<T> {
     /// another one takes its place.
     fn ask(&mut self, ask: &Ask<'_>, reply: &mut dyn Reader) -> Result<()> {
         let until = self.until();
+        self.ask_by(until, ask, reply)
+    }
+
+    fn ask_by(&mut self, until: u64, ask: &Ask<'_>, reply: &mut dyn Reader) -> Result<()> {
         let mut renewed = false;
         loop {
             let session = self.session(until)?;

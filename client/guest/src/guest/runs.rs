@@ -27,9 +27,10 @@ impl<T: Transport> Guest<T> {
         names: &[&str],
         outputs: &mut [Output<'_>],
     ) -> Result<Timings> {
+        let until = self.until();
         let given = inputs.iter().map(|input| input.data);
-        let lent = self.lend(given, outputs.iter().map(|output| output.data.len()));
-        self.lending(lent, |guest, loan| guest.run_lent(model, inputs, names, outputs, loan))
+        let lent = self.lend(until, given, outputs.iter().map(|output| output.data.len()));
+        self.lending(lent, |guest, loan| guest.run_lent(until, model, inputs, names, outputs, loan))
     }
 
     /// Memory of so many bytes that the agent has, too: data that is produced there is not copied for
@@ -58,9 +59,10 @@ impl<T: Transport> Guest<T> {
         names: &[&str],
         outputs: &mut [Output<'_>],
     ) -> Result<Timings> {
+        let until = self.until();
         let lent = Lent::of(memory, inputs.iter().map(|input| input.data));
-        match self.run_lent(model, inputs, names, outputs, Some((memory, &lent))) {
-            Err(error) if error.region_lost => self.run_lent(model, inputs, names, outputs, None),
+        match self.run_lent(until, model, inputs, names, outputs, Some((memory, &lent))) {
+            Err(error) if error.region_lost => self.run_lent(until, model, inputs, names, outputs, None),
             outcome => outcome,
         }
     }
@@ -72,8 +74,9 @@ impl<T: Transport> Guest<T> {
     /// `BAD_ARGUMENT` for arguments that are not the operation's and for a place that is too small,
     /// `UNKNOWN_OPERATION`, and those of [`Guest::info`].
     pub fn genop(&mut self, read: &[Arg<'_>], write: &mut [ArgOut<'_>]) -> Result<Timings> {
-        let lent = self.lend(given(read, write), write.iter().map(|arg| arg.data.len()));
-        self.lending(lent, |guest, loan| guest.genop_lent(read, write, loan))
+        let until = self.until();
+        let lent = self.lend(until, given(read, write), write.iter().map(|arg| arg.data.len()));
+        self.lending(lent, |guest, loan| guest.genop_lent(until, read, write, loan))
     }
 
     /// [`Guest::genop`] on arguments of which some lie in `memory`, as for [`Guest::run_from`].
@@ -86,9 +89,10 @@ impl<T: Transport> Guest<T> {
         read: &[Arg<'_>],
         write: &mut [ArgOut<'_>],
     ) -> Result<Timings> {
+        let until = self.until();
         let lent = Lent::of(memory, given(read, write));
-        match self.genop_lent(read, write, Some((memory, &lent))) {
-            Err(error) if error.region_lost => self.genop_lent(read, write, None),
+        match self.genop_lent(until, read, write, Some((memory, &lent))) {
+            Err(error) if error.region_lost => self.genop_lent(until, read, write, None),
             outcome => outcome,
         }
     }
@@ -134,10 +138,10 @@ impl<T: Transport> Guest<T> {
     /// Puts long data into the guest's own memory, and keeps room there for results of so many bytes.
     fn lend<'d>(
         &mut self,
+        until: u64,
         given: impl Iterator<Item = &'d [u8]> + Clone,
         results: impl Iterator<Item = usize>,
     ) -> Option<(T::Memory, Lent)> {
-        let until = self.until();
         self.shared.lend(&mut self.link, until, given, results)
     }
 
@@ -159,8 +163,10 @@ impl<T: Transport> Guest<T> {
         outcome
     }
 
+    /// A run of whose tensors some may be lent.
     fn run_lent(
         &mut self,
+        until: u64,
         model: &ResourceId,
         inputs: &[Input<'_>],
         names: &[&str],
@@ -180,15 +186,18 @@ impl<T: Transport> Guest<T> {
         }
         let inputs = rest.get(..inputs.len()).unwrap_or_default();
         let mut computed = Computed::new(outputs);
-        let outcome = self.ask(&Ask::ModelRun { model, inputs, outputs: names, lent }, &mut computed);
+        let outcome =
+            self.ask_by(until, &Ask::ModelRun { model, inputs, outputs: names, lent }, &mut computed);
         let Computed { too_small, timings, places, .. } = computed;
         let results = outputs.iter_mut().map(|output| (&mut *output.data, &mut output.length));
         self.found("outputs", outcome, too_small, loan, places.as_slice(), results)?;
         Ok(timings)
     }
 
+    /// A generic operation of whose arguments some may be lent.
     fn genop_lent(
         &mut self,
+        until: u64,
         read: &[Arg<'_>],
         write: &mut [ArgOut<'_>],
         loan: Loan<'_, T::Memory>,
@@ -211,7 +220,7 @@ impl<T: Transport> Guest<T> {
         let read = rest.get(..read.len()).unwrap_or_default();
         let rooms = rooms.get(..write.len()).unwrap_or_default();
         let mut generic = Generic::new(write);
-        let outcome = self.ask(&Ask::Genop { read, write: rooms, lent }, &mut generic);
+        let outcome = self.ask_by(until, &Ask::Genop { read, write: rooms, lent }, &mut generic);
         let Generic { too_small, timings, places, .. } = generic;
         let results = write.iter_mut().map(|arg| (&mut *arg.data, &mut arg.length));
         self.found("write", outcome, too_small, loan, places.as_slice(), results)?;
