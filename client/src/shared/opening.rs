@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Mutex;
 use std::sync::atomic::AtomicUsize;
 
+use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Interest};
 use tokio::net::{TcpStream, UnixStream};
@@ -74,6 +75,13 @@ impl Source {
         let (Some(name), Some(file)) = (answer.trim_end().strip_prefix("OK "), file) else {
             return Err(io::Error::other(answer));
         };
+        // From whoever listens there: what could be made shorter under this process would end it.
+        let size = fstat(&file)?.st_size;
+        if !fcntl_get_seals(&file)?.contains(SealFlags::SHRINK)
+            || u64::try_from(size).ok() < Some(bytes as u64)
+        {
+            return Err(io::Error::other("memory that is too short, or could be made so"));
+        }
         Ok(Region {
             name: name.to_owned(),
             mapping: Mapping::new(&file, bytes)?,
@@ -139,4 +147,50 @@ fn receive(stream: &UnixStream, into: &mut [u8]) -> io::Result<(usize, Option<Ow
         _ => None,
     });
     Ok((received.bytes, file))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixListener;
+
+    use rustix::fs::{MemfdFlags, fcntl_add_seals, ftruncate, memfd_create};
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+
+    use super::*;
+
+    /// Gives whoever asks a file of so many bytes, sealed so.
+    fn impostor(listener: &UnixListener, bytes: u64, seals: SealFlags) {
+        let (mut connection, _) = listener.accept().unwrap();
+        let mut asked = [0; 21];
+        connection.read_exact(&mut asked).unwrap();
+        assert_eq!(&asked, b"VACCEL-MEMORY/1 8192\n");
+        let file = memfd_create("impostor", MemfdFlags::ALLOW_SEALING).unwrap();
+        ftruncate(&file, bytes).unwrap();
+        fcntl_add_seals(&file, seals).unwrap();
+        let files = [file.as_fd()];
+        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        control.push(SendAncillaryMessage::ScmRights(&files));
+        sendmsg(&connection, &[io::IoSlice::new(b"OK name\n")], &mut control, SendFlags::empty()).unwrap();
+    }
+
+    #[tokio::test]
+    async fn memory_that_could_be_made_shorter_is_not_taken() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        let listener = UnixListener::bind(&path).unwrap();
+        let source = Source::new(&Endpoint::Unix(path), None);
+        for (bytes, seals, is_good) in [
+            (8192, SealFlags::GROW, false),
+            (8191, SealFlags::SHRINK, false),
+            (8192, SealFlags::SHRINK, true),
+        ] {
+            let listener = listener.try_clone().unwrap();
+            let serving = std::thread::spawn(move || impostor(&listener, bytes, seals));
+            assert_eq!(source.open(8192).await.is_ok(), is_good, "{bytes} {seals:?}");
+            serving.join().unwrap();
+        }
+    }
 }

@@ -114,6 +114,8 @@ static void what_is_no_guest_is_refused(void)
     vaccel_guest_set_sigpipe_ignored(NULL, 1);
     vaccel_guest_choose(NULL, NULL, NULL);
     vaccel_guest_wish(NULL, 1);
+    vaccel_guest_set_shared_bytes(NULL, 1);
+    HOLDS(!vaccel_guest_share(NULL, 1));
     vaccel_guest_attend(NULL);
     HOLDS(vaccel_guest_open(NULL) == EINVAL && vaccel_guest_close(NULL) == EINVAL);
     HOLDS(vaccel_guest_renew(NULL) == EINVAL && vaccel_guest_noop(NULL, NULL) == EINVAL);
@@ -320,6 +322,46 @@ static void operations_go_by_number(vaccel_guest *guest)
     RETURNS(NULL, EINVAL, vaccel_guest_genop(NULL, read, 1, NULL, 0, NULL));
 }
 
+/* By memory that the guest has by itself, by memory it asked for, and without any. */
+static void long_data_lies_in_memory(vaccel_guest *guest, const vaccel_guest_resource *model)
+{
+    enum { COUNT = 20000 };
+    static const int64_t shape[] = { COUNT / 2, 2 };
+    static const uint8_t vectoradd = 21;
+    static float own[COUNT], sum[COUNT];
+    const vaccel_guest_file file = { "model.onnx", add_model.data, add_model.length };
+    vaccel_guest_input input = { "x", VACCEL_GUEST_F32, 2, shape, own, sizeof own };
+    vaccel_guest_output output = { .data = sum, .size = sizeof sum };
+    vaccel_guest_arg read[3] = {
+        { VACCEL_GUEST_ARG_UINT8, &vectoradd, 1 },
+        { VACCEL_GUEST_ARG_FLOAT32_ARRAY, own, sizeof own },
+        { VACCEL_GUEST_ARG_FLOAT32_ARRAY, own, sizeof own },
+    };
+    vaccel_guest_arg_out write = { VACCEL_GUEST_ARG_FLOAT32_ARRAY, NULL, 0, sum, sizeof sum, 0 };
+    float *shared;
+    for (int at = 0; at < COUNT; at++)
+        own[at] = at % 1000;
+    for (int round = 0; round < 8; round++) {
+        /* Two rounds each with memory of its own, with memory that was asked for, with the next such, and without. */
+        if (round == 2 || round == 4) {
+            HOLDS((shared = vaccel_guest_share(guest, sizeof own)));
+            memcpy(shared, own, sizeof own);
+            input.data = read[1].data = shared;
+        } else if (round == 6) {
+            RETURNS(guest, 0, vaccel_guest_close(guest));
+            vaccel_guest_set_shared_bytes(guest, 0);
+            RETURNS(guest, 0, vaccel_guest_register(guest, VACCEL_GUEST_MODEL, &file, 1, NULL));
+            input.data = read[1].data = own;
+        }
+        RETURNS(guest, 0, vaccel_guest_run(guest, model, &input, 1, NULL, 0, &output, 1, NULL));
+        HOLDS(output.length == sizeof sum && sum[0] == 1 && sum[COUNT - 1] == 999 + 2);
+        RETURNS(guest, 0, vaccel_guest_genop(guest, read, 3, &write, 1, NULL));
+        HOLDS(write.length == sizeof sum && sum[1] == 2 && sum[COUNT - 1] == 2 * 999);
+    }
+    HOLDS(!vaccel_guest_share(guest, (size_t)1 << 50));
+    HOLDS(is_reason(guest, "UNUSABLE"));
+}
+
 static void engines_are_chosen(vaccel_guest *guest)
 {
     RETURNS(guest, 0, vaccel_guest_close(guest));
@@ -512,7 +554,7 @@ static void a_program_moves_bytes_itself(const char *address)
         HOLDS(guest && own.connects == 0);
         registering(guest, &model);
         a_model_runs(guest, &model);
-    operations_go_by_number(guest);
+        operations_go_by_number(guest);
         RETURNS(guest, 0, vaccel_guest_close(guest));
         /* An output that finds no place ends the connection, and nothing else does. */
         HOLDS(own.connects == 2 && own.closes == 2 && own.fd == -1);
@@ -543,6 +585,7 @@ int main(int argc, char **argv)
     images_get_labels(guest);
     registering(guest, &model);
     a_model_runs(guest, &model);
+    long_data_lies_in_memory(guest, &model);
     engines_are_chosen(guest);
     an_agent_that_was_restarted_knows_no_session(guest);
     vaccel_guest_set_repeatable(guest, 1);
