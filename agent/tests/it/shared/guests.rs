@@ -198,3 +198,44 @@ fn thin_guests_know_memory_that_could_be_taken_away() {
     assert_eq!(guest.share(8192).unwrap().len(), 8192);
     impostor.join().unwrap();
 }
+
+#[test]
+fn results_stay_right_while_calls_are_given_up() {
+    let agent = Agent::start(&["unix://{}/s", "tcp://127.0.0.1:0"], &["--engine", "tract"]);
+    let work = &|number: usize| {
+        let mut guest = guest(&agent.addresses[number % 2]);
+        let model = register(&mut guest, &double());
+        let (mut state, mut right) = (number as u32, 0);
+        for call in 0..60 {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            let count = 10_000 + (state >> 12) as usize % 400_000;
+            let value = (100 * number + call) as f32;
+            let data = bytes_of(&vec![value; count]);
+            let mut place = vec![0; data.len()];
+            let shape = [count as i64];
+            let input = Input { name: "x", dtype: DType::F32, shape: &shape, data: &data };
+            let mut outputs = [Output::new(&mut place)];
+            // Every other call has hardly the time it takes, and ends anywhere.
+            guest.set_deadline_ms(if call % 2 == 0 { 60_000 } else { 1 + (state >> 8) % 4 });
+            match guest.run(&model, &[input], &[], &mut outputs) {
+                Ok(_) => {
+                    let doubled = (2.0 * value).to_le_bytes();
+                    assert!(place.chunks_exact(4).all(|number| number == doubled), "{number}: {call}");
+                    right += 1;
+                }
+                Err(error) => {
+                    let is_late = matches!(error.reason, Reason::Deadline | Reason::Overloaded);
+                    assert!(is_late, "{number}: {call}: {error:?} {}", guest.message());
+                    assert!(call % 2 == 1, "{number}: {call}");
+                }
+            }
+        }
+        assert!(right >= 30, "{right}");
+    };
+    std::thread::scope(|scope| {
+        for number in 0..6 {
+            scope.spawn(move || work(number));
+        }
+    });
+    assert_eq!(mapped(), 0);
+}
