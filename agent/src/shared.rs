@@ -315,7 +315,7 @@ mod tests {
             let tensors = vec![NamedTensor { name: String::new(), tensor: Some(tensor.clone()) }];
             let places = vec![Place { offset: 4096, bytes: 64 }];
             let shared = Some(Shared { region: region.name().into(), places, room: None });
-            let mut request = RunRequest { session: String::new(), shared, op: Some(op(tensors)) };
+            let mut request = RunRequest { shared, op: Some(op(tensors)), ..RunRequest::default() };
             let room =
                 memory.fill(&tenant, &account, &mut request, is_unread).expect("fits").expect("shared");
             let mut tensor =

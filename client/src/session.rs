@@ -17,7 +17,7 @@ use vaccel_proto::v1::run_reply::Outcome;
 use vaccel_proto::v1::run_request::Op;
 use vaccel_proto::v1::sessions_client::SessionsClient;
 use vaccel_proto::v1::{
-    CloseSessionRequest, ImageClassificationRequest, Label, ListResourcesRequest, ModelRunRequest,
+    CloseSessionRequest, DType, ImageClassificationRequest, Label, ListResourcesRequest, ModelRunRequest,
     NamedTensor, NoopRequest, OpenSessionRequest, OperationProfile, ProfileRequest, RenewSessionRequest,
     ResourceInfo, ResourceKind, RunReply, RunRequest, Tensor, Timings, UnregisterResourceRequest,
 };
@@ -52,11 +52,13 @@ pub struct CallOptions {
     pub deadline: Option<Duration>,
     /// Whether the call may run twice: then it is repeated also when the connection broke under it.
     pub repeatable: bool,
+    /// [`DType::F16`] or [`DType::Bf16`] for half the bytes: what a model gives as `f32` is rounded to that.
+    pub reply_type: DType,
 }
 
 impl Default for CallOptions {
     fn default() -> Self {
-        Self { deadline: None, repeatable: true }
+        Self { deadline: None, repeatable: true, reply_type: DType::Unspecified }
     }
 }
 
@@ -388,7 +390,9 @@ impl Session {
     }
 
     pub(crate) async fn operate(&self, op: Op) -> Result<RunReply, Error> {
-        let mut request = RunRequest { session: self.id(), op: Some(op), ..RunRequest::default() };
+        let reply_type = self.options.reply_type.into();
+        let mut request =
+            RunRequest { session: self.id(), reply_type, op: Some(op), ..RunRequest::default() };
         if let Some(lent) = self.inner.client.link().memory().lend(&request) {
             let reply = self.operate_whole(&lent.request).await;
             match lent.finish(reply) {

@@ -31,7 +31,7 @@ use crate::backend::{Choice, NOOP, Workshop};
 use crate::config::{Config, ConfigError};
 use crate::identity::Tenant;
 use crate::infer::Inference;
-use crate::ops::{self, Context};
+use crate::ops::{self, Context, widths};
 use crate::policy::Policies;
 use crate::pool::Pool;
 use crate::quota::{Account, Accounts, Hold, Unit};
@@ -522,6 +522,7 @@ impl Dispatch {
         let is_unread = session.choice.engine == NOOP;
         let room = self.shared.fill(&caller.tenant, account, &mut request, is_unread)?;
         let reply_bytes_max = reply_bytes_max.max(room.as_deref().map_or(0, Room::bytes));
+        let narrow = widths::wanted(request.reply_type())?;
         let op = request.op.ok_or_else(|| {
             let known: Vec<String> = ops::list().into_iter().map(|operation| operation.name).collect();
             let message = format!("no operation this agent knows; it knows: {}", known.join(", "));
@@ -545,6 +546,9 @@ impl Dispatch {
             batch_size: u32::try_from(done.spans.calls.max(1)).unwrap_or(u32::MAX),
         };
         let mut reply = RunReply { timings: Some(timings), outcome: Some(done.value), ..RunReply::default() };
+        if let Some(to) = narrow {
+            widths::narrow(&mut reply, to).await;
+        }
         if let Some(room) = room {
             room.place(&mut reply);
         }

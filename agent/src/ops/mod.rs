@@ -22,7 +22,7 @@ mod pixels;
 mod ports;
 mod sgemm;
 mod torch_sgemm;
-mod widen;
+pub(crate) mod widths;
 
 pub(crate) use image_classification::Classifier;
 pub(crate) use sgemm::compute as sgemm;
@@ -198,8 +198,8 @@ impl Context<'_> {
     ) -> Result<Timed<Vec<NamedTensor>>, Error> {
         let mut counted = self.account.hold(Unit::InFlightBytes, 0)?;
         for (input, port) in inputs.iter_mut().zip(&model.file.inputs) {
-            if widen::widens(input.dtype(), port.dtype) {
-                *input = widen::widen(input, &mut counted).await?;
+            if widths::widens(input.dtype(), port.dtype) {
+                *input = widths::widen(input, &mut counted).await?;
             }
         }
         if let Some(room) = self.room

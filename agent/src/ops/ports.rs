@@ -4,7 +4,7 @@ use vaccel_proto::Error;
 use vaccel_proto::error::shown;
 use vaccel_proto::v1::{DType, NamedTensor, Tensor, TfInput, TfNode};
 
-use super::widen::widens;
+use super::widths::widens;
 use crate::backend::Port;
 
 /// What a call gives for one input.

@@ -4,7 +4,9 @@ use std::process::Command;
 
 use vaccel_agent::Direct;
 use vaccel_agent::config::EngineConfig;
-use vaccel_client::{Reason, ResourceFiles, SessionOptions, Tensor, named};
+use vaccel_client::{
+    CallOptions, DType, Reason, ResourceFiles, Session, SessionOptions, Sgemm, Tensor, named,
+};
 
 use crate::support::{Agent, digits, onnx, onnxruntime, output_text, read, repository, vaccel};
 
@@ -86,6 +88,37 @@ async fn numbers_in_fewer_bytes_mean_the_same() {
         // Of which some numbers are none of f32.
         let wide = Tensor::new(&shape, &[7_i32; 4 * 64]).unwrap();
         assert_eq!(run(&wide).await.unwrap_err().reason(), Reason::BadArgument);
+    }
+}
+
+#[tokio::test]
+async fn replies_come_in_fewer_bytes_where_that_is_asked_for() {
+    let agent = Agent::start(&["unix://{}/s", "tcp://127.0.0.1:0"], &["--engine", "tract"]);
+    for index in [0, 1] {
+        let session = agent.guest(index).await.open_session(session_on("tract")).await.unwrap();
+        let model = session.register(ResourceFiles::model("m", onnx::echo())).await.unwrap();
+        let wanting = |reply_type| session.with(CallOptions { reply_type, ..CallOptions::default() });
+        // The long ones lie in shared memory, from the second call on.
+        for count in [3, 70_000, 70_000, 70_000] {
+            let numbers: Vec<f32> = (0..count).map(|at| at as f32 / 7.0).collect();
+            let whole = Tensor::new(&[count], &numbers).unwrap();
+            let run = async |session: Session| {
+                let run = session.run(&model, vec![named("x", whole.clone())], &[]).await;
+                run.map(|run| run.outputs[0].tensor.clone().unwrap())
+            };
+            let half = run(wanting(DType::F16)).await.unwrap();
+            assert_eq!((half.dtype(), &half.shape), (DType::F16, &whole.shape));
+            assert!(half.data == whole.to_f16().unwrap().data);
+            let brain = run(wanting(DType::Bf16)).await.unwrap();
+            assert_eq!((brain.dtype(), brain.data.len()), (DType::Bf16, 2 * numbers.len()));
+            assert!(run(wanting(DType::Unspecified)).await.unwrap().data == whole.data);
+            let refusal = run(wanting(DType::F64)).await.unwrap_err();
+            assert_eq!(refusal.reason(), Reason::BadArgument);
+            assert!(refusal.message().contains("reply_type"), "{refusal}");
+        }
+        let ones = || Tensor::new(&[4, 4], &[1.0_f32; 16]).unwrap();
+        let product = wanting(DType::F16).sgemm(Sgemm::new(ones(), ones()).unwrap()).await.unwrap();
+        assert_eq!((product.dtype(), &product.data[..4]), (DType::F32, &4_f32.to_le_bytes()[..]));
     }
 }
 

@@ -111,7 +111,12 @@ async fn run(
     shared: Shared,
 ) -> Result<RunReply, Error> {
     let run = ModelRunRequest { model: model.id().into(), inputs, ..Default::default() };
-    let request = RunRequest { session: session.id(), shared: Some(shared), op: Some(Op::ModelRun(run)) };
+    let request = RunRequest {
+        session: session.id(),
+        shared: Some(shared),
+        op: Some(Op::ModelRun(run)),
+        ..RunRequest::default()
+    };
     let reply = OperationsClient::new(session.client().link().clone()).run(request).await;
     reply.map(tonic::Response::into_inner).map_err(|status| Error::from_status(&status))
 }

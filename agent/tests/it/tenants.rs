@@ -147,7 +147,12 @@ async fn ask(
     ];
     // A region has a name of the same kind; `shared` asks for one that is really another's.
     let shared = Some(Shared { region: s(), ..Shared::default() });
-    let in_region = RunRequest { session: own.into(), shared, op: Some(Op::Noop(NoopRequest {})) };
+    let in_region = RunRequest {
+        session: own.into(),
+        shared,
+        op: Some(Op::Noop(NoopRequest {})),
+        ..RunRequest::default()
+    };
     let ran = OperationsClient::new(link.clone()).run(in_region).await;
     asked.push(("Shared.region", ran.map(drop)));
     for (field, op) in families(resource) {

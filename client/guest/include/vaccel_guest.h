@@ -221,6 +221,10 @@ void vaccel_guest_choose(vaccel_guest *guest, const char *engine, const char *de
  * is an error. */
 void vaccel_guest_wish(vaccel_guest *guest, uint32_t hints);
 
+/* VACCEL_GUEST_F16 or VACCEL_GUEST_BF16 for half the bytes: outputs of models that are VACCEL_GUEST_F32 come back rounded
+ * to that. 0 for outputs as they are. */
+void vaccel_guest_set_reply_type(vaccel_guest *guest, int dtype);
+
 /* How many bytes of memory this guest and an agent on its machine may have together, behind a unix socket or TCP; 0 for
  * none. The guest gets it by itself, by recvmsg and mmap, before its second run or generic operation with 32 KiB of data
  * and more, and puts such data there instead of sending it. If not said: 64 MiB, of which what is used takes memory. */

@@ -16,7 +16,7 @@ use crate::types::{
 const PARTS_MAX: usize = 2 * ITEMS_MAX + 1;
 
 /// Bytes of all that is written around the items of one request.
-pub(crate) const SCRATCH_BYTES: usize = 4096 + SHARED_BYTES_MAX;
+pub(crate) const SCRATCH_BYTES: usize = 4096 + BESIDE_BYTES_MAX;
 
 /// Every message begins with this much of gRPC's: a byte that says it is not compressed, and four of length.
 const PREFIX_BYTES: usize = 5;
@@ -93,12 +93,18 @@ pub(crate) enum Ask<'a> {
     Unregister(&'a ResourceId),
     Noop,
     Classify { model: &'a [u8], top_k: u32, images: &'a [&'a [u8]] },
-    ModelRun { model: &'a ResourceId, inputs: &'a [Input<'a>], outputs: &'a [&'a str], lent: Lending<'a> },
-    Genop { read: &'a [Arg<'a>], write: &'a [Room<'a>], lent: Lending<'a> },
+    ModelRun { model: &'a ResourceId, inputs: &'a [Input<'a>], outputs: &'a [&'a str], beside: Beside<'a> },
+    Genop { read: &'a [Arg<'a>], write: &'a [Room<'a>], beside: Beside<'a> },
 }
 
-/// What of the data lies in memory that the agent has, too, if any does.
-type Lending<'a> = Option<&'a Lent>;
+/// What a run's request says beside the operation.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Beside<'a> {
+    /// What of the data lies in memory that the agent has, too, if any does.
+    pub(crate) lent: Option<&'a Lent>,
+    /// In what type tensors of `f32` are wanted, if not as they are.
+    pub(crate) reply_type: DType,
+}
 
 /// An argument that comes out, as the request describes it.
 #[derive(Clone, Copy, Debug)]
@@ -141,10 +147,10 @@ impl<'a> Ask<'a> {
             }),
             Self::Noop => noop(scratch, session),
             Self::Classify { model, top_k, images } => classify(scratch, session, model, top_k, images),
-            Self::ModelRun { model, inputs, outputs, lent } => {
-                model_run(scratch, session, lent, model, inputs, outputs)
+            Self::ModelRun { model, inputs, outputs, beside } => {
+                model_run(scratch, session, beside, model, inputs, outputs)
             }
-            Self::Genop { read, write, lent } => genop(scratch, session, lent, read, write),
+            Self::Genop { read, write, beside } => genop(scratch, session, beside, read, write),
         }
     }
 }
@@ -161,20 +167,20 @@ pub(crate) mod op {
 const OP_TAG_BYTES: usize = 2;
 
 /// Bytes of `RunRequest` around an operation's request of so many bytes.
-fn run_len(shared: usize, length: usize) -> usize {
-    field_len(SESSION_BYTES) + shared + OP_TAG_BYTES + varint_len(length as u64) + length
+fn run_len(beside: usize, length: usize) -> usize {
+    field_len(SESSION_BYTES) + beside + OP_TAG_BYTES + varint_len(length as u64) + length
 }
 
 fn begin_run(
     writer: &mut Writer<'_>,
     session: &SessionId,
-    shared: &[u8],
+    beside: &[u8],
     op: u32,
     length: usize,
 ) -> Result<()> {
-    prefix(writer, run_len(shared.len(), length))?;
+    prefix(writer, run_len(beside.len(), length))?;
     writer.bytes(1, &session.0);
-    writer.put(shared);
+    writer.put(beside);
     writer.begin(op, length);
     Ok(())
 }
@@ -190,22 +196,25 @@ fn put_place(writer: &mut Writer<'_>, field: u32, place: Place) {
     writer.number(2, place.bytes);
 }
 
-/// Bytes of the longest `Shared{1: region, 2: places, 3: room}`: a name of 66, and 17 places of at most 24.
-const SHARED_BYTES_MAX: usize = 512;
+/// Bytes of the longest fields beside an operation: a name of 66, 17 places of at most 24, and a type of 2.
+const BESIDE_BYTES_MAX: usize = 512;
 
-/// The field of `RunRequest` that says where tensors are.
-fn shared<'a>(place: &'a mut [u8; SHARED_BYTES_MAX], lent: Lending<'_>, inputs: usize) -> &'a [u8] {
-    let Some(lent) = lent else { return &[] };
-    let place_len = |place: &Place| field_len(number_len(place.offset) + number_len(place.bytes));
-    let places = lent.places.get(..inputs).unwrap_or_default();
-    let length = field_len(lent.region.as_bytes().len())
-        + places.iter().map(place_len).sum::<usize>()
-        + place_len(&lent.room);
+/// The fields of `RunRequest` beside the session and the operation: `2: shared{1: region, 2: places, 3: room}, 3:
+/// reply_type`.
+fn put_beside<'a>(place: &'a mut [u8; BESIDE_BYTES_MAX], beside: Beside<'_>, inputs: usize) -> &'a [u8] {
     let mut writer = Writer::new(place);
-    writer.begin(2, length);
-    writer.bytes(1, lent.region.as_bytes());
-    places.iter().for_each(|place| put_place(&mut writer, 2, *place));
-    put_place(&mut writer, 3, lent.room);
+    if let Some(lent) = beside.lent {
+        let place_len = |place: &Place| field_len(number_len(place.offset) + number_len(place.bytes));
+        let places = lent.places.get(..inputs).unwrap_or_default();
+        let length = field_len(lent.region.as_bytes().len())
+            + places.iter().map(place_len).sum::<usize>()
+            + place_len(&lent.room);
+        writer.begin(2, length);
+        writer.bytes(1, lent.region.as_bytes());
+        places.iter().for_each(|place| put_place(&mut writer, 2, *place));
+        put_place(&mut writer, 3, lent.room);
+    }
+    writer.number(3, beside.reply_type as u64);
     writer.finish().unwrap_or_default()
 }
 
@@ -247,21 +256,21 @@ fn classify<'a>(
     Ok(Parts::interleaved(written, cuts.get(..images.len()).unwrap_or_default(), images.iter().copied()))
 }
 
-/// `RunRequest{session, shared, model_run{1: model, 2: outputs, 3: inputs}}`, each input's data on a boundary.
+/// `RunRequest{session, beside, model_run{1: model, 2: outputs, 3: inputs}}`, each input's data on a boundary.
 fn model_run<'a>(
     scratch: &'a mut [u8],
     session: &SessionId,
-    lent: Lending<'_>,
+    beside: Beside<'_>,
     model: &ResourceId,
     inputs: &'a [Input<'a>],
     outputs: &[&str],
 ) -> Result<Parts<'a>> {
-    let mut place = [0; SHARED_BYTES_MAX];
-    let shared = shared(&mut place, lent, inputs.len());
-    let pads = pads(shared.len(), inputs, outputs);
+    let mut place = [0; BESIDE_BYTES_MAX];
+    let beside = put_beside(&mut place, beside, inputs.len());
+    let pads = pads(beside.len(), inputs, outputs);
     let length = model_run_len(inputs, outputs, &pads);
     let mut writer = Writer::new(scratch);
-    begin_run(&mut writer, session, shared, op::MODEL_RUN, length)?;
+    begin_run(&mut writer, session, beside, op::MODEL_RUN, length)?;
     writer.bytes(1, &model.0);
     for output in outputs {
         writer.begin(2, output.len());
@@ -290,12 +299,12 @@ fn model_run<'a>(
     Ok(Parts::interleaved(written, cuts, inputs.iter().map(|input| input.data)))
 }
 
-/// `RunRequest{session, shared, genop{2: read{1: type, 4: data}, 3: write{1: type, 3: size, 4: data}}}`; a written
+/// `RunRequest{session, beside, genop{2: read{1: type, 4: data}, 3: write{1: type, 3: size, 4: data}}}`; a written
 /// argument has a size where it has no data.
 fn genop<'a>(
     scratch: &'a mut [u8],
     session: &SessionId,
-    lent: Lending<'_>,
+    beside: Beside<'_>,
     read: &'a [Arg<'a>],
     write: &'a [Room<'a>],
 ) -> Result<Parts<'a>> {
@@ -307,10 +316,10 @@ fn genop<'a>(
         number_len(u64::from(kind.0)) + number_len(size as u64) + data_len(data.len())
     };
     let length = all.clone().map(|(_, kind, size, data)| field_len(arg_len(kind, size, data))).sum();
-    let mut place = [0; SHARED_BYTES_MAX];
-    let shared = shared(&mut place, lent, read.len() + write.len());
+    let mut place = [0; BESIDE_BYTES_MAX];
+    let beside = put_beside(&mut place, beside, read.len() + write.len());
     let mut writer = Writer::new(scratch);
-    begin_run(&mut writer, session, shared, op::GENOP, length)?;
+    begin_run(&mut writer, session, beside, op::GENOP, length)?;
     let mut cuts = [0; ITEMS_MAX];
     for ((field, kind, size, data), cut) in all.clone().zip(&mut cuts) {
         writer.begin(field, arg_len(kind, size, data));
@@ -356,13 +365,13 @@ fn model_run_len(inputs: &[Input<'_>], outputs: &[&str], pads: &[usize; ITEMS_MA
 }
 
 /// How much padding moves each input's data to a boundary.
-fn pads(shared: usize, inputs: &[Input<'_>], outputs: &[&str]) -> [usize; ITEMS_MAX] {
+fn pads(beside: usize, inputs: &[Input<'_>], outputs: &[&str]) -> [usize; ITEMS_MAX] {
     let mut pads = [0; ITEMS_MAX];
     // A pad may lengthen the lengths before it by a byte, which the next pass sees. Pads only grow, so that no two
     // passes undo each other.
     for _ in 0..3 {
         let length = model_run_len(inputs, outputs, &pads);
-        let mut end = PREFIX_BYTES + run_len(shared, length) - inputs_len(inputs, &pads);
+        let mut end = PREFIX_BYTES + run_len(beside, length) - inputs_len(inputs, &pads);
         for index in 0..inputs.len().min(ITEMS_MAX) {
             let (Some(input), Some(pad)) = (inputs.get(index), pads.get_mut(index)) else { break };
             end += field_len(named_len(input, *pad));

@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 
 use vaccel_client::proto::error::Detail;
 use vaccel_client::{
-    CallOptions, Client, Error, Reason, ResourceFiles, Session, SessionOptions, Tensor, named,
+    CallOptions, Client, DType, Error, Reason, ResourceFiles, Session, SessionOptions, Tensor, named,
 };
 
 use crate::fake::{Fake, Step};
 
-const ONCE: CallOptions = CallOptions { deadline: None, repeatable: false };
+const ONCE: CallOptions = CallOptions { deadline: None, repeatable: false, reply_type: DType::Unspecified };
 
 async fn session(fake: &Fake) -> Session {
     fake.client().await.open_session(SessionOptions::default()).await.unwrap()

@@ -115,6 +115,7 @@ static void what_is_no_guest_is_refused(void)
     vaccel_guest_choose(NULL, NULL, NULL);
     vaccel_guest_wish(NULL, 1);
     vaccel_guest_set_shared_bytes(NULL, 1);
+    vaccel_guest_set_reply_type(NULL, VACCEL_GUEST_F16);
     HOLDS(!vaccel_guest_share(NULL, 1));
     vaccel_guest_attend(NULL);
     HOLDS(vaccel_guest_open(NULL) == EINVAL && vaccel_guest_close(NULL) == EINVAL);
@@ -273,6 +274,14 @@ static void a_model_runs(vaccel_guest *guest, const vaccel_guest_resource *model
     HOLDS(untouched(y + 6, sizeof y - sizeof expected) && untouched(outputs + 1, sizeof *outputs));
     input.name = NULL;
     RETURNS(guest, 0, vaccel_guest_run(guest, model, &input, 1, NULL, 0, outputs, 1, NULL));
+    vaccel_guest_set_reply_type(guest, VACCEL_GUEST_F16);
+    RETURNS(guest, 0, vaccel_guest_run(guest, model, &input, 1, NULL, 0, outputs, 1, NULL));
+    HOLDS(outputs[0].dtype == VACCEL_GUEST_F16 && outputs[0].length == sizeof x / 2);
+    HOLDS(memcmp(y, (uint16_t[]){ 0x4000, 0x4400, 0x4400, 0x4600, 0x4600, 0x4800 }, sizeof x / 2) == 0);
+    vaccel_guest_set_reply_type(guest, VACCEL_GUEST_F64);
+    RETURNS(guest, EINVAL, vaccel_guest_run(guest, model, &input, 1, NULL, 0, outputs, 1, NULL));
+    HOLDS(strstr(vaccel_guest_message(guest), "reply_type"));
+    vaccel_guest_set_reply_type(guest, -1);
 
     outputs[0].size = sizeof x - 1;
     RETURNS(guest, EINVAL, vaccel_guest_run(guest, model, &input, 1, NULL, 0, outputs, 1, NULL));

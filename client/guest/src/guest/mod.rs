@@ -14,7 +14,7 @@ use crate::shared::Shared;
 use crate::text::Text;
 use crate::transport::Transport;
 use crate::types::{
-    File, ITEMS_MAX, Info, Label, NAME_BYTES_MAX, ResourceId, ResourceKind, SessionId, Timings,
+    DType, File, ITEMS_MAX, Info, Label, NAME_BYTES_MAX, ResourceId, ResourceKind, SessionId, Timings,
 };
 
 /// How long a call may take when nothing else is said, in milliseconds.
@@ -48,6 +48,7 @@ pub struct Guest<T: Transport> {
     hints: u32,
     deadline_ms: u32,
     repeatable: bool,
+    reply_type: DType,
 }
 
 impl<T: Transport> Guest<T> {
@@ -64,6 +65,7 @@ impl<T: Transport> Guest<T> {
             hints: 0,
             deadline_ms: DEADLINE_MS,
             repeatable: false,
+            reply_type: DType::Unspecified,
         }
     }
 
@@ -81,6 +83,12 @@ impl<T: Transport> Guest<T> {
     /// only compute: running one twice does nothing but take time.
     pub fn set_repeatable(&mut self, repeatable: bool) {
         self.repeatable = repeatable;
+    }
+
+    /// [`DType::F16`] or [`DType::Bf16`] for half the bytes: what models give as `f32` comes back rounded to that.
+    /// [`DType::Unspecified`] for outputs as they are.
+    pub fn set_reply_type(&mut self, reply_type: DType) {
+        self.reply_type = reply_type;
     }
 
     /// How many bytes of memory this guest and an agent on its machine may have together, behind a unix socket or TCP;

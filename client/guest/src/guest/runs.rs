@@ -3,7 +3,7 @@
 use super::Guest;
 use crate::error::{Error, Reason, Result};
 use crate::reply::{Computed, Generic};
-use crate::request::{Ask, Room};
+use crate::request::{Ask, Beside, Room};
 use crate::shared::{self, Lent, NotFound, Place};
 use crate::transport::Transport;
 use crate::types::{
@@ -185,9 +185,10 @@ impl<T: Transport> Guest<T> {
             *rest = Input { data: Lent::rest(lent, index, input.data), ..*input };
         }
         let inputs = rest.get(..inputs.len()).unwrap_or_default();
+        let beside = Beside { lent, reply_type: self.reply_type };
         let mut computed = Computed::new(outputs);
         let outcome =
-            self.ask_by(until, &Ask::ModelRun { model, inputs, outputs: names, lent }, &mut computed);
+            self.ask_by(until, &Ask::ModelRun { model, inputs, outputs: names, beside }, &mut computed);
         let Computed { too_small, timings, places, .. } = computed;
         let results = outputs.iter_mut().map(|output| (&mut *output.data, &mut output.length));
         self.found("outputs", outcome, too_small, loan, places.as_slice(), results)?;
@@ -219,8 +220,9 @@ impl<T: Transport> Guest<T> {
         }
         let read = rest.get(..read.len()).unwrap_or_default();
         let rooms = rooms.get(..write.len()).unwrap_or_default();
+        let beside = Beside { lent, ..Beside::default() };
         let mut generic = Generic::new(write);
-        let outcome = self.ask_by(until, &Ask::Genop { read, write: rooms, lent }, &mut generic);
+        let outcome = self.ask_by(until, &Ask::Genop { read, write: rooms, beside }, &mut generic);
         let Generic { too_small, timings, places, .. } = generic;
         let results = write.iter_mut().map(|arg| (&mut *arg.data, &mut arg.length));
         self.found("write", outcome, too_small, loan, places.as_slice(), results)?;

@@ -70,6 +70,9 @@ async fn open(builder: Builder, target: &Target) -> Result<Session, Error> {
 }
 
 async fn give_back(session: &Session, outcome: Result<(), Failure>) -> Result<(), Failure> {
-    let _ = session.with(CallOptions { deadline: Some(CLOSE_TIMEOUT), repeatable: false }).close().await;
+    let _ = session
+        .with(CallOptions { deadline: Some(CLOSE_TIMEOUT), repeatable: false, ..CallOptions::default() })
+        .close()
+        .await;
     outcome
 }

@@ -1,18 +1,22 @@
-//! Numbers that came in fewer bytes than a model takes: an edge with a slow link halves or quarters what it sends.
+//! Numbers in fewer bytes than they are computed with: an edge with a slow link halves or quarters what it sends, and
+//! halves what it gets.
 //!
-//! Only where nothing is lost: each number of the one type is one of the other. What they mean stays the caller's
-//! business; a model that takes quantized numbers has their scale in itself.
+//! What comes is widened where nothing is lost: each number of the one type is one of the other. What they mean stays
+//! the caller's business; a model that takes quantized numbers has their scale in itself. What goes is narrowed where
+//! the caller asks for it, to the nearest number.
 
 use bytes::Bytes;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use vaccel_proto::Error;
+use vaccel_proto::carrier::Aligned as _;
 use vaccel_proto::tensor::Element;
-use vaccel_proto::v1::{DType, Tensor};
+use vaccel_proto::v1::run_reply::Outcome;
+use vaccel_proto::v1::{DType, RunReply, Tensor};
 
 use crate::quota::Hold;
 
-/// Numbers that are widened before other calls have their turn: some ten microseconds.
+/// Numbers that are converted before other calls have their turn: some ten microseconds.
 const PART: usize = 32 << 10;
 
 /// Whether numbers of one type can stand for those of another.
@@ -37,12 +41,57 @@ pub(super) async fn widen(tensor: &Tensor, counted: &mut Hold) -> Result<Tensor,
         DType::I16 => convert(data, each::<i16>).await,
         _ => convert(data, each::<u8>).await,
     };
-    Ok(Tensor::from_bytes(DType::F32, &tensor.shape, Bytes::from_owner(Numbers(numbers))))
+    Ok(made(DType::F32, tensor, numbers))
 }
 
-struct Numbers(Vec<f32>);
+/// The type that a caller wants numbers of `f32` in; none where they are to stay.
+///
+/// # Errors
+/// `BAD_ARGUMENT` for other types than `F16` and `BF16`.
+pub(crate) fn wanted(reply_type: DType) -> Result<Option<DType>, Error> {
+    match reply_type {
+        DType::Unspecified => Ok(None),
+        DType::F16 | DType::Bf16 => Ok(Some(reply_type)),
+        other => Err(Error::field("reply_type", "F16, BF16, or none", other.name())),
+    }
+}
 
-impl AsRef<[u8]> for Numbers {
+/// Rounds what a model gave as `f32` to numbers of this type, which [`wanted`] gave.
+pub(crate) async fn narrow(reply: &mut RunReply, to: DType) {
+    use Outcome::{ModelRun, TfModelRun, TfliteModelRun, TorchModelRun};
+    if matches!(reply.outcome, Some(ModelRun(_) | TfModelRun(_) | TfliteModelRun(_) | TorchModelRun(_))) {
+        let tensors = reply.carriers_mut().into_iter().filter_map(|carrier| carrier.tensor_mut());
+        round(tensors.filter(|tensor| tensor.dtype() == DType::F32).collect(), to).await;
+    }
+}
+
+async fn round(tensors: Vec<&mut Tensor>, to: DType) {
+    for tensor in tensors {
+        let data = &tensor.data;
+        *tensor = if to == DType::F16 {
+            made(
+                to,
+                tensor,
+                convert(data, |from: &[f32], to: &mut [f16]| to.convert_from_f32_slice(from)).await,
+            )
+        } else {
+            made(
+                to,
+                tensor,
+                convert(data, |from: &[f32], to: &mut [bf16]| to.convert_from_f32_slice(from)).await,
+            )
+        };
+    }
+}
+
+/// A tensor of the same shape with these numbers.
+fn made<T: Element + Send + Sync>(dtype: DType, tensor: &Tensor, numbers: Vec<T>) -> Tensor {
+    Tensor::from_bytes(dtype, &tensor.shape, Bytes::from_owner(Numbers(numbers)))
+}
+
+struct Numbers<T>(Vec<T>);
+
+impl<T: Element> AsRef<[u8]> for Numbers<T> {
     fn as_ref(&self) -> &[u8] {
         bytemuck::cast_slice(&self.0)
     }
@@ -53,8 +102,11 @@ fn each<T: Copy + Into<f32>>(from: &[T], to: &mut [f32]) {
 }
 
 /// Numbers from bytes that need not be aligned, part by part.
-async fn convert<T: Element + Default>(bytes: &[u8], part: impl Fn(&[T], &mut [f32])) -> Vec<f32> {
-    let mut numbers = vec![0.0; bytes.len() / size_of::<T>()];
+async fn convert<T: Element + Default, N: Element + Default>(
+    bytes: &[u8],
+    part: impl Fn(&[T], &mut [N]),
+) -> Vec<N> {
+    let mut numbers = vec![N::default(); bytes.len() / size_of::<T>()];
     let mut from = vec![T::default(); PART.min(numbers.len())];
     for (to, bytes) in numbers.chunks_mut(PART).zip(bytes.chunks(PART * size_of::<T>())) {
         let from = &mut from[..to.len()];
@@ -72,6 +124,7 @@ mod tests {
     use crate::identity::Tenant;
     use crate::quota::{Accounts, Unit};
     use vaccel_proto::Reason;
+    use vaccel_proto::v1::{ModelRunReply, NamedTensor};
 
     fn counted() -> Hold {
         let mut limits = Config::new(Settings::default()).expect("valid").tenant;
@@ -109,6 +162,35 @@ mod tests {
         let halves: Vec<bf16> = all.iter().map(|bits| bf16::from_bits(*bits)).collect();
         same(widened(&halves).await, halves.iter().map(|n| n.to_f32()).collect());
         assert_eq!(widened::<u8>(&[]).await, [0.0_f32; 0]);
+    }
+
+    #[tokio::test]
+    async fn what_is_wanted_narrow_is_rounded_to_the_nearest() {
+        let numbers: Vec<f32> =
+            (0..100_000_u32).map(|at| f32::from_bits(at.wrapping_mul(0x9e37_79b9))).collect();
+        let given = Tensor::new(&[numbers.len() as i64], &numbers).expect("valid");
+        let whole = Tensor::new(&[2], &[1_i32, 2]).expect("valid");
+        for to in [DType::F16, DType::Bf16] {
+            let outputs =
+                [&given, &whole].map(|tensor| NamedTensor { name: "t".into(), tensor: Some(tensor.clone()) });
+            let outcome = Some(Outcome::ModelRun(ModelRunReply { outputs: outputs.into() }));
+            let mut reply = RunReply { outcome, ..RunReply::default() };
+            narrow(&mut reply, to).await;
+            let [got, other] = &mut reply.carriers_mut()[..] else { panic!("two tensors") };
+            assert_eq!(other.tensor_mut(), Some(&mut whole.clone()));
+            let got = got.tensor_mut().expect("there").clone();
+            assert_eq!((got.dtype(), &got.shape[..]), (to, &[numbers.len() as i64][..]));
+            let back = widen(&got, &mut counted()).await.expect("fits");
+            for (back, number) in back.elements::<f32>().expect("as many").iter().zip(&numbers) {
+                let nearest = match to {
+                    DType::F16 => f16::from_f32(*number).to_f32(),
+                    _ => bf16::from_f32(*number).to_f32(),
+                };
+                assert!(*back == nearest || back.is_nan() && number.is_nan(), "{number} became {back}");
+            }
+        }
+        assert_eq!(wanted(DType::Unspecified).expect("as it is"), None);
+        assert!(wanted(DType::F32).is_err() && wanted(DType::U8).is_err());
     }
 
     #[tokio::test]
