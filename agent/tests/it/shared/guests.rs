@@ -205,7 +205,7 @@ fn results_stay_right_while_calls_are_given_up() {
     let work = &|number: usize| {
         let mut guest = guest(&agent.addresses[number % 2]);
         let model = register(&mut guest, &double());
-        let (mut state, mut right) = (number as u32, 0);
+        let (mut state, mut right) = (u32::try_from(number).unwrap(), 0);
         for call in 0..60 {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             let count = 10_000 + (state >> 12) as usize % 400_000;
