@@ -522,7 +522,7 @@ impl Dispatch {
         let is_unread = session.choice.engine == NOOP;
         let room = self.shared.fill(&caller.tenant, account, &mut request, is_unread)?;
         let reply_bytes_max = reply_bytes_max.max(room.as_deref().map_or(0, Room::bytes));
-        let narrow = widths::wanted(request.reply_type())?;
+        let narrow = widths::wanted(request.reply_type)?;
         let op = request.op.ok_or_else(|| {
             let known: Vec<String> = ops::list().into_iter().map(|operation| operation.name).collect();
             let message = format!("no operation this agent knows; it knows: {}", known.join(", "));

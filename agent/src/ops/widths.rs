@@ -48,11 +48,11 @@ pub(super) async fn widen(tensor: &Tensor, counted: &mut Hold) -> Result<Tensor,
 ///
 /// # Errors
 /// `BAD_ARGUMENT` for other types than `F16` and `BF16`.
-pub(crate) fn wanted(reply_type: DType) -> Result<Option<DType>, Error> {
-    match reply_type {
-        DType::Unspecified => Ok(None),
-        DType::F16 | DType::Bf16 => Ok(Some(reply_type)),
-        other => Err(Error::field("reply_type", "F16, BF16, or none", other.name())),
+pub(crate) fn wanted(reply_type: i32) -> Result<Option<DType>, Error> {
+    match DType::try_from(reply_type) {
+        Ok(DType::Unspecified) => Ok(None),
+        Ok(half @ (DType::F16 | DType::Bf16)) => Ok(Some(half)),
+        _ => Err(Error::field("reply_type", "F16 (10), BF16 (11), or none (0)", reply_type)),
     }
 }
 
@@ -189,8 +189,9 @@ mod tests {
                 assert!(*back == nearest || back.is_nan() && number.is_nan(), "{number} became {back}");
             }
         }
-        assert_eq!(wanted(DType::Unspecified).expect("as it is"), None);
-        assert!(wanted(DType::F32).is_err() && wanted(DType::U8).is_err());
+        assert_eq!(wanted(0).expect("as it is"), None);
+        assert_eq!(wanted(DType::Bf16.into()).expect("a half"), Some(DType::Bf16));
+        assert!([DType::F32.into(), 2, 99, -1].into_iter().all(|number| wanted(number).is_err()));
     }
 
     #[tokio::test]

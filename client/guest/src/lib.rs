@@ -15,12 +15,12 @@
 //!
 //! It speaks the agent's own gRPC, and needs little for that: no thread, no allocation, no epoll, no timer, no
 //! signal, no name service; `socket`, `connect`, `send`, `read`, `poll`, `close` and a clock. All memory is in a
-//! [`Guest`] and in what the caller gives; tensors are sent from where they are and arrive where they are wanted.
+//! [`Guest`] and in what the caller gives; tensors are sent from where they are and arrive where they are wanted. With
+//! an agent on the same machine it shares [`Memory`] for long ones, unless [`Guest::set_shared_bytes`] says not to.
 //!
 //! *Features.* None: the protocol, for a [`Transport`] of your own. `posix`: [`Posix`] sockets by the C library, still
 //! `no_std`. `std` (default): the environment, and errors as the standard library knows them. `capi`: the C interface
-//! of
-//! `include/vaccel_guest.h`.
+//! of `include/vaccel_guest.h`.
 //!
 //! *Layers, each knowing those above it:* `frame`, `hpack`, `protobuf` are encodings; `connection` is HTTP/2 without
 //! any I/O; `link` makes calls over a [`Transport`]; `request` and `reply` are the contract's messages; [`Guest`] is

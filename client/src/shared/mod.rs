@@ -1,9 +1,9 @@
 //! Memory that client and agent share, for tensors that would take longer through a socket.
 //!
-//! Where the agent is on the same machine, the client asks it for a region when there first is a long tensor, and from
-//! then on copies such tensors there once, instead of into the kernel and out of it. Data that was produced there, in a
-//! [`Buffer`], is not copied at all. A call without room in the region goes as all calls do, and so does everything
-//! where there is no region: nothing depends on it but time.
+//! Where the agent is on the same machine, the client asks it for a region when there first is a long tensor, or
+//! argument of a generic operation, and from then on copies such data there once, instead of into the kernel and out of
+//! it. Data that was produced there, in a [`Buffer`], is not copied at all. A call without room in the region goes as
+//! all calls do, and so does everything where there is no region: nothing depends on it but time.
 
 mod mapping;
 mod opening;

@@ -2,7 +2,8 @@
 //!
 //! What is used was seen to work in every guest kernel this was tried in: `socket`, `connect`, `send`, `read`, `poll`,
 //! `close`, the clock; `readv`, `writev` and for requests in pieces `setsockopt` where they do, and nothing that has
-//! to. Time limits are `poll`'s. No signal is ever raised by a connection that broke.
+//! to. Time limits are `poll`'s. No signal is ever raised by a connection that broke. What memory takes that the agent
+//! has, too, is told in `memory`.
 
 #[cfg(any(target_os = "linux", target_os = "android"))]
 mod memory;
