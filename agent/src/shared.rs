@@ -5,9 +5,9 @@
 //!
 //! What lies in a region can change while it is read. Where operations do nothing but arithmetic on it, any numbers are
 //! as good as others, and they read it there. An engine of models is foreign code that may check a number and then read
-//! it again (an index, a size, the order in a sort): it gets a copy, for which the tenant is charged. One that makes its
-//! own copy before it looks takes it straight from the region: tract, and whatever runs on a device. Text, and numbers
-//! that are relied on, are copied for everybody.
+//! it again (an index, a size, the order in a sort): it gets a copy, for which the tenant is charged. One that makes
+//! its own copy before it looks takes it straight from the region: tract, and whatever runs on a device. Text, and
+//! numbers that are relied on, are copied for everybody.
 
 use std::collections::HashMap;
 use std::fs::File;
