@@ -12,6 +12,7 @@ mod http2;
 mod identity;
 mod infer;
 pub mod networks;
+mod onward;
 mod ops;
 mod policy;
 mod pool;

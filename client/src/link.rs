@@ -97,6 +97,15 @@ impl Link {
         self.shared.dialer.endpoint()
     }
 
+    /// Tells the agent that a call is about to come, if that can be done at once.
+    pub(crate) fn alert(&self) {
+        if let Ok(slot) = self.shared.slot.try_lock()
+            && let Some(wire) = &slot.wire
+        {
+            wire.alert();
+        }
+    }
+
     /// The memory that is shared with the agent.
     pub(crate) fn memory(&self) -> &Arc<Memory> {
         &self.shared.memory
@@ -154,7 +163,8 @@ impl Link {
     ) -> Result<ModelInferResponse, Error> {
         let call = async {
             let wire = self.wire().await?;
-            let reply = unary::call(wire, "/inference.GRPCInferenceService/ModelInfer", request, time);
+            let options = unary::Options { time, awake: Duration::ZERO };
+            let reply = unary::call(wire, "/inference.GRPCInferenceService/ModelInfer", request, options);
             reply.await.map(tonic::Response::into_inner).map_err(|status| of_status(&status))
         };
         timeout(time, call).await.unwrap_or_else(|_| {

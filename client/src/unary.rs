@@ -27,6 +27,15 @@ use crate::error::{Failure, Reach};
 use crate::gzip;
 use crate::wire::Wire;
 
+/// How a call is made.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Options {
+    /// How long it may take.
+    pub(crate) time: Duration,
+    /// How long its thread stays awake for the reply, where there is a connection beside the one of all calls.
+    pub(crate) awake: Duration,
+}
+
 /// Makes a call.
 ///
 /// # Errors
@@ -35,13 +44,14 @@ pub(crate) async fn call<R: Message + Default>(
     mut wire: Wire,
     path: &'static str,
     message: &impl Message,
-    time: Duration,
+    options: Options,
 ) -> Result<Response<R>, Status> {
+    let time = options.time;
     let pieces = gather::framed(message)?;
     let length = pieces.iter().map(Bytes::len).sum();
     let beside = wire.beside(length).filter(|_| !wire.compresses());
     let message = match beside {
-        Some(connection) => match connection.call(path, time, pieces.clone()).await {
+        Some(connection) => match connection.call(path, options, pieces.clone()).await {
             // It has just been closed, perhaps because nobody wanted it.
             Err(status) if is_unsent(&status) => over(&mut wire, path, time, pieces).await?,
             answered => answered?,

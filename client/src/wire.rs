@@ -178,6 +178,13 @@ impl Wire {
         self.pool.as_ref()?.choose(bytes)
     }
 
+    /// Tells the agent that such a call is about to come.
+    pub(crate) fn alert(&self) {
+        if let Some(pool) = &self.pool {
+            pool.alert();
+        }
+    }
+
     /// Whether a new request has a chance on this connection.
     pub(crate) fn is_usable(&self) -> bool {
         !self.sender.is_closed() && !self.broken.load(Ordering::Relaxed)

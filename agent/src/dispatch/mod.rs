@@ -192,6 +192,11 @@ impl Dispatch {
         &self.sessions
     }
 
+    /// A call is about to come, which has to be computed.
+    pub(crate) fn expect(&self) {
+        self.workshop.scheduler.expect();
+    }
+
     /// Admits a call by its headers: it counts from here on, however slowly its message comes, until its reply is sent.
     /// One that comes while the agent stops is let through to be told so; health has another answer.
     ///

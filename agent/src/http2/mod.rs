@@ -93,6 +93,9 @@ const BLOCK_FRAMES_MAX: usize = 16;
 /// Settings in one frame: there are seven.
 const SETTINGS_MAX: usize = 64;
 
+/// Read of a connection before its thread does something else, in bytes: calls that it brought wait for that.
+const TURN_BYTES: usize = 1 << 20;
+
 /// Read ahead of the place it is for, in bytes.
 const AHEAD_BYTES: usize = 64 << 10;
 
@@ -129,6 +132,9 @@ pub(crate) trait Service {
     fn has_messages(head: &Self::Head) -> bool;
 
     fn call(&self, head: &Arc<Self::Head>, body: Incoming) -> Self::Answer;
+
+    /// A call is about to come.
+    fn expect(&self);
 }
 
 /// A reply's body.

@@ -15,7 +15,7 @@ use super::incoming::Delivery;
 use super::input;
 use super::{
     BLOCK_BYTES_MAX, BLOCK_FRAMES_MAX, CONNECTION_WINDOW, FAR, FRAME_BYTES_MAX, HEADER_BYTES_MAX,
-    SETTINGS_MAX, STREAM_WINDOW_MAX, Service, WINDOW_PART, WINDOW_STEP, Wire,
+    SETTINGS_MAX, STREAM_WINDOW_MAX, Service, TURN_BYTES, WINDOW_PART, WINDOW_STEP, Wire,
 };
 
 /// Why a connection cannot go on.
@@ -72,8 +72,13 @@ const DIRECT_BYTES_MIN: usize = 4096;
 impl<I: Wire, S: Service> Connection<I, S> {
     /// Reads and follows what comes. Ready when nothing more does.
     pub(super) fn poll_input(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Fault>> {
+        let mut read = 0;
         loop {
             while self.step()? {}
+            if read >= TURN_BYTES {
+                context.waker().wake_by_ref();
+                return Poll::Pending;
+            }
             if let Some(early) = self.early.take() {
                 self.mistaken(&early);
                 continue;
@@ -105,6 +110,7 @@ impl<I: Wire, S: Service> Connection<I, S> {
                 return Poll::Ready(Ok(()));
             }
             self.heard();
+            read += count;
         }
     }
 
@@ -232,6 +238,10 @@ impl<I: Wire, S: Service> Connection<I, S> {
             frame::GOAWAY => return Ok(Expect::Skip(length)),
             frame::WINDOW_UPDATE => (stream > 0, 4, 4),
             frame::PUSH_PROMISE | frame::CONTINUATION => return wrong("a frame that has no place here"),
+            frame::ALERT => {
+                self.service.expect();
+                return Ok(Expect::Skip(length));
+            }
             // Priorities, and what comes to be defined one day.
             _ => return Ok(Expect::Skip(length)),
         };

@@ -50,6 +50,26 @@ pub(crate) trait Runner: Send + Sync {
         reply_bytes_max: u64,
         cancel: &Cancel,
     ) -> Result<Vec<Tensor>, Error>;
+
+    /// Whether runs with these inputs will take no less time than one does now.
+    fn is_prepared(&self, inputs: &[Tensor]) -> bool {
+        let _ = inputs;
+        true
+    }
+
+    /// The thread that a run with these inputs needs in any case, if there is one.
+    fn home(&self, inputs: &[Tensor]) -> Option<Arc<dyn Home>> {
+        let _ = inputs;
+        None
+    }
+}
+
+/// A thread of a model's own, which can be a lane as well: then no other one needs to wake and to wait for it.
+pub(crate) trait Home: Send + Sync {
+    /// Whether it has nothing to do, and is the caller's until that has [given](Self::give) it something.
+    fn reserve(&self) -> bool;
+
+    fn give(&self, work: Box<dyn FnOnce() + Send>);
 }
 
 /// How the calls of a model may run together.
@@ -167,6 +187,11 @@ impl Batcher {
             bucket
         });
         (bucket, rows.max(1))
+    }
+
+    /// The thread that a call's run needs in any case.
+    pub(super) fn home(&self, call: &Call) -> Option<Arc<dyn Home>> {
+        self.core.runner.home(&call.inputs)
     }
 
     /// Rows that all inputs of a call have; 0 where there is no batch.

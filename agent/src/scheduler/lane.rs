@@ -1,10 +1,12 @@
 //! The lanes: threads that take from the queue, and the tickets of those who wait.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::Thread;
 use std::time::Duration;
 
 use tokio::sync::oneshot;
@@ -12,9 +14,10 @@ use tokio::time::Instant;
 use vaccel_proto::v1::Tensor;
 use vaccel_proto::{Error, Reason};
 
-use super::batch::{Call, Core, check_reply, join, part};
+use super::batch::{Call, Core, Home, check_reply, join, part};
 use super::queue::{Batch, FairQueue, Job, Picked, Place};
 use super::{Cancel, QUEUE_MAX, Spans, Timed, WAIT_SHARE_MAX, overloaded};
+use crate::onward;
 use crate::quota::{Account, Hold};
 
 type Answer<T> = oneshot::Sender<Result<Timed<T>, Error>>;
@@ -22,7 +25,7 @@ type Answer<T> = oneshot::Sender<Result<Timed<T>, Error>>;
 /// What a call is to a lane. Each answers its caller itself.
 pub(super) enum Work {
     Alone(Box<dyn FnOnce(&Cancel) + Send>),
-    Model { call: Call, reply: Answer<Vec<Tensor>> },
+    Model { call: Call, reply: Answer<Vec<Tensor>>, home: Option<Arc<dyn Home>> },
 }
 
 impl fmt::Debug for Work {
@@ -38,8 +41,6 @@ impl fmt::Debug for Work {
 pub(super) struct Lanes {
     count: usize,
     state: Mutex<State>,
-    /// Something waits, or the lanes close.
-    news: Condvar,
 }
 
 #[derive(Default)]
@@ -47,8 +48,17 @@ struct State {
     queue: FairQueue<Waiting>,
     runs: HashMap<u64, Run>,
     started: u64,
-    idle: usize,
+    /// Lanes that something runs on.
+    taken: usize,
+    /// Threads that wait for something to do. Whoever came last is the next to work: it is the soonest awake, and has
+    /// the most of what it needs in its processor's memory.
+    idle: Vec<Thread>,
     closing: bool,
+}
+
+thread_local! {
+    /// Whose queue this thread looks into before it waits: nobody needs to be woken for what it puts there.
+    static LOOKS_NEXT: Cell<*const Lanes> = const { Cell::new(std::ptr::null()) };
 }
 
 /// What a lane works on.
@@ -56,8 +66,18 @@ struct Run {
     cancel: Cancel,
     /// Callers that wait for it.
     callers: usize,
-    /// When the last one left: it is counted until it ends, and its thread is no lane any more.
+    /// When the last one left: it is counted until it ends, and somebody else has its lane.
     abandoned: Option<Hold>,
+    /// Who computes.
+    by: By,
+}
+
+/// Threads that compute.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum By {
+    Lane,
+    /// One of a model's own.
+    Home,
 }
 
 /// A call in the queue.
@@ -77,7 +97,7 @@ const PUSHED_OUT: u64 = u64::MAX;
 
 impl Lanes {
     pub(super) fn start(count: usize) -> Arc<Self> {
-        let lanes = Arc::new(Self { count, state: Mutex::default(), news: Condvar::new() });
+        let lanes = Arc::new(Self { count, state: Mutex::default() });
         for _ in 0..count {
             lanes.add();
         }
@@ -86,8 +106,18 @@ impl Lanes {
 
     /// Lets the threads end when they have done what waits.
     pub(super) fn close(&self) {
-        self.state().closing = true;
-        self.news.notify_all();
+        let mut state = self.state();
+        state.closing = true;
+        let idle = std::mem::take(&mut state.idle);
+        drop(state);
+        idle.iter().for_each(Thread::unpark);
+    }
+
+    pub(super) fn expect(&self) {
+        let next = self.state().idle.last().cloned();
+        if let Some(next) = next {
+            next.unpark();
+        }
     }
 
     /// Calls that wait, and runs that go on.
@@ -113,7 +143,7 @@ impl Lanes {
         let mut state = self.state();
         loop {
             let mut late = Vec::new();
-            let Some(batch) = state.queue.pick(Instant::now(), &mut late) else {
+            let Some((batch, number, cancel)) = state.begin(self.count, By::Lane, &mut late) else {
                 if !late.is_empty() {
                     // Requests are large: they are freed with the queue open.
                     drop(state);
@@ -124,43 +154,111 @@ impl Lanes {
                 if state.closing {
                     return;
                 }
-                state.idle += 1;
-                state = self.news.wait(state).unwrap_or_else(PoisonError::into_inner);
-                state.idle -= 1;
+                state = self.wait(state);
                 continue;
             };
-            let (number, cancel) = state.begin(&batch);
             // Somebody else can take what is left.
-            let more = state.idle > 0 && state.queue.waiting() > 0;
-            drop(state);
-            if more {
-                self.news.notify_one();
-            }
+            self.rouse(state);
             drop(late);
-            let done = perform(batch, &cancel);
+            let (done, woken) = onward::after(|| perform(batch, &cancel));
             state = self.state();
             if state.end(number, &done) {
                 return;
             }
+            if state.queue.waiting() == 0 {
+                drop(state);
+                LOOKS_NEXT.set(self);
+                woken.here();
+                LOOKS_NEXT.set(std::ptr::null());
+                state = self.state();
+            }
         }
+    }
+
+    /// Wakes a thread for what waits, if it may work on it.
+    fn rouse(&self, mut state: MutexGuard<'_, State>) {
+        let can_more = state.queue.waiting() > 0 && state.taken < self.count;
+        let next = if can_more { state.idle.pop() } else { None };
+        drop(state);
+        if let Some(next) = next {
+            next.unpark();
+        }
+    }
+
+    /// Lets somebody work on what was just put into the queue: the thread that it needs in any case, if there is one
+    /// and nothing else waits.
+    fn invite(self: &Arc<Self>, mut state: MutexGuard<'_, State>, home: Option<Arc<dyn Home>>) {
+        if let Some(home) = home
+            && state.queue.waiting() == 1
+            && home.reserve()
+        {
+            let mut late = Vec::new();
+            let begun = state.begin(self.count, By::Home, &mut late);
+            let Some((batch, number, cancel)) = begun else {
+                home.give(Box::new(|| ()));
+                return self.rouse(state);
+            };
+            drop(state);
+            let lanes = Arc::clone(self);
+            return home.give(Box::new(move || lanes.run_at_home(batch, number, &cancel)));
+        }
+        // A thread that looks into the queue next does not need to be woken for that.
+        if LOOKS_NEXT.replace(std::ptr::null()) != Arc::as_ptr(self) {
+            self.rouse(state);
+        }
+    }
+
+    /// What the lanes do elsewhere, on a thread of a model's.
+    fn run_at_home(&self, batch: Batch<Waiting>, number: u64, cancel: &Cancel) {
+        let (done, woken) = onward::after(|| perform(batch, cancel));
+        let mut state = self.state();
+        let is_left = state.end(number, &done);
+        self.rouse(state);
+        if !is_left {
+            woken.here();
+        }
+    }
+
+    /// Waits until somebody takes this thread out of those that are idle.
+    fn wait<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        let this = std::thread::current();
+        state.idle.push(this.clone());
+        while state.idle.iter().any(|idle| idle.id() == this.id()) {
+            drop(state);
+            std::thread::park();
+            state = self.state();
+        }
+        state
     }
 }
 
 impl State {
-    fn begin(&mut self, batch: &Batch<Waiting>) -> (u64, Cancel) {
+    /// Takes what is next out of the queue, if a lane is free for it. Those that come too late are given to `late`.
+    fn begin(
+        &mut self,
+        lanes: usize,
+        by: By,
+        late: &mut Vec<Job<Waiting>>,
+    ) -> Option<(Batch<Waiting>, u64, Cancel)> {
+        if self.taken == lanes {
+            return None;
+        }
+        let batch = self.queue.pick(Instant::now(), late)?;
+        self.taken += 1;
         self.started += 1;
         let (number, cancel) = (self.started, Cancel::default());
-        for (_, waiting) in batch {
+        for (_, waiting) in &batch {
             waiting.stage.0.store(number, Ordering::Relaxed);
         }
         if let Some(bucket) = &batch[0].0.bucket {
             bucket.core.begin();
         }
-        self.runs.insert(number, Run { cancel: cancel.clone(), callers: batch.len(), abandoned: None });
-        (number, cancel)
+        let (callers, abandoned) = (batch.len(), None);
+        self.runs.insert(number, Run { cancel: cancel.clone(), callers, abandoned, by });
+        Some((batch, number, cancel))
     }
 
-    /// Whether the run's callers had left, so that another thread has the lane.
+    /// Whether the run's callers had left, so that somebody else has the lane.
     fn end(&mut self, number: u64, done: &Done) -> bool {
         if let Some(bucket) = &done.calls[0].picked.bucket {
             bucket.core.end();
@@ -172,18 +270,24 @@ impl State {
         for call in &done.calls {
             self.queue.finished(&call.picked, call.took, call.spoilt);
         }
-        self.runs.remove(&number).is_some_and(|run| run.abandoned.is_some())
+        let is_left = self.runs.remove(&number).is_some_and(|run| run.abandoned.is_some());
+        if !is_left {
+            self.taken -= 1;
+        }
+        is_left
     }
 
-    /// One caller of a run leaves. Returns what tells the run to stop if it was the last.
-    fn leave(&mut self, number: u64, account: &Arc<Account>) -> Option<Cancel> {
+    /// One caller of a run leaves. If it was the last, the lane is free; returns what tells the run to stop, and who
+    /// computes it.
+    fn leave(&mut self, number: u64, account: &Arc<Account>) -> Option<(Cancel, By)> {
         let run = self.runs.get_mut(&number)?;
         run.callers -= 1;
         if run.callers > 0 {
             return None;
         }
         run.abandoned = Some(account.abandoned());
-        Some(run.cancel.clone())
+        self.taken -= 1;
+        Some((run.cancel.clone(), run.by))
     }
 }
 
@@ -222,12 +326,12 @@ impl Ticket {
                 }
             }
         }
+        let home = match &job.work {
+            Work::Model { home, .. } => home.clone(),
+            Work::Alone(_) => None,
+        };
         let place = state.queue.push(account, job.map(|work| Waiting { stage: Arc::clone(&stage), work }));
-        let is_idle = state.idle > 0;
-        drop(state);
-        if is_idle {
-            lanes.news.notify_one();
-        }
+        lanes.invite(state, home);
         drop(pushed_out);
         Ok(Self { lanes: Arc::clone(lanes), account: Arc::clone(account), place, stage, answered: false })
     }
@@ -261,10 +365,10 @@ impl Drop for Ticket {
             number => {
                 let stopped = state.leave(number, &self.account);
                 let is_closing = state.closing;
-                drop(state);
-                if let Some(cancel) = stopped {
+                self.lanes.rouse(state);
+                if let Some((cancel, by)) = stopped {
                     cancel.set();
-                    if !is_closing {
+                    if by == By::Lane && !is_closing {
                         self.lanes.add();
                     }
                 }
@@ -294,7 +398,7 @@ fn perform(batch: Batch<Waiting>, cancel: &Cancel) -> Done {
     let mut together = Vec::with_capacity(batch.len());
     for (picked, waiting) in batch {
         match waiting.work {
-            Work::Model { call, reply } => together.push(Member { picked, call, reply }),
+            Work::Model { call, reply, .. } => together.push(Member { picked, call, reply }),
             Work::Alone(work) => {
                 // A panic drops the way to answer, which the caller notices.
                 let _ = catch_unwind(AssertUnwindSafe(|| work(cancel)));
@@ -320,11 +424,12 @@ fn run_model(core: &Core, members: Vec<Member>, began: Instant, cancel: &Cancel)
     let rows: Vec<usize> = members.iter().map(|member| member.picked.rows).collect();
     let total = rows.iter().sum::<usize>();
     let mut spans = Spans { calls: members.len(), rows: total, ..Spans::default() };
-    let results = if members.len() == 1 {
-        vec![run_once(core, &members[0].call, cancel)]
+    let (results, is_usual) = if let [one] = &members[..] {
+        let is_usual = core.runner.is_prepared(&one.call.inputs);
+        (vec![run_once(core, &one.call, cancel)], is_usual)
     } else {
         match run_together(core, &members, &rows, &mut spans, cancel) {
-            Some(parts) => parts,
+            Some(done) => done,
             None => return run_apart(core, members, began, cancel),
         }
     };
@@ -336,7 +441,7 @@ fn run_model(core: &Core, members: Vec<Member>, began: Instant, cancel: &Cancel)
         let share = took.mul_f64(share(member.picked.rows, total));
         answer(member, result, spans, began, share, false)
     });
-    Done { calls: calls.collect(), whole: Some(took).filter(|_| is_whole) }
+    Done { calls: calls.collect(), whole: Some(took).filter(|_| is_whole && is_usual) }
 }
 
 fn answer(
@@ -369,18 +474,23 @@ fn run_caught(
     catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(panicked)
 }
 
-/// One run for all; none when each has to run by itself, because the run failed or its outputs are not made of rows.
+/// What each of a run's calls gets.
+type Results = Vec<Result<Vec<Tensor>, Error>>;
+
+/// One run for all, and whether it took what such runs take; none when each has to run by itself, because the run
+/// failed or its outputs are not made of rows.
 fn run_together(
     core: &Core,
     members: &[Member],
     rows: &[usize],
     spans: &mut Spans,
     cancel: &Cancel,
-) -> Option<Vec<Result<Vec<Tensor>, Error>>> {
+) -> Option<(Results, bool)> {
     let began = Instant::now();
     let calls: Vec<&Call> = members.iter().map(|member| &member.call).collect();
     let inputs = join(&calls);
     spans.join = began.elapsed();
+    let is_usual = core.runner.is_prepared(&inputs);
     let limit = calls.iter().map(|call| call.reply_bytes_max).fold(0, u64::saturating_add);
     let outputs = run_caught(core, inputs, &calls[0].outputs, limit, cancel).ok()?;
     let ran = Instant::now();
@@ -394,7 +504,7 @@ fn run_together(
     });
     let checked = checked.collect();
     spans.part = ran.elapsed();
-    Some(checked)
+    Some((checked, is_usual))
 }
 
 /// Every call by itself, so that one that fails does not take the others with it. Who spoilt the batch pays for it.

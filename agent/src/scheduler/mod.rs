@@ -27,7 +27,7 @@ use crate::quota::Account;
 use lane::{Lanes, Ticket, Work};
 use queue::Job;
 
-pub(crate) use batch::{Batcher, Batching, Call, Runner};
+pub(crate) use batch::{Batcher, Batching, Call, Home, Runner};
 pub(crate) use cancel::Cancel;
 
 /// Calls that wait for a lane, of all tenants. Each holds its request. Beyond it, whoever has most waiting gives way.
@@ -129,6 +129,11 @@ impl Scheduler {
         Self { lanes: Lanes::start(lanes) }
     }
 
+    /// Something is about to come: a lane that waits may wake, which takes longer than to find nothing.
+    pub(crate) fn expect(&self) {
+        self.lanes.expect();
+    }
+
     /// Runs `work` on a lane, before the asker's deadline.
     ///
     /// # Errors
@@ -195,7 +200,8 @@ impl Scheduler {
             return Err(overloaded("Exceeds maximum queue size", RETRY_AFTER_MIN));
         }
         let (bucket, rows) = batcher.bucket(&call);
-        self.enter(asker, Instant::now(), Some(bucket), rows, Work::Model { call, reply }, result).await
+        let home = batcher.home(&call);
+        self.enter(asker, Instant::now(), Some(bucket), rows, Work::Model { call, reply, home }, result).await
     }
 
     async fn enter<T>(

@@ -1,5 +1,7 @@
 //! The scheduler with lanes of its own, and its queue with a clock made up.
 
+mod home;
+
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
@@ -310,6 +312,30 @@ async fn a_model_runs_as_often_at_once_as_it_can() {
         call.await.expect("no panic").expect("served");
     }
     assert!(runner.most.load(Ordering::SeqCst) <= 2, "{:?}", runner.most);
+}
+
+#[tokio::test]
+async fn what_a_model_takes_before_it_is_prepared_is_not_remembered() {
+    struct Preparing(AtomicUsize);
+    impl Runner for Preparing {
+        fn run(&self, inputs: Vec<Tensor>, _: &[usize], _: u64, _: &Cancel) -> Result<Vec<Tensor>, Error> {
+            self.0.fetch_add(1, Ordering::SeqCst);
+            Ok(inputs)
+        }
+
+        fn is_prepared(&self, _: &[Tensor]) -> bool {
+            self.0.load(Ordering::SeqCst) >= 2
+        }
+    }
+    let (scheduler, account) = (Scheduler::new(1), account());
+    let batcher = Batcher::new(Arc::new(Preparing(AtomicUsize::new(0))), alone(1));
+    let (bucket, _) = batcher.bucket(&call(&[1]));
+    for is_known in [false, false, true] {
+        scheduler.run_model(&asker(&account), &batcher, call(&[1])).await.expect("served");
+        // What a run took is noted before the next one begins.
+        scheduler.run(&asker(&account), |_| Ok(())).await.expect("served");
+        assert_eq!(bucket.row_cost().is_some(), is_known);
+    }
 }
 
 #[tokio::test]

@@ -168,14 +168,17 @@ struct Model {
     /// Of that, by the agent's clock, while the call waited for its turn, and while it ran.
     queue_us: f64,
     run_us: f64,
+    /// The same by a caller whose thread stays awake for the reply, on devices.
+    awake: Option<Way>,
     /// The same with images that lie in memory that client and agent share, on devices.
-    shared: Option<Shared>,
+    shared: Option<Way>,
     /// The largest difference to the first engine's numbers, to the largest of them; none for that engine.
     max_error: Option<f64>,
 }
 
+/// A whole call in another way.
 #[derive(Debug, Serialize)]
-struct Shared {
+struct Way {
     ms: f64,
     added_us: f64,
     to_direct: f64,

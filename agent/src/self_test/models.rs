@@ -9,8 +9,8 @@ use vaccel_client::{Client, Resource, Session, Timings, named};
 use vaccel_proto::v1::{DType, Tensor};
 use vaccel_proto::{Error, Reason};
 
-use super::measure::{Amounts, CPU, by_turns, fails, in_shared_memory, median, open};
-use super::{Batching, Model, Record, SelfTestError, Shared};
+use super::measure::{Amounts, CPU, by_turns, fails, in_shared_memory, median, open, stays_awake};
+use super::{Batching, Model, Record, SelfTestError, Way};
 use crate::config::EngineConfig;
 use crate::networks::SIDE;
 use crate::{Config, Network};
@@ -138,7 +138,11 @@ impl Place<'_> {
             self.timings.take();
             let [alone, unix] = by_turns(amounts, run, async || self.call(&images).await.map(drop)).await?;
             let [queue_us, run_us] = self.stages();
-            let shared = if is_device { Some(self.shared(&images, amounts, run).await?) } else { None };
+            let (mut awake, mut shared) = (None, None);
+            if is_device {
+                awake = Some(self.awake(&images, amounts, run).await?);
+                shared = Some(self.shared(&images, amounts, run).await?);
+            }
             // Once more, in whatever way it runs by now.
             let last = self.call(&images).await?;
             let max_error = match judge {
@@ -159,6 +163,7 @@ impl Place<'_> {
                 unix_to_direct: unix / alone,
                 queue_us,
                 run_us,
+                awake,
                 shared,
                 max_error,
             };
@@ -168,19 +173,30 @@ impl Place<'_> {
         Ok(())
     }
 
+    /// The same by a caller that stays awake.
+    async fn awake(
+        &self,
+        images: &Tensor,
+        amounts: &Amounts,
+        direct: impl FnMut() -> Result<(), Error>,
+    ) -> Result<Way, SelfTestError> {
+        let awake = Place { session: &stays_awake(self.session), timings: RefCell::default(), ..*self };
+        let by_turns = by_turns(amounts, direct, async || awake.call(images).await.map(drop)).await?;
+        Ok(Way::of(by_turns))
+    }
+
     /// The same with images that were produced in memory that the agent shares.
     async fn shared(
         &self,
         images: &Tensor,
         amounts: &Amounts,
         direct: impl FnMut() -> Result<(), Error>,
-    ) -> Result<Shared, SelfTestError> {
+    ) -> Result<Way, SelfTestError> {
         let data = in_shared_memory(self.client, &images.elements::<f32>()?).await;
         let produced = Tensor::from_bytes(DType::F32, &images.shape, data);
         self.call(&produced).await?;
-        let [alone, shared] =
-            by_turns(amounts, direct, async || self.call(&produced).await.map(drop)).await?;
-        Ok(Shared { ms: shared * 1e3, added_us: (shared - alone) * 1e6, to_direct: shared / alone })
+        let by_turns = by_turns(amounts, direct, async || self.call(&produced).await.map(drop)).await?;
+        Ok(Way::of(by_turns))
     }
 
     /// Medians of how long calls waited for their turn, and ran.
@@ -200,6 +216,12 @@ impl Place<'_> {
         self.timings.borrow_mut().push(ran.timings);
         let output = ran.outputs.into_iter().next().and_then(|output| output.tensor);
         output.ok_or_else(|| Error::new(Reason::BackendFailed, "a network without outputs"))
+    }
+}
+
+impl Way {
+    fn of([alone, called]: [f64; 2]) -> Self {
+        Self { ms: called * 1e3, added_us: (called - alone) * 1e6, to_direct: called / alone }
     }
 }
 

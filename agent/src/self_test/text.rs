@@ -78,16 +78,27 @@ fn figures(out: &mut String, record: &Record) -> fmt::Result {
     }
     writeln!(
         out,
-        "\n{:<40}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}{:>12}",
-        "network, ms", "direct", "unix", "added us", "shared", "added us", "images/s", "max error"
+        "\n{:<40}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}{:>12}",
+        "network, ms",
+        "direct",
+        "unix",
+        "added us",
+        "awake",
+        "added us",
+        "shared",
+        "added us",
+        "images/s",
+        "max error"
     )?;
     for one in &record.models {
         let title = format!("{} {} {}, batch {}", one.network, one.engine, one.device, one.batch);
         let error = one.max_error.map_or("-".into(), |error| format!("{error:.1e}"));
         write!(out, "{title:<40}{:>10.2}{:>10.2}{:>10.0}", one.direct_ms, one.unix_ms, one.unix_added_us)?;
-        match &one.shared {
-            Some(shared) => write!(out, "{:>10.2}{:>10.0}", shared.ms, shared.added_us)?,
-            None => write!(out, "{:>10}{:>10}", "-", "-")?,
+        for way in [&one.awake, &one.shared] {
+            match way {
+                Some(way) => write!(out, "{:>10.2}{:>10.0}", way.ms, way.added_us)?,
+                None => write!(out, "{:>10}{:>10}", "-", "-")?,
+            }
         }
         writeln!(out, "{:>10.1}{error:>12}", one.images_per_s)?;
     }

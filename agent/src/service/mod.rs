@@ -260,6 +260,10 @@ impl http2::Service for ConnectionService {
         head.is_grpc
     }
 
+    fn expect(&self) {
+        self.gate.dispatch.expect();
+    }
+
     fn call(&self, head: &Arc<Head>, body: http2::Incoming) -> Answer {
         let (caller, held) = match self.gate.admit(&self.connection, head) {
             Ok(admitted) => admitted,

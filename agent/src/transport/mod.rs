@@ -24,6 +24,7 @@ use vaccel_proto::{Endpoint, Error, Reason};
 use crate::dispatch::Dispatch;
 use crate::http2;
 use crate::identity::{self, Peer, Tenant};
+use crate::onward;
 use crate::pool::Pool;
 use crate::quota::{Hold, Unit};
 use crate::service::{Connection, ConnectionService, Gate};
@@ -133,13 +134,13 @@ impl Entrance {
             }
         };
         let entrance = Arc::clone(self);
-        connections.spawn(async move {
+        connections.spawn(onward::task(async move {
             let _slot = slot;
             let _counted: Hold = counted;
             if let Err(error) = entrance.converse(&endpoint, stream, peer, tenant).await {
                 tracing::debug!(listener = %endpoint, %error, "connection ended");
             }
-        });
+        }));
     }
 
     async fn converse(

@@ -46,7 +46,7 @@ const LAYERS: &[&[&str]] = &[
     &["scheduler"],
     &["http2"],
     &["shared"],
-    &["quota", "pool"],
+    &["onward", "quota", "pool"],
     &["identity"],
     &["config", "networks"],
 ];

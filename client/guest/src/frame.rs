@@ -17,6 +17,9 @@ pub const PING: u8 = 6;
 pub const GOAWAY: u8 = 7;
 pub const WINDOW_UPDATE: u8 = 8;
 pub const CONTINUATION: u8 = 9;
+/// A call is about to come: whoever is going to work on it may wake. None of the RFC's, by which those who do not know
+/// it pass over it (5.5).
+pub const ALERT: u8 = 0xfa;
 
 pub const END_STREAM: u8 = 0x1;
 pub const ACK: u8 = 0x1;

@@ -15,12 +15,14 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::time::{Instant, Sleep, sleep};
 use tonic::Status;
+use vaccel_guest::frame;
 
 use super::KEEP_ALIVE;
 use super::state::{State, failed};
 use super::stream::Outcome;
 use crate::dial::Stream as Socket;
 use crate::error::Reach;
+use crate::unary::Options;
 use crate::wire::Head;
 
 /// Pause between the attendant's looks at a connection on which calls are made.
@@ -112,13 +114,33 @@ impl Connection {
     ///
     /// # Errors
     /// The agent's status; a [`Failure`](crate::error::Failure) is its source.
-    pub(crate) async fn call(&self, path: &str, time: Duration, pieces: Vec<Bytes>) -> Outcome {
+    pub(crate) async fn call(&self, path: &str, options: Options, pieces: Vec<Bytes>) -> Outcome {
         let bytes = pieces.iter().map(Bytes::len).sum();
         let mut call = Call { connection: self, bytes, id: None };
         self.shared.bytes.fetch_add(bytes, Ordering::Relaxed);
         self.shared.calls.fetch_add(1, Ordering::Relaxed);
-        call.id = Some(self.shared.begin(path, time, pieces)?);
+        call.id = Some(self.shared.begin(path, options.time, pieces)?);
+        let begun = Instant::now();
+        while begun.elapsed() < options.awake {
+            let once = poll_fn(|context| Poll::Ready(call.poll(context))).await;
+            if let Poll::Ready(outcome) = once {
+                return outcome;
+            }
+            // The runtime looks at its sockets, and does not wait for them.
+            tokio::task::yield_now().await;
+        }
         poll_fn(|context| call.poll(context)).await
+    }
+
+    /// Says that a call is about to come, if none is there.
+    pub(super) fn alert(&self) {
+        let mut work = self.shared.work();
+        if work.state.takes_calls() && work.state.streams.is_empty() && work.state.output.bytes() == 0 {
+            work.state.output.frame(frame::ALERT, 0, 0, |_| {});
+            // What cannot be written now is written with the call.
+            work.state.flush(&mut Context::from_waker(Waker::noop()));
+        }
+        self.shared.leave(work);
     }
 }
 

@@ -61,6 +61,14 @@ impl Pool {
         least
     }
 
+    /// Tells the agent that a call is about to come.
+    pub(crate) fn alert(&self) {
+        let least = self.shared.connections().iter().min_by_key(|connection| connection.load()).cloned();
+        if let Some(least) = least {
+            least.alert();
+        }
+    }
+
     /// Opens another connection, one at a time.
     fn dial(&self) {
         let is_early = self.shared.not_before().is_some_and(|at| Instant::now() < at);

@@ -12,9 +12,10 @@ use vaccel_guest::frame::{self, Header};
 
 use super::Connection;
 use crate::error::{Failure, Reach};
+use crate::unary::Options;
 use crate::wire::Head;
 
-const TIME: Duration = Duration::from_secs(60);
+const OPTIONS: Options = Options { time: Duration::from_secs(60), awake: Duration::ZERO };
 /// `:status: 200`, and the trailers `grpc-status: 0`, `grpc-status: 5` with a message, as header blocks.
 const OK: &[u8] = &[0x88];
 const DONE: &[u8] = b"\x00\x0bgrpc-status\x010";
@@ -98,7 +99,7 @@ async fn connected(settings: &[(u16, u32)], room: usize) -> (Connection, Agent) 
 fn call(connection: &Connection, message: &[u8]) -> JoinHandle<Result<Bytes, Status>> {
     let connection = connection.clone();
     let pieces = vec![Bytes::from(framed(message))];
-    tokio::spawn(async move { connection.call("/service/Method", TIME, pieces).await })
+    tokio::spawn(async move { connection.call("/service/Method", OPTIONS, pieces).await })
 }
 
 fn reach(outcome: Result<Bytes, Status>) -> Reach {
@@ -117,6 +118,40 @@ async fn a_call_is_heard_and_answered_however_little_goes_at_once() {
             assert!(call.await.unwrap().unwrap() == vec![2; length], "{length} through {room}");
         }
     }
+}
+
+#[tokio::test]
+async fn who_stays_awake_for_a_reply_lets_others_work_meanwhile() {
+    let (connection, mut agent) = connected(&[], 1 << 16).await;
+    // Longer than the agent takes, and less long.
+    for awake in [Duration::from_secs(60), Duration::from_micros(1)] {
+        let options = Options { awake, ..OPTIONS };
+        let pieces = vec![Bytes::from(framed(b"question"))];
+        let answering = async {
+            let (stream, content) = agent.request().await;
+            assert!(content == framed(b"question"));
+            agent.answer(stream, b"answer").await;
+        };
+        let (answer, ()) = tokio::join!(connection.call("/service/Method", options, pieces), answering);
+        assert_eq!(answer.unwrap(), &b"answer"[..]);
+    }
+}
+
+#[tokio::test]
+async fn an_agent_is_told_of_a_call_before_it_comes_if_it_has_none() {
+    let (connection, mut agent) = connected(&[], 1 << 16).await;
+    connection.alert();
+    agent.expect(frame::ALERT).await;
+    let first = call(&connection, b"first");
+    let (stream, _) = agent.request().await;
+    connection.alert();
+    agent.answer(stream, b"answer").await;
+    first.await.unwrap().unwrap();
+    // The next frame is another call's.
+    let _second = call(&connection, b"second");
+    let mut header = [0; frame::HEADER_BYTES];
+    agent.socket.read_exact(&mut header).await.unwrap();
+    assert_eq!(Header::decode(&header).kind, frame::HEADERS);
 }
 
 #[tokio::test]
@@ -168,7 +203,7 @@ async fn calls_share_a_connection_and_are_answered_in_any_order() {
 #[tokio::test]
 async fn a_call_that_is_not_polled_holds_up_no_other() {
     let (connection, mut agent) = connected(&[], 1 << 20).await;
-    let mut lazy = Box::pin(connection.call("/service/Method", TIME, vec![framed(b"lazy").into()]));
+    let mut lazy = Box::pin(connection.call("/service/Method", OPTIONS, vec![framed(b"lazy").into()]));
     // Alone, it works on the connection itself; from here on nobody polls it.
     assert!(lazy.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
     let (first, _) = agent.request().await;

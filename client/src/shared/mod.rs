@@ -37,6 +37,10 @@ pub(crate) const SHARED_BYTES_DEFAULT: usize = 128 << 20;
 const CALL_BYTES_MIN: usize = 32 << 10;
 const TENSOR_BYTES_MIN: usize = 16 << 10;
 
+/// Bytes of a call that are copied, for which its agent is told before that it comes: that takes as long as its threads
+/// take to wake.
+const ALERT_BYTES_MIN: usize = 256 << 10;
+
 /// Pause after an agent had no region to give.
 const PAUSE: Duration = Duration::from_secs(60);
 
@@ -143,8 +147,9 @@ impl Memory {
         region.clone()
     }
 
-    /// Puts the tensors of a request into the region, if they are long and there is room.
-    pub(crate) fn lend(self: &Arc<Self>, request: &RunRequest) -> Option<Lent> {
+    /// Puts the tensors of a request into the region, if they are long and there is room. `alert` is called before that
+    /// takes some time.
+    pub(crate) fn lend(self: &Arc<Self>, request: &RunRequest, alert: impl FnOnce()) -> Option<Lent> {
         if self.bytes == 0 || request.encoded_len() < CALL_BYTES_MIN {
             return None;
         }
@@ -157,6 +162,11 @@ impl Memory {
             self.open_meanwhile();
             return None;
         };
+        let data = carriers.iter_mut().filter_map(|carrier| carrier.data_mut());
+        let copied = data.filter(|data| region.mapping.place(data).is_none()).map(|data| data.len());
+        if copied.sum::<usize>() >= ALERT_BYTES_MIN {
+            alert();
+        }
         let mut slots = Vec::new();
         let (mut places, mut given) = (Vec::new(), Vec::new());
         for carrier in carriers {

@@ -10,7 +10,8 @@ use vaccel_client::{
 
 use crate::fake::{Fake, Step};
 
-const ONCE: CallOptions = CallOptions { deadline: None, repeatable: false, reply_type: DType::Unspecified };
+const ONCE: CallOptions =
+    CallOptions { deadline: None, repeatable: false, reply_type: DType::Unspecified, awake: Duration::ZERO };
 
 async fn session(fake: &Fake) -> Session {
     fake.client().await.open_session(SessionOptions::default()).await.unwrap()

@@ -7,6 +7,8 @@
 //! session      (run)       (run)         (run)      one thread, because graphs belong to the thread that captured them
 //! ```
 //!
+//! While calls come one at a time, that thread is the lane, too: to hand over and to wait, two would have to wake.
+//!
 //! A call's inputs have a [`Place`]: memory of the device for each tensor, which stays where it is, so that a graph can
 //! be launched again. The first run of a combination of shapes has its outputs come to the host as they are, and tells
 //! how large they are; from the second on they have memory of their own. With runs of two calls at a time one is
@@ -30,7 +32,7 @@ use super::super::cuda::{Buffer, Cuda, Device};
 use super::super::{Port, Program, check_reply};
 use super::{failed, from_ort, misfit};
 use crate::quota::Account;
-use crate::scheduler::{Cancel, Runner};
+use crate::scheduler::{Cancel, Home, Runner};
 use crate::shared::Mapping;
 use binding::{At, Bind, bind_to_host, with_tensor};
 use sessions::{SessionThread, Sessions};
@@ -111,6 +113,10 @@ struct Places {
 /// Types and shapes of inputs.
 type Signature = Vec<(DType, Vec<i64>)>;
 
+fn signature(inputs: &[Tensor]) -> Signature {
+    inputs.iter().map(|input| (input.dtype(), input.shape.clone())).collect()
+}
+
 /// Where the tensors of one call are.
 struct Place {
     signature: Signature,
@@ -189,7 +195,7 @@ impl DeviceProgram {
 
     /// A place for tensors like these: one that was used before, or a new one.
     fn take(&self, inputs: &[Tensor]) -> Result<Place, Error> {
-        let signature: Signature = inputs.iter().map(|input| (input.dtype(), input.shape.clone())).collect();
+        let signature = signature(inputs);
         let (session, is_own) = self.sessions.of(&signature);
         let mut places = self.places();
         if is_own {
@@ -424,6 +430,14 @@ impl Runner for DeviceProgram {
         }
         self.give_back(place);
         result
+    }
+
+    fn is_prepared(&self, inputs: &[Tensor]) -> bool {
+        self.sessions.are_known(&signature(inputs))
+    }
+
+    fn home(&self, inputs: &[Tensor]) -> Option<Arc<dyn Home>> {
+        Some(self.sessions.of(&signature(inputs)).0)
     }
 }
 

@@ -3,6 +3,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::mpsc::channel;
 
 use vaccel_proto::v1::Tensor;
 
@@ -131,8 +132,10 @@ fn shapes_that_come_often_get_a_session_of_their_own() {
         program.settle();
     }
     assert_eq!(ledger.used(), CHARGE + places(&[3]));
+    assert!(!program.is_prepared(&[rows(3, 0.0)]));
     check(3, 0);
     program.settle();
+    assert!(program.is_prepared(&[rows(3, 0.0)]) && !program.is_prepared(&[rows(4, 0.0)]));
     assert_eq!(ledger.used(), 2 * CHARGE + places(&[3]));
     // The other one takes all other shapes.
     for round in 1..device::RUNS_MIN {
@@ -187,6 +190,38 @@ fn calls_at_the_same_time_keep_apart() {
             });
         }
     });
+}
+
+#[test]
+fn the_thread_of_a_session_can_be_a_lane() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cuda = cuda(folder.path(), None);
+    let program = Arc::new(program(&cuda, onnx::add()).expect("loaded"));
+    let home = program.home(&[rows(2, 0.0)]).expect("a thread");
+    assert!(home.reserve() && !home.reserve(), "it is somebody's");
+    let (own, (tell, told)) = (Arc::clone(&program), channel());
+    let (leave, left) = channel::<()>();
+    home.give(Box::new(move || {
+        // Until these runs have given their shapes a session, with a thread, of their own.
+        for round in 0..device::RUNS_MIN + 2 {
+            let first = f32::from(u8::try_from(round).expect("small"));
+            let outputs = run(&own, vec![rows(2, first)]).expect("ran");
+            own.settle();
+            tell.send((first, numbers(&outputs[0]))).expect("the test listens");
+        }
+        drop(tell);
+        left.recv().expect("the others left");
+        // The last that has the model lets it go, on its own thread.
+        drop(own);
+    }));
+    for (first, found) in told {
+        assert_eq!(found, [first + 1.0, first + 2.0].repeat(2));
+    }
+    drop((program, home));
+    leave.send(()).expect("it waits");
+    while cuda.devices()[0].ledger.used() > 0 {
+        std::thread::yield_now();
+    }
 }
 
 #[test]

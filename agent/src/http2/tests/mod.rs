@@ -48,9 +48,9 @@ const LARGE: usize = 300_000;
 
 /// By path: `/echo` sends back what it got, or why it did not get all of it; `/slow` takes its time with every message;
 /// `/large` sends [`LARGE`] bytes; `/never` does not answer; others answer without waiting for a body. Counts calls
-/// that are not answered, and messages that `/slow` took.
+/// that are not answered, messages that `/slow` took, and those that are expected.
 #[derive(Clone, Default)]
-struct Echo(Arc<AtomicUsize>, Arc<AtomicUsize>);
+struct Echo(Arc<AtomicUsize>, Arc<AtomicUsize>, Arc<AtomicUsize>);
 
 struct Awaited(Arc<AtomicUsize>);
 
@@ -73,6 +73,10 @@ impl Service for Echo {
 
     fn has_messages(head: &Request<()>) -> bool {
         is_grpc(head.headers())
+    }
+
+    fn expect(&self) {
+        self.2.fetch_add(1, Ordering::SeqCst);
     }
 
     fn call(&self, head: &Arc<Request<()>>, body: Incoming) -> Self::Answer {
@@ -108,6 +112,7 @@ struct Peer {
     agent: JoinHandle<io::Result<()>>,
     calls: Arc<AtomicUsize>,
     taken: Arc<AtomicUsize>,
+    expected: Arc<AtomicUsize>,
 }
 
 /// What came on one stream.
@@ -144,14 +149,14 @@ impl Peer {
     fn silent() -> Self {
         let (io, far) = tokio::io::duplex(1 << 20);
         let service = Echo::default();
-        let (calls, taken) = (Arc::clone(&service.0), Arc::clone(&service.1));
+        let Echo(calls, taken, expected) = service.clone();
         let agent = tokio::spawn(async move {
             let mut connection = Connection::new(far, service, Pool::default());
             let ended = connection.run().await;
             let _ = connection.into_io().shutdown().await;
             ended
         });
-        Self { io, agent, calls, taken }
+        Self { io, agent, calls, taken, expected }
     }
 
     async fn new() -> Self {
@@ -367,7 +372,7 @@ async fn what_came_of_an_upload_is_taken_although_the_peer_has_left() {
         peer.send(frame::DATA, 0, 1, &message(&[number; 100])).await;
     }
     peer.call(3, "/never", &[]).await;
-    let Peer { io, agent, calls, taken } = peer;
+    let Peer { io, agent, calls, taken, .. } = peer;
     drop(io);
     let _ = agent.await.expect("no panic");
     assert_eq!((taken.load(Ordering::SeqCst), calls.load(Ordering::SeqCst)), (5, 0));
@@ -549,7 +554,7 @@ fn closing() -> (Peer, tokio::sync::oneshot::Sender<()>) {
         }
         connection.run().await
     });
-    (Peer { io, agent, calls, taken }, close)
+    (Peer { io, agent, calls, taken, expected: Arc::default() }, close)
 }
 
 #[tokio::test]

@@ -125,6 +125,12 @@ impl Agent {
         self.status("VmRSS:")
     }
 
+    /// The memory that is its own, in bytes: without the pages of its file, of which the kernel has more or fewer at
+    /// hand.
+    pub fn own(&self) -> u64 {
+        self.status("RssAnon:")
+    }
+
     /// The most resident memory it ever had, in bytes.
     pub fn peak(&self) -> u64 {
         self.status("VmHWM:")

@@ -7,8 +7,10 @@
 //! ever. It is loaded, and run once on zeros, while calls go on without, and counted as the first one is.
 
 use std::borrow::Cow;
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -21,7 +23,7 @@ use vaccel_proto::{Error, Reason};
 use super::super::super::cuda::{Charge, Device};
 use super::super::{failed, to_ort};
 use super::{GRAPH, NO_GRAPH, PARALLEL_RUNS, SHAPES_MAX, Signature};
-use crate::scheduler::Cancel;
+use crate::scheduler::{Cancel, Home};
 
 /// Runs of the same shapes after which they get a session. They come again, and the session for all shapes would spend
 /// a tenth of a second whenever others come in between.
@@ -76,6 +78,20 @@ impl Sessions {
         match self.own().get(signature) {
             Some(Own::There(session)) => (Arc::clone(session), true),
             _ => (Arc::clone(&self.any), false),
+        }
+    }
+
+    /// Whether these shapes have what they will have for now.
+    pub(super) fn are_known(&self, signature: &Signature) -> bool {
+        let loads = || {
+            let loader = self.loader.lock().unwrap_or_else(PoisonError::into_inner);
+            loader.as_ref().is_some_and(|loader| !loader.is_finished())
+        };
+        match self.own().get(signature) {
+            Some(Own::There(_)) => true,
+            Some(Own::Loading) => !loads(),
+            Some(Own::NotYet { runs }) => *runs >= RUNS_MIN,
+            None => self.load.is_none(),
         }
     }
 
@@ -162,28 +178,40 @@ impl Drop for Sessions {
     }
 }
 
-/// The thread that a session runs on, and ends on.
+thread_local! {
+    /// The session of this thread.
+    static SESSION: RefCell<Option<Session>> = const { RefCell::new(None) };
+}
+
+/// The thread that a session runs on, and ends on. It can be a lane, too.
 pub(super) struct SessionThread {
     /// None once it is to end.
     works: Option<SyncSender<Work>>,
+    /// Works that it has, or that somebody is about to give it.
+    pending: Arc<AtomicUsize>,
     thread: Option<JoinHandle<()>>,
 }
 
-type Work = Box<dyn FnOnce(&mut Session) + Send>;
+type Work = Box<dyn FnOnce() + Send>;
+
+/// Works that wait: those of the model's runs, a lane's, and that of the loader.
+const WORKS_MAX: usize = PARALLEL_RUNS + 2;
 
 impl SessionThread {
     fn start(Loaded { session, charge }: Loaded) -> Result<Self, Error> {
-        // One that runs and one that is next.
-        let (works, queue) = sync_channel::<Work>(PARALLEL_RUNS);
+        let (works, queue) = sync_channel::<Work>(WORKS_MAX);
+        let pending = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&pending);
         let run = move || {
-            let mut session = session;
+            SESSION.set(Some(session));
             for work in queue {
                 // Whoever waits sees that no answer comes.
-                let _ = catch_unwind(AssertUnwindSafe(|| work(&mut session)));
+                let _ = catch_unwind(AssertUnwindSafe(work));
+                counted.fetch_sub(1, Ordering::AcqRel);
             }
             {
                 let _loading = Device::loading();
-                drop(session);
+                drop(SESSION.take());
             }
             drop(charge);
         };
@@ -192,27 +220,53 @@ impl SessionThread {
             Error::new(Reason::BackendFailed, "no thread for a model on a device")
                 .caused_by(error.to_string())
         })?;
-        Ok(Self { works: Some(works), thread: Some(thread) })
+        Ok(Self { works: Some(works), pending, thread: Some(thread) })
+    }
+
+    /// Whether this is the thread.
+    fn is_here(&self) -> bool {
+        self.thread.as_ref().is_some_and(|thread| thread.thread().id() == std::thread::current().id())
     }
 
     pub(super) fn run<T: Send + 'static>(
         &self,
         work: impl FnOnce(&mut Session) -> T + Send + 'static,
     ) -> Result<T, Error> {
-        let (reply, answer) = sync_channel(1);
-        let work = Box::new(move |session: &mut Session| {
-            let _ = reply.send(work(session));
-        });
         let gone = || Error::new(Reason::BackendFailed, "ONNX Runtime failed while running the model");
+        let here = move || SESSION.with_borrow_mut(|session| session.as_mut().map(work));
+        if self.is_here() {
+            return here().ok_or_else(gone);
+        }
+        let (reply, answer) = sync_channel(1);
+        self.pending.fetch_add(1, Ordering::AcqRel);
+        let work = Box::new(move || {
+            let _ = reply.send(here());
+        });
         self.works.as_ref().ok_or_else(gone)?.send(work).map_err(|_| gone())?;
-        answer.recv().map_err(|_| gone())
+        answer.recv().ok().flatten().ok_or_else(gone)
+    }
+}
+
+impl Home for SessionThread {
+    fn reserve(&self) -> bool {
+        self.pending.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+    }
+
+    fn give(&self, work: Box<dyn FnOnce() + Send>) {
+        if let Some(works) = &self.works {
+            // The thread is there as long as this is.
+            let _ = works.send(work);
+        }
     }
 }
 
 impl Drop for SessionThread {
     fn drop(&mut self) {
         drop(self.works.take());
-        if let Some(thread) = self.thread.take() {
+        // One that let the model go itself ends by itself.
+        if !self.is_here()
+            && let Some(thread) = self.thread.take()
+        {
             let _ = thread.join();
         }
     }

@@ -1,0 +1,251 @@
+//! Tasks that go on where they are woken.
+//!
+//! A call is answered by its connection's task, which the runtime runs on a thread that has been asleep since the call
+//! came. To wake that thread takes some 30 µs, or twice that on a virtual machine; to write the reply takes 5. So
+//! the thread that computed it goes on with the task itself, if it has nothing better to do.
+
+use std::cell::{Cell, RefCell};
+use std::future::{Future, poll_fn};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
+use std::task::{Context, Poll, Wake, Waker};
+
+use tokio::runtime::Handle;
+
+thread_local! {
+    /// Whether this thread would go on with a task.
+    static IS_OFFERED: Cell<bool> = const { Cell::new(false) };
+    /// The first that was woken since.
+    static WOKEN: RefCell<Option<Arc<dyn Resume>>> = const { RefCell::new(None) };
+}
+
+/// Makes a task of the runtime one that others may go on with.
+pub(crate) fn task<F: Future<Output = ()> + Send + 'static>(future: F) -> impl Future<Output = ()> + Send {
+    let future = Mutex::new(Some(Box::pin(future)));
+    Task(Arc::new(Shared { future, runtime: Handle::current(), waker: Mutex::default() }))
+}
+
+/// Does what may wake a task, which is then gone on with here.
+pub(crate) fn after<T>(work: impl FnOnce() -> T) -> (T, Onward) {
+    let offer = Offer::new();
+    let done = work();
+    drop(offer);
+    (done, Onward(WOKEN.take()))
+}
+
+/// That a thread would go on with a task.
+struct Offer;
+
+impl Offer {
+    fn new() -> Self {
+        IS_OFFERED.set(true);
+        Self
+    }
+}
+
+impl Drop for Offer {
+    fn drop(&mut self) {
+        IS_OFFERED.set(false);
+    }
+}
+
+/// A task that was woken. Dropped, it is the runtime's to go on with it.
+pub(crate) struct Onward(Option<Arc<dyn Resume>>);
+
+impl Onward {
+    /// Goes on with it on this thread, which is none of the runtime's workers.
+    pub(crate) fn here(mut self) {
+        if let Some(task) = self.0.take() {
+            task.resume();
+        }
+    }
+}
+
+impl Drop for Onward {
+    fn drop(&mut self) {
+        if let Some(task) = self.0.take() {
+            task.pass_on();
+        }
+    }
+}
+
+trait Resume {
+    /// Goes on with the task here, unless somebody is at it.
+    fn resume(self: Arc<Self>);
+
+    /// Lets the runtime go on with it.
+    fn pass_on(&self);
+}
+
+/// What the runtime has of a task.
+struct Task<F>(Arc<Shared<F>>);
+
+struct Shared<F> {
+    /// None once it is over.
+    future: Mutex<Option<Pin<Box<F>>>>,
+    runtime: Handle,
+    /// Wakes the runtime's.
+    waker: Mutex<Option<Waker>>,
+}
+
+impl<F: Future<Output = ()> + Send + 'static> Shared<F> {
+    /// What it is woken by keeps it: when it is over that ends.
+    fn poll(self: &Arc<Self>, future: &mut Option<Pin<Box<F>>>) -> Poll<()> {
+        let waker = Waker::from(Arc::clone(self));
+        let polled = future.as_mut().map(|future| future.as_mut().poll(&mut Context::from_waker(&waker)));
+        if polled == Some(Poll::Pending) {
+            return Poll::Pending;
+        }
+        *future = None;
+        Poll::Ready(())
+    }
+}
+
+impl<F: Future<Output = ()> + Send + 'static> Resume for Shared<F> {
+    fn resume(self: Arc<Self>) {
+        let mut future = match self.future.try_lock() {
+            Ok(future) => future,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return self.pass_on(),
+        };
+        // As the runtime does it: with its timers and sockets, and only so much at a time.
+        let once = poll_fn(|_| Poll::Ready(self.poll(&mut future)));
+        let polled = catch_unwind(AssertUnwindSafe(|| self.runtime.block_on(once)));
+        if polled.is_err() {
+            *future = None;
+        }
+        drop(future);
+        if !matches!(polled, Ok(Poll::Pending)) {
+            self.pass_on();
+        }
+    }
+
+    fn pass_on(&self) {
+        let waker = self.waker.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+}
+
+impl<F: Future<Output = ()> + Send + 'static> Wake for Shared<F> {
+    fn wake(self: Arc<Self>) {
+        if IS_OFFERED.replace(false) {
+            WOKEN.set(Some(self));
+        } else {
+            self.pass_on();
+        }
+    }
+}
+
+impl<F: Future<Output = ()> + Send + 'static> Future for Task<F> {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
+        {
+            let mut waker = self.0.waker.lock().unwrap_or_else(PoisonError::into_inner);
+            if !waker.as_ref().is_some_and(|known| known.will_wake(context.waker())) {
+                *waker = Some(context.waker().clone());
+            }
+        }
+        // Whoever else is at it writes a reply, and is soon done.
+        let mut future = self.0.future.lock().unwrap_or_else(PoisonError::into_inner);
+        self.0.poll(&mut future)
+    }
+}
+
+impl<F> Drop for Task<F> {
+    fn drop(&mut self) {
+        *self.0.future.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::thread::{self, ThreadId};
+    use tokio::sync::{mpsc, oneshot};
+
+    /// A task that tells on which thread it takes each of the numbers that come.
+    fn told() -> (mpsc::Sender<u32>, mpsc::Receiver<(u32, ThreadId)>, tokio::task::JoinHandle<()>) {
+        let (send, mut numbers) = mpsc::channel(4);
+        let (tell, told) = mpsc::channel(4);
+        let joined = tokio::spawn(task(async move {
+            tell.try_send((0, thread::current().id())).expect("somebody listens");
+            while let Some(number) = numbers.recv().await {
+                assert_ne!(number, 13, "which brings bad luck");
+                // The runtime's timers are there on any thread.
+                tokio::time::timeout(std::time::Duration::from_secs(60), async {}).await.expect("at once");
+                tell.try_send((number, thread::current().id())).expect("somebody listens");
+            }
+        }));
+        (send, told, joined)
+    }
+
+    /// On a thread that is none of the runtime's.
+    fn elsewhere<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+        thread::scope(|scope| scope.spawn(work).join().expect("done"))
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+    async fn a_task_goes_on_where_it_is_woken() {
+        let (send, mut told, joined) = told();
+        told.recv().await.expect("it began");
+        let here = elsewhere(|| {
+            let ((), woken) = after(|| send.try_send(1).expect("it listens"));
+            assert!(woken.0.is_some() && told.try_recv().is_err(), "not before it is let");
+            woken.here();
+            assert_eq!(told.try_recv().expect("it went on"), (1, thread::current().id()));
+            // What nobody goes on with is the runtime's, and what is woken at no special time.
+            drop(after(|| send.try_send(2).expect("it listens")));
+            thread::current().id()
+        });
+        let (number, thread) = told.recv().await.expect("it went on");
+        assert!(number == 2 && thread != here);
+        send.try_send(3).expect("it listens");
+        assert_eq!(told.recv().await.expect("it went on").0, 3);
+        let (_, nothing) = after(|| ());
+        assert!(nothing.0.is_none());
+        elsewhere(|| after(|| drop(send)).1.here());
+        joined.await.expect("it is over");
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+    async fn what_fails_here_is_the_tasks_end_and_nobody_elses() {
+        let (send, mut told, joined) = told();
+        told.recv().await.expect("it began");
+        elsewhere(|| after(|| send.try_send(13).expect("it listens")).1.here());
+        joined.await.expect("the runtime knows that it is over");
+        assert!(send.is_closed(), "and what it had is gone");
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+    async fn a_task_that_somebody_is_at_is_left_to_them() {
+        let (began, begin) = oneshot::channel();
+        let (let_on, wait) = std::sync::mpsc::channel::<()>();
+        let (send, mut numbers) = mpsc::channel(4);
+        let joined = tokio::spawn(task(async move {
+            assert_eq!(numbers.recv().await, Some(1));
+            began.send(()).expect("somebody waits");
+            // As long as the other one likes.
+            let _ = wait.recv();
+            assert_eq!(numbers.recv().await, Some(2));
+        }));
+        send.try_send(1).expect("it listens");
+        begin.await.expect("it is at it");
+        elsewhere(|| after(|| send.try_send(2).expect("it listens")).1.here());
+        let_on.send(()).expect("it waits");
+        joined.await.expect("it saw the second, too");
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+    async fn an_aborted_task_is_gone_whoever_still_wakes_it() {
+        let (send, mut told, joined) = told();
+        told.recv().await.expect("it began");
+        joined.abort();
+        joined.await.expect_err("aborted");
+        assert!(send.try_send(1).is_err(), "it listens no more");
+        assert!(told.recv().await.is_none());
+    }
+}
