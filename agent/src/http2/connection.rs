@@ -111,6 +111,8 @@ pub(crate) struct Connection<I, S: Service> {
     ended: Option<io::Result<()>>,
     is_heard: bool,
     is_asked: bool,
+    /// The peer has said that a call is about to come, and none has.
+    pub(super) is_alert: bool,
     tick: Pin<Box<Sleep>>,
 }
 
@@ -160,6 +162,7 @@ impl<I: Wire, S: Service> Connection<I, S> {
             ended: None,
             is_heard: true,
             is_asked: false,
+            is_alert: false,
             tick: Box::pin(tokio::time::sleep(first_tick())),
         }
     }
@@ -332,6 +335,7 @@ impl<I: Wire, S: Service> Connection<I, S> {
     /// Puts a stream in its place.
     pub(super) fn start(&mut self, place: usize, id: u32, delivery: Delivery, answer: S::Answer) {
         self.places[place].light();
+        self.is_alert = false;
         let begun = Instant::now();
         self.streams[place] = Some(Box::new(Stream {
             id,

@@ -93,8 +93,10 @@ const BLOCK_FRAMES_MAX: usize = 16;
 /// Settings in one frame: there are seven.
 const SETTINGS_MAX: usize = 64;
 
-/// Read of a connection before its thread does something else, in bytes: calls that it brought wait for that.
+/// Read of a connection before its thread does something else, in bytes and in calls: others wait for that, and what is
+/// to compute those calls may.
 const TURN_BYTES: usize = 1 << 20;
+const TURN_CALLS: u32 = 64;
 
 /// Read ahead of the place it is for, in bytes.
 const AHEAD_BYTES: usize = 64 << 10;

@@ -15,7 +15,7 @@ use super::incoming::Delivery;
 use super::input;
 use super::{
     BLOCK_BYTES_MAX, BLOCK_FRAMES_MAX, CONNECTION_WINDOW, FAR, FRAME_BYTES_MAX, HEADER_BYTES_MAX,
-    SETTINGS_MAX, STREAM_WINDOW_MAX, Service, TURN_BYTES, WINDOW_PART, WINDOW_STEP, Wire,
+    SETTINGS_MAX, STREAM_WINDOW_MAX, Service, TURN_BYTES, TURN_CALLS, WINDOW_PART, WINDOW_STEP, Wire,
 };
 
 /// Why a connection cannot go on.
@@ -72,10 +72,11 @@ const DIRECT_BYTES_MIN: usize = 4096;
 impl<I: Wire, S: Service> Connection<I, S> {
     /// Reads and follows what comes. Ready when nothing more does.
     pub(super) fn poll_input(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Fault>> {
-        let mut read = 0;
+        let (first, mut read) = (self.last, 0);
         loop {
-            while self.step()? {}
-            if read >= TURN_BYTES {
+            let is_long = |last: u32, read: usize| last - first >= 2 * TURN_CALLS || read >= TURN_BYTES;
+            while !is_long(self.last, read) && self.step()? {}
+            if is_long(self.last, read) {
                 context.waker().wake_by_ref();
                 return Poll::Pending;
             }
@@ -239,7 +240,10 @@ impl<I: Wire, S: Service> Connection<I, S> {
             frame::WINDOW_UPDATE => (stream > 0, 4, 4),
             frame::PUSH_PROMISE | frame::CONTINUATION => return wrong("a frame that has no place here"),
             frame::ALERT => {
-                self.service.expect();
+                // Once for each call: it wakes somebody.
+                if !std::mem::replace(&mut self.is_alert, true) {
+                    self.service.expect();
+                }
                 return Ok(Expect::Skip(length));
             }
             // Priorities, and what comes to be defined one day.

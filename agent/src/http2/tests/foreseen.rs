@@ -180,13 +180,3 @@ async fn calls_behind_the_foreseen_one_are_not_lost() {
         stream += 6;
     }
 }
-
-#[tokio::test]
-async fn a_peer_may_say_that_a_call_is_about_to_come() {
-    let mut peer = Peer::new().await;
-    peer.send(frame::ALERT, 0, 0, &[]).await;
-    // Whatever it has to say about it.
-    peer.send(frame::ALERT, 0xff, 3, b"soon").await;
-    peer.works(1).await;
-    assert_eq!(peer.expected.load(Ordering::SeqCst), 2);
-}

@@ -1,6 +1,7 @@
 //! Conversations with peers that do what the protocol allows, and what it does not.
 
 mod foreseen;
+mod turns;
 mod windows;
 
 use std::collections::VecDeque;
