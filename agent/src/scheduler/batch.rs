@@ -70,6 +70,9 @@ pub(crate) trait Home: Send + Sync {
     fn reserve(&self) -> bool;
 
     fn give(&self, work: Box<dyn FnOnce() + Send>);
+
+    /// Somebody is about to do so: the thread may wake.
+    fn expect(&self);
 }
 
 /// How the calls of a model may run together.

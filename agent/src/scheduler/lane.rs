@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::Thread;
 use std::time::Duration;
 
@@ -53,6 +53,8 @@ struct State {
     /// Threads that wait for something to do. Whoever came last is the next to work: it is the soonest awake, and has
     /// the most of what it needs in its processor's memory.
     idle: Vec<Thread>,
+    /// Where the last run is, or was, if that is a model's own thread.
+    last_home: Option<Weak<dyn Home>>,
     closing: bool,
 }
 
@@ -113,10 +115,15 @@ impl Lanes {
         idle.iter().for_each(Thread::unpark);
     }
 
+    /// Lets whoever is likely to be next wake.
     pub(super) fn expect(&self) {
-        let next = self.state().idle.last().cloned();
-        if let Some(next) = next {
-            next.unpark();
+        let state = self.state();
+        let (home, next) = (state.last_home.as_ref().and_then(Weak::upgrade), state.idle.last().cloned());
+        drop(state);
+        match (home, next) {
+            (Some(home), _) => home.expect(),
+            (None, Some(next)) => next.unpark(),
+            (None, None) => {}
         }
     }
 
@@ -157,6 +164,7 @@ impl Lanes {
                 state = self.wait(state);
                 continue;
             };
+            state.last_home = None;
             // Somebody else can take what is left.
             self.rouse(state);
             drop(late);
@@ -198,6 +206,7 @@ impl Lanes {
                 home.give(Box::new(|| ()));
                 return self.rouse(state);
             };
+            state.last_home = Some(Arc::downgrade(&home));
             drop(state);
             let lanes = Arc::clone(self);
             return home.give(Box::new(move || lanes.run_at_home(batch, number, &cancel)));

@@ -198,7 +198,10 @@ fn the_thread_of_a_session_can_be_a_lane() {
     let cuda = cuda(folder.path(), None);
     let program = Arc::new(program(&cuda, onnx::add()).expect("loaded"));
     let home = program.home(&[rows(2, 0.0)]).expect("a thread");
+    // It stays awake for what may come, and is there for it at any time.
+    home.expect();
     assert!(home.reserve() && !home.reserve(), "it is somebody's");
+    home.expect();
     let (own, (tell, told)) = (Arc::clone(&program), channel());
     let (leave, left) = channel::<()>();
     home.give(Box::new(move || {

@@ -12,6 +12,7 @@ struct OneThread {
     id: ThreadId,
     works: mpsc::SyncSender<Work>,
     is_taken: Arc<AtomicBool>,
+    expected: AtomicUsize,
 }
 
 impl Home for OneThread {
@@ -21,6 +22,10 @@ impl Home for OneThread {
 
     fn give(&self, work: Work) {
         self.works.send(work).expect("the thread is there");
+    }
+
+    fn expect(&self) {
+        self.expected.fetch_add(1, Ordering::SeqCst);
     }
 }
 
@@ -62,7 +67,8 @@ fn street(lanes: usize) -> Street {
             freed.store(false, Ordering::SeqCst);
         }
     });
-    let home = Arc::new(OneThread { id: thread.thread().id(), works, is_taken });
+    let id = thread.thread().id();
+    let home = Arc::new(OneThread { id, works, is_taken, expected: AtomicUsize::new(0) });
     let ((tell, begun), (end, ends)) = (mpsc::channel(), mpsc::channel());
     let runner = Housed { home: Arc::clone(&home), begun: tell, ends: Mutex::new(ends) };
     let batcher = Arc::new(Batcher::new(Arc::new(runner), alone(2)));
@@ -106,6 +112,24 @@ async fn calls_one_at_a_time_run_on_the_models_thread_and_others_beside_it() {
             tokio::task::yield_now().await;
         }
     }
+}
+
+#[tokio::test]
+async fn whoever_worked_last_is_told_of_what_is_about_to_come() {
+    let street = street(1);
+    let expected = || {
+        street.scheduler.expect();
+        street.home.expected.load(Ordering::SeqCst)
+    };
+    assert_eq!(expected(), 0);
+    let first = street.call(LONG);
+    assert_eq!(street.begins().await, street.home.id);
+    assert_eq!(expected(), 1);
+    street.end.send(()).expect("it runs");
+    first.await.expect("no panic").expect("served");
+    assert_eq!(expected(), 2);
+    street.scheduler.run(&asker(&street.account), |_| Ok(())).await.expect("served");
+    assert_eq!(expected(), 2, "a lane was the last");
 }
 
 #[tokio::test]

@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use ort::session::{RunOptions, Session};
@@ -186,25 +187,40 @@ thread_local! {
 /// The thread that a session runs on, and ends on. It can be a lane, too.
 pub(super) struct SessionThread {
     /// None once it is to end.
-    works: Option<SyncSender<Work>>,
+    works: Option<SyncSender<Given>>,
     /// Works that it has, or that somebody is about to give it.
     pending: Arc<AtomicUsize>,
     thread: Option<JoinHandle<()>>,
 }
 
-type Work = Box<dyn FnOnce() + Send>;
+/// What a thread is given.
+enum Given {
+    Work(Box<dyn FnOnce() + Send>),
+    /// The news that there will be some.
+    News,
+}
 
-/// Works that wait: those of the model's runs, a lane's, and that of the loader.
-const WORKS_MAX: usize = PARALLEL_RUNS + 2;
+/// What waits for a thread: works of the model's runs, a lane's, that of the loader, and news.
+const GIVEN_MAX: usize = PARALLEL_RUNS + 3;
+
+/// How long a thread that has such news stays awake: callers copy meanwhile, an image in a tenth of that.
+const AWAKE: Duration = Duration::from_micros(500);
 
 impl SessionThread {
     fn start(Loaded { session, charge }: Loaded) -> Result<Self, Error> {
-        let (works, queue) = sync_channel::<Work>(WORKS_MAX);
+        let (works, queue) = sync_channel::<Given>(GIVEN_MAX);
         let pending = Arc::new(AtomicUsize::new(0));
         let counted = Arc::clone(&pending);
         let run = move || {
             SESSION.set(Some(session));
-            for work in queue {
+            for given in queue {
+                let Given::Work(work) = given else {
+                    let begun = Instant::now();
+                    while counted.load(Ordering::Acquire) == 0 && begun.elapsed() < AWAKE {
+                        std::hint::spin_loop();
+                    }
+                    continue;
+                };
                 // Whoever waits sees that no answer comes.
                 let _ = catch_unwind(AssertUnwindSafe(work));
                 counted.fetch_sub(1, Ordering::AcqRel);
@@ -239,9 +255,9 @@ impl SessionThread {
         }
         let (reply, answer) = sync_channel(1);
         self.pending.fetch_add(1, Ordering::AcqRel);
-        let work = Box::new(move || {
+        let work = Given::Work(Box::new(move || {
             let _ = reply.send(here());
-        });
+        }));
         self.works.as_ref().ok_or_else(gone)?.send(work).map_err(|_| gone())?;
         answer.recv().ok().flatten().ok_or_else(gone)
     }
@@ -255,7 +271,13 @@ impl Home for SessionThread {
     fn give(&self, work: Box<dyn FnOnce() + Send>) {
         if let Some(works) = &self.works {
             // The thread is there as long as this is.
-            let _ = works.send(work);
+            let _ = works.send(Given::Work(work));
+        }
+    }
+
+    fn expect(&self) {
+        if let Some(works) = self.works.as_ref().filter(|_| self.pending.load(Ordering::Acquire) == 0) {
+            let _ = works.try_send(Given::News);
         }
     }
 }
