@@ -28,6 +28,9 @@ use crate::wire::Head;
 /// Pause between the attendant's looks at a connection on which calls are made.
 const LOOK: Duration = Duration::from_secs(1);
 
+/// Since a call came to it so long ago, an agent's threads may have fallen asleep: to wake them takes longer then.
+const ASLEEP: Duration = Duration::from_micros(500);
+
 /// A connection that nobody has used for so long is closed: an agent allows a tenant only so many.
 const IDLE: Duration = Duration::from_secs(60);
 
@@ -53,6 +56,8 @@ struct Work {
     is_asleep: bool,
     /// Calls were made since the attendant looked.
     in_use: bool,
+    /// When the last one began.
+    begun: Option<Instant>,
     used: Instant,
 }
 
@@ -87,6 +92,7 @@ impl Connection {
             attendant: None,
             is_asleep: false,
             in_use: true,
+            begun: None,
             used: Instant::now(),
         };
         let shared = Arc::new(Shared {
@@ -132,10 +138,12 @@ impl Connection {
         poll_fn(|context| call.poll(context)).await
     }
 
-    /// Says that a call is about to come, if none is there.
+    /// Says that a call is about to come, if none is there or has come just now.
     pub(super) fn alert(&self) {
         let mut work = self.shared.work();
-        if work.state.takes_calls() && work.state.streams.is_empty() && work.state.output.bytes() == 0 {
+        let is_awake = work.begun.is_some_and(|begun| begun.elapsed() < ASLEEP);
+        let is_free = work.state.streams.is_empty() && work.state.output.bytes() == 0;
+        if !is_awake && is_free && work.state.takes_calls() {
             work.state.output.frame(frame::ALERT, 0, 0, |_| {});
             // What cannot be written now is written with the call.
             work.state.flush(&mut Context::from_waker(Waker::noop()));
@@ -164,7 +172,7 @@ impl Shared {
             return Err(failed(&work.state.head, Reach::Unsent, &why));
         }
         let id = work.state.begin(path, time, pieces);
-        work.in_use = true;
+        (work.in_use, work.begun) = (true, Some(Instant::now()));
         let is_alone = work.state.streams.len() == 1;
         if !is_alone {
             work.worker = Worker::Attendant;
