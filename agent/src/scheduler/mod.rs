@@ -1,12 +1,12 @@
 //! The waiting room: who computes, when, and for how long.
 //!
-//! Work waits in a fair [`queue`] for one of a fixed number of lanes. A lane is a thread that takes what is next, alone
-//! or as a [`batch`], until nothing waits; or a thread that a model has in any case ([`Home`]), while the model's calls
-//! come one at a time. Who has computed an answer also sends it, if nothing else waits ([`onward`](crate::onward)). What
-//! cannot be done in time is refused when it comes, so that the lanes work on what somebody still waits for. A caller
-//! that leaves, or whose deadline passes, is answered at once: what waited is gone, what runs is told to stop through
-//! [`Cancel`], and somebody else takes its lane. What does not stop (an engine inside one long kernel) is counted against
-//! its tenant until it does.
+//! Work waits in a fair [`queue`] for one of a fixed number of lanes. A lane is a thread that takes what is next,
+//! alone or as a [`batch`], until nothing waits; or a thread that a model has in any case ([`Home`]), while the
+//! model's calls come one at a time. Who has computed an answer also sends it, if nothing else waits
+//! ([`onward`](crate::onward)). What cannot be done in time is refused when it comes, so that the lanes work on what
+//! somebody still waits for. A caller that leaves, or whose deadline passes, is answered at once: what waited is
+//! gone, what runs is told to stop through [`Cancel`], and somebody else takes its lane. What does not stop (an
+//! engine inside one long kernel) is counted against its tenant until it does.
 
 mod batch;
 mod cancel;
