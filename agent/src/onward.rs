@@ -6,7 +6,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::task::{Context, Poll, Wake, Waker};
@@ -28,25 +28,14 @@ pub(crate) fn task<F: Future<Output = ()> + Send + 'static>(future: F) -> impl F
 
 /// Does what may wake a task, which is then gone on with here.
 pub(crate) fn after<T>(work: impl FnOnce() -> T) -> (T, Onward) {
-    let offer = Offer::new();
-    let done = work();
-    drop(offer);
-    (done, Onward(WOKEN.take()))
-}
-
-/// That a thread would go on with a task.
-struct Offer;
-
-impl Offer {
-    fn new() -> Self {
-        IS_OFFERED.set(true);
-        Self
-    }
-}
-
-impl Drop for Offer {
-    fn drop(&mut self) {
-        IS_OFFERED.set(false);
+    IS_OFFERED.set(true);
+    let done = catch_unwind(AssertUnwindSafe(work));
+    IS_OFFERED.set(false);
+    // Whatever became of the work, the task is somebody's to go on with.
+    let woken = Onward(WOKEN.take());
+    match done {
+        Ok(done) => (done, woken),
+        Err(panic) => resume_unwind(panic),
     }
 }
 
@@ -205,6 +194,16 @@ mod tests {
         assert!(number == 2 && thread != here);
         send.try_send(3).expect("it listens");
         assert_eq!(told.recv().await.expect("it went on").0, 3);
+        let failed = elsewhere(|| {
+            catch_unwind(AssertUnwindSafe(|| {
+                after(|| {
+                    send.try_send(4).expect("it listens");
+                    panic!("after it was woken");
+                })
+            }))
+            .is_err()
+        });
+        assert!(failed && told.recv().await.expect("it went on all the same").0 == 4);
         let (_, nothing) = after(|| ());
         assert!(nothing.0.is_none());
         elsewhere(|| after(|| drop(send)).1.here());

@@ -317,9 +317,11 @@ fn judge(record: &mut Record) {
         let goal = match one.batch {
             // The client copies once, into the memory that it shares.
             1 => {
-                let copy = (3 * SIDE * SIDE * 4) as f64 / (copied * 1e9) * 1e6;
-                let found = one.awake.as_ref().map_or(f64::INFINITY, |awake| awake.added_us);
-                let (what, goal) = (what("microseconds added for who stays awake, at most"), 30.0 + copy);
+                let goal = 30.0 + (3 * SIDE * SIDE * 4) as f64 / (copied * 1e9) * 1e6;
+                let awake = one.awake.as_ref().map_or(f64::INFINITY, |awake| awake.added_us);
+                let what_awake = what("microseconds added for who stays awake, at most");
+                record.goals.push(Goal { what: what_awake, found: awake, goal, met: awake <= goal });
+                let (what, found) = (what("added microseconds, at most"), one.unix_added_us);
                 Goal { what, found, goal, met: found <= goal }
             }
             8 => {

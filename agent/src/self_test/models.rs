@@ -138,11 +138,8 @@ impl Place<'_> {
             self.timings.take();
             let [alone, unix] = by_turns(amounts, run, async || self.call(&images).await.map(drop)).await?;
             let [queue_us, run_us] = self.stages();
-            let (mut awake, mut shared) = (None, None);
-            if is_device {
-                awake = Some(self.awake(&images, amounts, run).await?);
-                shared = Some(self.shared(&images, amounts, run).await?);
-            }
+            let ways = if is_device { Some(self.other_ways(&images, amounts, run).await?) } else { None };
+            let [awake, shared] = ways.map_or([None, None], |ways| ways.map(Some));
             // Once more, in whatever way it runs by now.
             let last = self.call(&images).await?;
             let max_error = match judge {
@@ -173,30 +170,19 @@ impl Place<'_> {
         Ok(())
     }
 
-    /// The same by a caller that stays awake.
-    async fn awake(
+    /// The same by a caller that stays awake, and with images that were produced in memory that the agent shares.
+    async fn other_ways(
         &self,
         images: &Tensor,
         amounts: &Amounts,
-        direct: impl FnMut() -> Result<(), Error>,
-    ) -> Result<Way, SelfTestError> {
+        direct: impl Fn() -> Result<(), Error>,
+    ) -> Result<[Way; 2], SelfTestError> {
         let awake = Place { session: &stays_awake(self.session), timings: RefCell::default(), ..*self };
-        let by_turns = by_turns(amounts, direct, async || awake.call(images).await.map(drop)).await?;
-        Ok(Way::of(by_turns))
-    }
-
-    /// The same with images that were produced in memory that the agent shares.
-    async fn shared(
-        &self,
-        images: &Tensor,
-        amounts: &Amounts,
-        direct: impl FnMut() -> Result<(), Error>,
-    ) -> Result<Way, SelfTestError> {
         let data = in_shared_memory(self.client, &images.elements::<f32>()?).await;
         let produced = Tensor::from_bytes(DType::F32, &images.shape, data);
-        self.call(&produced).await?;
-        let by_turns = by_turns(amounts, direct, async || self.call(&produced).await.map(drop)).await?;
-        Ok(Way::of(by_turns))
+        let awake = by_turns(amounts, &direct, async || awake.call(images).await.map(drop)).await?;
+        let shared = by_turns(amounts, &direct, async || self.call(&produced).await.map(drop)).await?;
+        Ok([awake, shared].map(Way::of))
     }
 
     /// Medians of how long calls waited for their turn, and ran.
