@@ -1,11 +1,13 @@
 //! From an address to a byte stream.
 
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
 use socket2::SockRef;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncWrite, Empty};
 use tokio::net::{TcpStream, UnixStream};
+use tokio_rustls::client::TlsStream;
 use tokio_vsock::{VsockAddr, VsockStream};
 use vaccel_proto::endpoint::{Authority, CID_HOST, hybrid_listen_path};
 use vaccel_proto::{Endpoint, Error, Reason};
@@ -17,8 +19,41 @@ use crate::tls::{self, Tls, TlsDialer};
 use crate::vsock::ShortWrites;
 
 /// What a connection runs over.
-pub(crate) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
-impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
+pub(crate) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {
+    /// Its socket, if the bytes of that are the stream's own.
+    fn socket(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+}
+
+impl Stream for UnixStream {
+    fn socket(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.as_fd())
+    }
+}
+
+impl Stream for TcpStream {
+    fn socket(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.as_fd())
+    }
+}
+
+impl Stream for ShortWrites<VsockStream> {}
+
+impl Stream for TlsStream<TcpStream> {}
+
+/// What a connection that has ended runs over.
+impl Stream for Empty {}
+
+/// What tests run over.
+#[cfg(test)]
+impl Stream for tokio::io::DuplexStream {}
+
+impl Stream for Opening<Box<dyn Stream>> {
+    fn socket(&self) -> Option<BorrowedFd<'_>> {
+        self.opened()?.socket()
+    }
+}
 
 /// What is spoken over a byte stream.
 #[derive(Debug)]

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use prost::Message;
 use tokio::sync::Mutex;
 use tokio::time::{Instant, sleep_until, timeout};
 use tonic::Status;
@@ -163,7 +164,8 @@ impl Link {
     ) -> Result<ModelInferResponse, Error> {
         let call = async {
             let wire = self.wire().await?;
-            let options = unary::Options { time, awake: Duration::ZERO };
+            let kind = unary::kind((&request.model_name, request.encoded_len()));
+            let options = unary::Options { time, awake: Duration::ZERO, kind };
             let reply = unary::call(wire, "/inference.GRPCInferenceService/ModelInfer", request, options);
             reply.await.map(tonic::Response::into_inner).map_err(|status| of_status(&status))
         };

@@ -35,6 +35,11 @@ impl<S> Opening<S> {
         (Self { stream, report: Some(report), failed_write: None, expected }, opened)
     }
 
+    /// The stream, once its peer has spoken.
+    pub(crate) fn opened(&self) -> Option<&S> {
+        self.report.is_none().then_some(&self.stream)
+    }
+
     /// Keeps a failed write back while the peer has not spoken; `claimed` is what the writer is told instead.
     fn hold_back<T>(&mut self, written: io::Result<T>, claimed: T) -> io::Result<T> {
         match written {

@@ -55,8 +55,9 @@ pub struct CallOptions {
     /// [`DType::F16`] or [`DType::Bf16`] for half the bytes: what a model gives as `f32` is rounded to that.
     pub reply_type: DType,
     /// How long the thread that waits for the reply stays awake for it. One that sleeps is late by some 30 µs, on a
-    /// virtual machine by 60; one that does not costs a processor meanwhile. Calls over a connection of the tensors'
-    /// own heed it: those to an agent nearby, without compression.
+    /// virtual machine by 60; one that does not costs a processor meanwhile. Where this is zero a thread is awake for a
+    /// reply that is foreseen, as calls like it always took the same time. Calls over a connection of the tensors' own
+    /// heed it: those to an agent nearby, without compression.
     pub awake: Duration,
 }
 
@@ -395,11 +396,13 @@ impl Session {
 
     pub(crate) async fn operate(&self, op: Op) -> Result<RunReply, Error> {
         let reply_type = self.options.reply_type.into();
+        let model = if let Op::ModelRun(run) = &op { run.model.as_str() } else { "" };
+        let kind = unary::kind((std::mem::discriminant(&op), model, op.encoded_len()));
         let mut request =
             RunRequest { session: self.id(), reply_type, op: Some(op), ..RunRequest::default() };
         let link = self.inner.client.link();
         if let Some(lent) = link.memory().lend(&request, || link.alert()) {
-            let reply = self.operate_whole(&lent.request).await;
+            let reply = self.operate_whole(&lent.request, kind).await;
             match lent.finish(reply) {
                 Some(Err(error)) if error.reason() == Reason::MessageTooLarge && self.options.repeatable => {}
                 Some(reply) => return reply,
@@ -410,7 +413,7 @@ impl Session {
         if request.encoded_len() > MESSAGE_BYTES_MAX {
             return self.operate_in_pieces(&request).await;
         }
-        let reply = self.operate_whole(&request).await;
+        let reply = self.operate_whole(&request, kind).await;
         match reply {
             // It has run nothing yet, or computed what was too long to be sent.
             Err(error) if error.reason() == Reason::MessageTooLarge && self.options.repeatable => {
@@ -429,12 +432,12 @@ impl Session {
         .await
     }
 
-    async fn operate_whole(&self, request: &RunRequest) -> Result<RunReply, Error> {
+    async fn operate_whole(&self, request: &RunRequest, kind: u64) -> Result<RunReply, Error> {
         let awake = self.options.awake;
         self.call(|wire, time, session| {
             // Ids have one length, so the tensors stay where they were aligned.
             let request = RunRequest { session, ..request.clone() };
-            let options = unary::Options { time, awake };
+            let options = unary::Options { time, awake, kind };
             async move { unary::call(wire, "/vaccel.v1.Operations/Run", &request, options).await }
         })
         .await

@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -34,6 +35,15 @@ pub(crate) struct Options {
     pub(crate) time: Duration,
     /// How long its thread stays awake for the reply, where there is a connection beside the one of all calls.
     pub(crate) awake: Duration,
+    /// Its [`kind`]: such calls may always take the same time.
+    pub(crate) kind: u64,
+}
+
+/// Names calls by what those of a kind have in common.
+pub(crate) fn kind(common: impl Hash) -> u64 {
+    let mut kind = DefaultHasher::new();
+    common.hash(&mut kind);
+    kind.finish()
 }
 
 /// Makes a call.

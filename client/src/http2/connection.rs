@@ -6,6 +6,7 @@
 
 use std::fmt;
 use std::future::poll_fn;
+use std::ops::Range;
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -13,11 +14,13 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use bytes::Bytes;
+use tokio::runtime::Handle;
 use tokio::time::{Instant, Sleep, sleep};
 use tonic::Status;
 use vaccel_guest::frame;
 
 use super::KEEP_ALIVE;
+use super::foresight::{Alarm, Foresight};
 use super::state::{State, failed};
 use super::stream::Outcome;
 use crate::dial::Stream as Socket;
@@ -46,10 +49,15 @@ struct Shared {
     bytes: AtomicUsize,
     calls: AtomicUsize,
     is_closed: AtomicBool,
+    /// What looks after the socket, and after the alarm.
+    runtime: Handle,
 }
 
 struct Work {
     state: State,
+    foresight: Foresight,
+    /// The one of a call that was alone, for the next such.
+    alarm: Option<Alarm>,
     worker: Worker,
     attendant: Option<Waker>,
     /// The attendant sleeps for long: it has to be told that calls are made.
@@ -78,7 +86,7 @@ impl Connection {
     pub(crate) async fn open(socket: Box<dyn Socket>, head: Arc<Head>) -> Result<Self, String> {
         let mut state = State::new(socket, head);
         poll_fn(|context| {
-            state.drive(context, None);
+            state.drive(context, None, false);
             match state.end() {
                 Some(why) => Poll::Ready(Err(why.to_owned())),
                 None if state.is_settled => Poll::Ready(Ok(())),
@@ -88,6 +96,8 @@ impl Connection {
         .await?;
         let work = Work {
             state,
+            foresight: Foresight::default(),
+            alarm: None,
             worker: Worker::None,
             attendant: None,
             is_asleep: false,
@@ -100,6 +110,7 @@ impl Connection {
             bytes: AtomicUsize::new(0),
             calls: AtomicUsize::new(0),
             is_closed: AtomicBool::new(false),
+            runtime: Handle::current(),
         });
         let attended = Arc::downgrade(&shared);
         tokio::spawn(attend(attended));
@@ -122,20 +133,28 @@ impl Connection {
     /// The agent's status; a [`Failure`](crate::error::Failure) is its source.
     pub(crate) async fn call(&self, path: &str, options: Options, pieces: Vec<Bytes>) -> Outcome {
         let bytes = pieces.iter().map(Bytes::len).sum();
-        let mut call = Call { connection: self, bytes, id: None };
+        let (begun, kind) = (Instant::now(), options.kind);
+        let mut call = Call { connection: self, bytes, begun, kind, id: None };
         self.shared.bytes.fetch_add(bytes, Ordering::Relaxed);
         self.shared.calls.fetch_add(1, Ordering::Relaxed);
-        call.id = Some(self.shared.begin(path, options.time, pieces)?);
-        let begun = Instant::now();
-        while begun.elapsed() < options.awake {
-            let once = poll_fn(|context| Poll::Ready(call.poll(context))).await;
-            if let Poll::Ready(outcome) = once {
+        let (id, foreseen) = self.shared.begin(path, &options, begun, pieces)?;
+        call.id = Some(id);
+        let awake = if options.awake.is_zero() { foreseen } else { Some(Duration::ZERO..options.awake) };
+        if let Some(awake) = awake {
+            if let Some(outcome) = call.sleep(awake.start).await {
                 return outcome;
             }
-            // The runtime looks at its sockets, and does not wait for them.
-            tokio::task::yield_now().await;
+            // Without an alarm it sleeps on.
+            while awake.contains(&begun.elapsed()) {
+                let once = poll_fn(|context| Poll::Ready(call.poll(context, true))).await;
+                if let Poll::Ready(outcome) = once {
+                    return outcome;
+                }
+                // The runtime looks at its sockets, and does not wait for them.
+                tokio::task::yield_now().await;
+            }
         }
-        poll_fn(|context| call.poll(context)).await
+        poll_fn(|context| call.poll(context, false)).await
     }
 
     /// Says that a call is about to come, if none is there or has come just now.
@@ -152,6 +171,15 @@ impl Connection {
     }
 }
 
+#[cfg(test)]
+impl Connection {
+    /// Learns that calls of a kind always take so long.
+    pub(super) fn foresee(&self, kind: u64, took: Duration) {
+        let mut work = self.shared.work();
+        (0..100).for_each(|_| work.foresight.learn(kind, took));
+    }
+}
+
 impl fmt::Debug for Connection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Connection").field("load", &self.load()).finish_non_exhaustive()
@@ -163,16 +191,23 @@ impl Shared {
         self.work.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Puts a call on its way; its first poll sends it, or the attendant does.
-    fn begin(&self, path: &str, time: Duration, pieces: Vec<Bytes>) -> Result<u32, Status> {
+    /// Puts a call on its way; its first poll sends it, or the attendant does. Returns its number, and when its answer
+    /// comes, if that is foreseen.
+    fn begin(
+        &self,
+        path: &str,
+        options: &Options,
+        begun: Instant,
+        pieces: Vec<Bytes>,
+    ) -> Result<(u32, Option<Range<Duration>>), Status> {
         let mut work = self.work();
         let work = &mut *work;
         if !work.state.takes_calls() {
             let why = work.state.end().unwrap_or("it takes no more calls").to_owned();
             return Err(failed(&work.state.head, Reach::Unsent, &why));
         }
-        let id = work.state.begin(path, time, pieces);
-        (work.in_use, work.begun) = (true, Some(Instant::now()));
+        let id = work.state.begin(path, options.time, pieces);
+        (work.in_use, work.begun) = (true, Some(begun));
         let is_alone = work.state.streams.len() == 1;
         if !is_alone {
             work.worker = Worker::Attendant;
@@ -180,7 +215,9 @@ impl Shared {
         if !is_alone || std::mem::take(&mut work.is_asleep) {
             work.attendant.as_ref().inspect(|attendant| attendant.wake_by_ref());
         }
-        Ok(id)
+        // Others' calls would be foreseen worse, and wake whoever works for all of them.
+        let foreseen = is_alone.then(|| work.foresight.awake(options.kind)).flatten();
+        Ok((id, foreseen))
     }
 
     /// After whatever may have ended the connection or other calls.
@@ -214,7 +251,7 @@ impl Shared {
             }
         }
         match work_now.worker {
-            Worker::Attendant => work_now.state.drive(context, None),
+            Worker::Attendant => work_now.state.drive(context, None, false),
             _ => work_now.state.flush(context),
         }
         work_now.is_asleep = !work_now.in_use && work_now.worker == Worker::Attendant;
@@ -251,11 +288,14 @@ async fn attend(shared: Weak<Shared>) {
 struct Call<'a> {
     connection: &'a Connection,
     bytes: usize,
+    begun: Instant,
+    kind: u64,
     id: Option<u32>,
 }
 
 impl Call<'_> {
-    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Outcome> {
+    /// Works on the connection, if it is this call's turn. `is_awake`: it does so without pause.
+    fn poll(&mut self, context: &mut Context<'_>, is_awake: bool) -> Poll<Outcome> {
         let shared = &self.connection.shared;
         let Some(id) = self.id else { return Poll::Pending };
         let mut work = shared.work();
@@ -265,15 +305,44 @@ impl Call<'_> {
         }
         if work_now.worker == Worker::Call(id) {
             work_now.in_use = true;
-            work_now.state.drive(context, Some(id));
+            work_now.state.drive(context, Some(id), is_awake);
         }
         let outcome = work_now.state.take_outcome(id);
         match &outcome {
-            Some(_) => self.leave(work_now),
+            Some(outcome) => {
+                if outcome.is_ok() {
+                    work_now.foresight.learn(self.kind, self.begun.elapsed());
+                }
+                self.leave(work_now);
+            }
             None => work_now.state.wait(id, context.waker()),
         }
         shared.leave(work);
         outcome.map_or(Poll::Pending, Poll::Ready)
+    }
+
+    /// Waits until so long after its beginning; returns the outcome if it comes before.
+    async fn sleep(&mut self, until: Duration) -> Option<Outcome> {
+        let after = until.checked_sub(self.begun.elapsed()).filter(|after| !after.is_zero())?;
+        let shared = &self.connection.shared;
+        let known = shared.work().alarm.take();
+        let mut alarm = known.map_or_else(|| Alarm::new(&shared.runtime), Ok).ok()?;
+        let outcome = {
+            let mut rings = pin!(alarm.rings(after));
+            poll_fn(|context| match self.poll(context, false) {
+                Poll::Ready(outcome) => Poll::Ready(Some(outcome)),
+                Poll::Pending => rings.as_mut().poll(context).map(|_| None),
+            })
+            .await
+        };
+        let mut work = shared.work();
+        if outcome.is_none() {
+            work.foresight.woken(self.begun.elapsed().saturating_sub(until));
+        }
+        if outcome.is_none() || alarm.stop().is_ok() {
+            work.alarm = Some(alarm);
+        }
+        outcome
     }
 
     /// Is on the connection no more.

@@ -6,7 +6,8 @@
 //! that none depends on whether another one's task is polled.
 //!
 //! `connection` is who may work and when, `state` the connection itself, `stream` one call's part of it, `output` what
-//! is to be written (the agent's, too), `pool` which of several connections a call takes.
+//! is to be written (the agent's, too), `pool` which of several connections a call takes, `foresight` when an answer
+//! comes.
 //!
 //! *Source:* RFC 9113 (HTTP/2), gRPC over HTTP/2.
 
@@ -17,6 +18,7 @@
 )]
 
 mod connection;
+mod foresight;
 mod output;
 mod pool;
 mod receive;

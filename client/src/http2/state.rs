@@ -8,6 +8,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use bytes::Bytes;
+use rustix::io::Errno;
 use tokio::io::{AsyncRead, AsyncReadExt, ReadBuf};
 use tokio::time::Instant;
 use tonic::Status;
@@ -209,15 +210,16 @@ impl State {
         }
     }
 
-    /// Reads and writes what can be without waiting, until the call of this number has its outcome.
-    pub(super) fn drive(&mut self, context: &mut Context<'_>, own: Option<u32>) {
+    /// Reads and writes what can be without waiting, until the call of this number has its outcome. Who is awake does
+    /// not wait for the runtime either, of which another thread may have to wake before it says that something came.
+    pub(super) fn drive(&mut self, context: &mut Context<'_>, own: Option<u32>, is_awake: bool) {
         while self.end.is_none() {
             self.flush(context);
             let has_outcome = |id| self.streams.get(&id).is_none_or(|stream| stream.outcome.is_some());
             if own.is_some_and(has_outcome) || self.output.own_bytes() > OWED_BYTES_MAX {
                 return;
             }
-            match self.poll_read(context) {
+            match self.poll_read(context, is_awake) {
                 Poll::Ready(Ok(0)) => {
                     self.finish(chain_of(self.failed_write.as_ref(), "closed by the agent"))
                 }
@@ -296,7 +298,7 @@ impl State {
     }
 
     /// Reads what comes next: content to where it goes, everything else to the input.
-    fn poll_read(&mut self, context: &mut Context<'_>) -> Poll<io::Result<usize>> {
+    fn poll_read(&mut self, context: &mut Context<'_>, is_awake: bool) -> Poll<io::Result<usize>> {
         if self.input_begin == self.input_end {
             (self.input_begin, self.input_end) = (0, 0);
             if let Some(inside) = &mut self.inside
@@ -314,6 +316,12 @@ impl State {
         if self.input_end == self.input.len() {
             self.input.copy_within(self.input_begin..self.input_end, 0);
             (self.input_begin, self.input_end) = (0, self.input_end - self.input_begin);
+        }
+        if is_awake && let Some(socket) = self.socket.socket() {
+            let read = rustix::io::read(socket, &mut self.input[self.input_end..]);
+            if read != Err(Errno::AGAIN) {
+                return Poll::Ready(read.inspect(|count| self.input_end += count).map_err(io::Error::from));
+            }
         }
         let mut place = ReadBuf::new(&mut self.input[self.input_end..]);
         std::task::ready!(std::pin::Pin::new(&mut self.socket).poll_read(context, &mut place))?;

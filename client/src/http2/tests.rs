@@ -1,12 +1,17 @@
 //! Conversations with an agent that says what a test wants it to say.
 
+use std::future::poll_fn;
+use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Waker};
 use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
+use tokio::sync::Notify;
 use tokio::task::JoinHandle;
+use tokio::time::timeout;
 use tonic::{Code, Status};
 use vaccel_guest::frame::{self, Header};
 
@@ -15,7 +20,9 @@ use crate::error::{Failure, Reach};
 use crate::unary::Options;
 use crate::wire::Head;
 
-const OPTIONS: Options = Options { time: Duration::from_secs(60), awake: Duration::ZERO };
+const OPTIONS: Options = Options { time: Duration::from_secs(60), awake: Duration::ZERO, kind: 0 };
+/// How long an agent waits for what may never come.
+const PATIENCE: Duration = Duration::from_millis(200);
 /// `:status: 200`, and the trailers `grpc-status: 0`, `grpc-status: 5` with a message, as header blocks.
 const OK: &[u8] = &[0x88];
 const DONE: &[u8] = b"\x00\x0bgrpc-status\x010";
@@ -134,6 +141,49 @@ async fn who_stays_awake_for_a_reply_lets_others_work_meanwhile() {
         };
         let (answer, ()) = tokio::join!(connection.call("/service/Method", options, pieces), answering);
         assert_eq!(answer.unwrap(), &b"answer"[..]);
+    }
+}
+
+/// What a call does without anything that wakes it, from its first pause on until an agent that waits for that answers.
+async fn polls_without_a_reason(connection: &Connection, agent: &mut Agent, enough: usize) -> usize {
+    let (polls, is_enough) = (AtomicUsize::new(0), Notify::new());
+    let mut call = pin!(connection.call("/service/Method", OPTIONS, vec![Bytes::from(framed(b"question"))]));
+    let counting = poll_fn(|context| {
+        if polls.fetch_add(1, Ordering::Relaxed) + 1 == enough {
+            is_enough.notify_one();
+        }
+        call.as_mut().poll(context)
+    });
+    let answering = async {
+        let (stream, _) = agent.request().await;
+        let _ = timeout(PATIENCE, is_enough.notified()).await;
+        agent.answer(stream, b"answer").await;
+    };
+    let (answer, ()) = tokio::join!(counting, answering);
+    assert_eq!(answer.unwrap(), &b"answer"[..]);
+    polls.into_inner()
+}
+
+#[tokio::test]
+async fn who_knows_when_an_answer_comes_is_awake_for_it() {
+    let (connection, mut agent) = connected(&[], 1 << 16).await;
+    // One that is woken when there is something: at the beginning, and for three frames.
+    let few = polls_without_a_reason(&connection, &mut agent, 100).await;
+    assert!(few < 20, "{few}");
+    // On a busy machine it may wake too late, but not always.
+    let mut is_awake = false;
+    for _ in 0..20 {
+        connection.foresee(OPTIONS.kind, PATIENCE / 2);
+        is_awake |= polls_without_a_reason(&connection, &mut agent, 100).await >= 100;
+        if is_awake {
+            break;
+        }
+    }
+    assert!(is_awake);
+    // The answer comes long before, or only when nobody is awake any more.
+    for took in [Duration::from_secs(60), PATIENCE / 8] {
+        connection.foresee(OPTIONS.kind, took);
+        polls_without_a_reason(&connection, &mut agent, usize::MAX).await;
     }
 }
 
