@@ -20,13 +20,17 @@ use tokio::runtime::Handle;
 const LATE: Duration = Duration::from_micros(50);
 
 /// Whoever is woken later than this was held up by something else.
-const LATE_MAX: Duration = Duration::from_micros(150);
+const LATE_MAX: Duration = Duration::from_micros(100);
 
 /// A thread is to wake so many times as long before the answer as it was late before.
 const LEAD: u32 = 2;
 
 /// Wakings that what is known of their lateness is made of.
 const WAKINGS: u32 = 8;
+
+/// After about so many calls it is forgotten, unless there were wakings: where a thread was once late, calls might not
+/// be foreseen any more, and it would never be known better.
+const FORGETTING: u32 = 256;
 
 /// A thread stays awake for at most this part of what a call takes, or it sleeps until the answer wakes it.
 const AWAKE_PART: u32 = 8;
@@ -72,6 +76,7 @@ impl Foresight {
         }
         kind.took[kind.count % CALLS] = took;
         kind.count += 1;
+        self.late = mean(self.late, FORGETTING - 1, LATE);
     }
 
     /// How long after its beginning a call's thread wakes for the answer, and until when it stays awake; none where
@@ -88,8 +93,13 @@ impl Foresight {
 
     /// A thread that wanted to wake did so with this delay.
     pub(super) fn woken(&mut self, late: Duration) {
-        self.late = (self.late * (WAKINGS - 1) + late.min(LATE_MAX)) / WAKINGS;
+        self.late = mean(self.late, WAKINGS - 1, late.min(LATE_MAX));
     }
+}
+
+/// Of something that counts for several, and of one more.
+fn mean(known: Duration, count: u32, one: Duration) -> Duration {
+    (known * count + one) / (count + 1)
 }
 
 fn place(name: u64) -> usize {
@@ -188,11 +198,18 @@ mod tests {
     #[test]
     fn who_is_woken_late_wakes_earlier() {
         let mut foresight = learned(&[8000; CALLS]);
-        for (late, from) in [(10, 7970..7982), (110, 7770..7790), (1_000_000, 7698..7710)] {
+        for (late, from) in [(10, 7979..7981), (70, 7859..7861), (1_000_000, 7799..7801)] {
             (0..50).for_each(|_| foresight.woken(Duration::from_micros(late)));
             let found = awake(&foresight, KIND).map(|awake| awake.start);
             assert!(found.is_some_and(|found| from.contains(&found)), "{late}: {found:?}");
         }
+        // Too late for calls of a kind that is short, until it is forgotten.
+        let mut after = |calls| {
+            (0..calls).for_each(|_| foresight.learn(KIND, Duration::from_micros(1500)));
+            awake(&foresight, KIND)
+        };
+        assert_eq!(after(CALLS), None);
+        assert!(after(1000).is_some());
     }
 
     #[tokio::test]
