@@ -21,8 +21,8 @@ const PAUSE_MAX_MS: u64 = 1000;
 const ANSWER_DELAY_MS: u64 = 100;
 
 /// How long after it was heard last a peer is not listened to before a call that may be run twice, in milliseconds: a
-/// guest that calls again and again saves a system call each time. For other calls it has to be known before that the
-/// connection has not ended.
+/// guest that calls again and again saves a system call each time, and its agent is awake. For other calls it has to be
+/// known before that the connection has not ended.
 const HEARD_MS: u64 = 1;
 
 /// Reads between two calls. A peer that has more to say is heard during the call, which has a deadline.
@@ -101,6 +101,18 @@ impl<T: Transport> Link<T> {
     pub(crate) fn attend(&mut self) {
         self.listen();
         if self.connected && self.send(None, true, u64::MAX).is_err() {
+            self.close();
+        }
+    }
+
+    /// Tells an agent that was not heard just now that a call is about to come: its threads wake meanwhile.
+    pub(crate) fn alert(&mut self) {
+        if !self.connected || self.transport.now() <= self.heard.saturating_add(HEARD_MS) {
+            return;
+        }
+        // By itself it would hold up the call.
+        self.transport.hurry();
+        if self.connection.alert() && self.send(None, false, u64::MAX).is_err() {
             self.close();
         }
     }

@@ -27,6 +27,10 @@ const TENSOR_BYTES_MIN: usize = 16 << 10;
 /// agent keeps for that: the first such call has it, too.
 const FIRST_BYTES_MIN: usize = 1 << 20;
 
+/// Bytes of a call that are copied, for which the agent is told before that it comes: that takes as long as its threads
+/// take to wake.
+const ALERT_BYTES_MIN: usize = 256 << 10;
+
 /// Where tensors begin, in bytes: a cache line.
 const ALIGNMENT: usize = 64;
 
@@ -120,6 +124,9 @@ impl<M: Memory> Shared<M> {
             Some(memory) => memory,
             None => self.open(link, until, wanted)?,
         };
+        if long >= ALERT_BYTES_MIN {
+            link.alert();
+        }
         let region = memory.name().into();
         let mut lent = Lent { region, places: [Place::default(); ITEMS_MAX], room: Place::default() };
         let mut at = 0;

@@ -314,6 +314,16 @@ impl Connection {
         !self.leaving && self.next_stream < frame::WINDOW_MAX && self.framed == 0 && room >= HEAD_BYTES
     }
 
+    /// Says that a call is about to come; returns whether there is something to send.
+    pub(crate) fn alert(&mut self) -> bool {
+        let may = self.settled && self.takes_calls();
+        if may {
+            self.compact();
+            self.push_frame(frame::ALERT, 0, 0, 0);
+        }
+        may
+    }
+
     /// Puts the call's headers on their way.
     ///
     /// # Errors

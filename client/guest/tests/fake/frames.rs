@@ -13,6 +13,7 @@ pub const PING: u8 = 6;
 pub const GOAWAY: u8 = 7;
 pub const WINDOW_UPDATE: u8 = 8;
 pub const CONTINUATION: u8 = 9;
+pub const ALERT: u8 = 0xfa;
 
 pub const END_STREAM: u8 = 1;
 pub const ACK: u8 = 1;

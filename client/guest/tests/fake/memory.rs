@@ -11,8 +11,8 @@ use vaccel_proto::v1::{
 };
 
 use crate::peer::{Event, Peer, timings};
-use crate::transport::Fake;
-use crate::{fails, flow, opened, peer};
+use crate::transport::{EPIPE, Fake};
+use crate::{fails, flow, frames, opened, peer};
 
 /// What memory is full of when it comes.
 const FILL: u8 = 7;
@@ -110,6 +110,34 @@ fn short_tensors_and_all_where_none_is_wanted_go_as_ever() {
         assert!(guest.transport().shares.is_empty(), "{limit} {bytes}");
         assert!(requests.borrow().iter().all(|request| request.shared.is_none()));
     }
+}
+
+#[test]
+fn an_agent_that_may_sleep_is_told_before_data_is_copied_for_long() {
+    let (mut guest, _) = sharing(|_, _, _| false);
+    let (model, long) = (flow::model(&mut guest), 256 << 10);
+    let (data, mut place) = (vec![1; long], vec![0; long]);
+    let mut alerts_after = |pause: u64, bytes: usize| {
+        peer(&mut guest).now += pause;
+        let data = &data[..bytes];
+        let input = Input { name: "x", dtype: DType::U8, shape: &[bytes as i64], data };
+        guest.run(&model, &[input], &[], &mut [Output::new(&mut place)]).unwrap();
+        peer(&mut guest).came(frames::ALERT, 0).len()
+    };
+    // There is no memory for the first call yet, and who is awake need not be told.
+    for (pause, bytes, alerts) in
+        [(1000, long, 0), (1000, long, 1), (0, long, 1), (1, long, 1), (1000, long - 64, 1), (2, long, 2)]
+    {
+        assert_eq!(alerts_after(pause, bytes), alerts, "{pause} {bytes}");
+    }
+    // It comes before the call, at once; if it cannot, the call is as good on another connection.
+    let frames: Vec<u8> = peer(&mut guest).frames.iter().map(|frame| frame.kind).collect();
+    assert_eq!(frames[frames.len() - 3..], [frames::ALERT, frames::HEADERS, frames::DATA]);
+    peer(&mut guest).now += 1000;
+    peer(&mut guest).write_fails = Some(EPIPE);
+    let input = Input { name: "x", dtype: DType::U8, shape: &[long as i64], data: &data };
+    guest.run(&model, &[input], &[], &mut [Output::new(&mut place)]).unwrap();
+    assert_eq!(peer(&mut guest).dials.len(), 2);
 }
 
 #[test]

@@ -279,6 +279,10 @@ impl Peer {
                 assert!(frame.number() > 0 && self.own_window <= 0x7fff_ffff, "a window that cannot be");
                 self.happen(Event::Frame);
             }
+            frames::ALERT => {
+                assert!(frame.stream == 0 && frame.payload.is_empty());
+                self.happen(Event::Frame);
+            }
             kind => panic!("the guest sends no frame of kind {kind}"),
         }
     }
