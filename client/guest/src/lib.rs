@@ -45,6 +45,9 @@ mod connection;
 #[doc(hidden)]
 pub mod copy;
 mod error;
+// For the client, too.
+#[doc(hidden)]
+pub mod foresight;
 // For the agent's end of the wire, too.
 #[doc(hidden)]
 pub mod frame;

@@ -17,10 +17,11 @@ use bytes::Bytes;
 use tokio::runtime::Handle;
 use tokio::time::{Instant, Sleep, sleep};
 use tonic::Status;
+use vaccel_guest::foresight::Foresight;
 use vaccel_guest::frame;
 
 use super::KEEP_ALIVE;
-use super::foresight::{Alarm, Foresight};
+use super::alarm::Alarm;
 use super::state::{State, failed};
 use super::stream::Outcome;
 use crate::dial::Stream as Socket;
@@ -176,7 +177,7 @@ impl Connection {
     /// Learns that calls of a kind always take so long.
     pub(super) fn foresee(&self, kind: u64, took: Duration) {
         let mut work = self.shared.work();
-        (0..100).for_each(|_| work.foresight.learn(kind, took));
+        (0..100).for_each(|_| work.foresight.learn(kind, microseconds(took)));
     }
 }
 
@@ -217,7 +218,8 @@ impl Shared {
         }
         // Others' calls would be foreseen worse, and wake whoever works for all of them.
         let foreseen = is_alone.then(|| work.foresight.awake(options.kind)).flatten();
-        Ok((id, foreseen))
+        let time = Duration::from_micros;
+        Ok((id, foreseen.map(|awake| time(awake.start)..time(awake.end))))
     }
 
     /// After whatever may have ended the connection or other calls.
@@ -274,6 +276,10 @@ impl Drop for Shared {
     }
 }
 
+fn microseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
 /// Works on a connection until nobody has it any more.
 async fn attend(shared: Weak<Shared>) {
     let mut alarm = pin!(sleep(LOOK));
@@ -311,7 +317,7 @@ impl Call<'_> {
         match &outcome {
             Some(outcome) => {
                 if outcome.is_ok() {
-                    work_now.foresight.learn(self.kind, self.begun.elapsed());
+                    work_now.foresight.learn(self.kind, microseconds(self.begun.elapsed()));
                 }
                 self.leave(work_now);
             }
@@ -337,7 +343,7 @@ impl Call<'_> {
         };
         let mut work = shared.work();
         if outcome.is_none() {
-            work.foresight.woken(self.begun.elapsed().saturating_sub(until));
+            work.foresight.woken(microseconds(self.begun.elapsed().saturating_sub(until)));
         }
         if outcome.is_none() || alarm.stop().is_ok() {
             work.alarm = Some(alarm);

@@ -6,8 +6,8 @@
 //! that none depends on whether another one's task is polled.
 //!
 //! `connection` is who may work and when, `state` the connection itself, `stream` one call's part of it, `output` what
-//! is to be written (the agent's, too), `pool` which of several connections a call takes, `foresight` when an answer
-//! comes.
+//! is to be written (the agent's, too), `pool` which of several connections a call takes, `alarm` what wakes it
+//! for an answer that is foreseen.
 //!
 //! *Source:* RFC 9113 (HTTP/2), gRPC over HTTP/2.
 
@@ -17,8 +17,8 @@
     reason = "lengths are bounded by the frames they are of, and constants by what they are"
 )]
 
+mod alarm;
 mod connection;
-mod foresight;
 mod output;
 mod pool;
 mod receive;
