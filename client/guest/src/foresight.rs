@@ -108,6 +108,19 @@ impl Default for Foresight {
     }
 }
 
+/// Names a kind by bytes that its calls have in common.
+pub fn name(bytes: &[u8]) -> u64 {
+    /// Spreads bits upwards; any large odd number does.
+    const SPREAD: u64 = 0x9e37_79b9_7f4a_7c15;
+    let mut name = bytes.len() as u64;
+    for word in bytes.chunks(8) {
+        let mut padded = [0; 8];
+        padded.iter_mut().zip(word).for_each(|(place, byte)| *place = *byte);
+        name = (name.rotate_left(5) ^ u64::from_le_bytes(padded)).wrapping_mul(SPREAD);
+    }
+    name ^ (name >> 32)
+}
+
 fn place(name: u64) -> usize {
     (name % KINDS as u64) as usize
 }
@@ -183,6 +196,18 @@ mod tests {
         };
         assert_eq!(after(CALLS), None);
         assert!(after(1000).is_some());
+    }
+
+    #[test]
+    fn kinds_have_names_of_their_own() {
+        let bytes: Vec<u8> = (0..100).collect();
+        let mut names: Vec<u64> = (0..bytes.len()).map(|length| name(&bytes[..length])).collect();
+        names.extend((1..bytes.len()).map(|begin| name(&bytes[begin..])));
+        let places = names.iter().map(|name| place(*name)).collect::<std::collections::BTreeSet<_>>();
+        assert_eq!(places.len(), KINDS);
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), 199);
     }
 
     #[test]

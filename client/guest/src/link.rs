@@ -4,13 +4,16 @@
 //! A call is repeated by itself only when the agent cannot have run it. A blocking guest answers no PING between its
 //! calls, so that the agent may have closed the connection meanwhile: that is looked for before each call.
 
+use core::ops::Range;
+
 use crate::connection::{Call, Connection, Fault as Broken, RequestHead};
 use crate::error::{Error, Reason, Result};
+use crate::foresight::{self, Foresight};
 use crate::frame;
 use crate::protobuf::Reader;
 use crate::status::TEXT_BYTES;
 use crate::text::Text;
-use crate::transport::{Fault, Transport};
+use crate::transport::{Fault, Ready, Transport};
 
 /// Pause before the second attempt, and the longest before a later one, in milliseconds.
 const PAUSE_FIRST_MS: u64 = 10;
@@ -39,6 +42,7 @@ pub(crate) struct Link<T> {
     connected: bool,
     /// When the peer was heard last.
     heard: u64,
+    foresight: Foresight,
     /// The last call was begun more than once.
     pub(crate) is_repeated: bool,
     pub(crate) token: Text<TOKEN_BYTES>,
@@ -71,6 +75,7 @@ impl<T: Transport> Link<T> {
             connection: Connection::new(),
             connected: false,
             heard: 0,
+            foresight: Foresight::new(),
             is_repeated: false,
             token: Text::new(),
             text: Text::new(),
@@ -160,7 +165,11 @@ impl<T: Transport> Link<T> {
             self.say("the address and the token are too long for a request");
             return Err(Miss { error, again: false });
         }
-        if let Err(fault) = self.drive(&mut call, request.until) {
+        let kind = foresight::name(request.parts.first().copied().unwrap_or_default());
+        let begun = self.transport.now_exactly();
+        let awake = begun.zip(self.foresight.awake(kind));
+        let awake = awake.map(|(begun, awake)| begun + awake.start..begun + awake.end);
+        if let Err(fault) = self.drive(&mut call, request.until, awake.as_ref()) {
             let miss = self.explain(fault, &call, request.repeatable);
             if fault != Lost::Late || !self.give_up(&mut call) {
                 self.close();
@@ -170,7 +179,13 @@ impl<T: Transport> Link<T> {
         if !self.connection.takes_calls() {
             self.close();
         }
-        call.outcome().map_err(|error| {
+        let outcome = call.outcome();
+        if outcome.is_ok()
+            && let Some((begun, now)) = begun.zip(self.transport.now_exactly())
+        {
+            self.foresight.learn(kind, now.saturating_sub(begun));
+        }
+        outcome.map_err(|error| {
             self.text = *call.text();
             // What came of a message was taken already.
             let refused = matches!(error.reason, Reason::Overloaded | Reason::ShuttingDown);
@@ -208,8 +223,13 @@ impl<T: Transport> Link<T> {
         }
     }
 
-    /// Moves bytes until the call is over.
-    fn drive(&mut self, call: &mut Call<'_>, until: u64) -> core::result::Result<(), Lost> {
+    /// Moves bytes until the call is over, awake at the time for which its answer is foreseen.
+    fn drive(
+        &mut self,
+        call: &mut Call<'_>,
+        until: u64,
+        awake: Option<&Range<u64>>,
+    ) -> core::result::Result<(), Lost> {
         let mut answer_by = u64::MAX;
         let mut now = self.transport.now();
         loop {
@@ -225,7 +245,7 @@ impl<T: Transport> Link<T> {
                 true => answer_by.min(now.saturating_add(ANSWER_DELAY_MS)),
                 false => u64::MAX,
             };
-            match self.transport.wait(blocked, until.min(answer_by)) {
+            match self.wait(blocked, until.min(answer_by), awake.filter(|_| !blocked)) {
                 Ok(ready) if ready.read => self.receive(Some(call))?,
                 Ok(_) => {}
                 Err(Fault::Late) if answer_by < until => {}
@@ -237,6 +257,32 @@ impl<T: Transport> Link<T> {
             if now >= until && !call.is_over() {
                 return Err(Lost::Late);
             }
+        }
+    }
+
+    /// Waits until bytes can be moved. Whoever is to be awake wakes for that, and then reads without knowing that there
+    /// is something.
+    fn wait(
+        &mut self,
+        write: bool,
+        until: u64,
+        awake: Option<&Range<u64>>,
+    ) -> core::result::Result<Ready, Fault> {
+        let Some((awake, now)) =
+            awake.zip(self.transport.now_exactly()).filter(|(awake, now)| *now < awake.end)
+        else {
+            return self.transport.wait(write, until);
+        };
+        if now >= awake.start {
+            return Ok(Ready { read: true, write: false });
+        }
+        let waited = self.transport.wait_exactly(awake.start.min(until.saturating_mul(1000)));
+        match self.transport.now_exactly().and_then(|now| now.checked_sub(awake.start)) {
+            Some(late) if waited == Err(Fault::Late) => {
+                self.foresight.woken(late);
+                Ok(Ready::default())
+            }
+            _ => waited,
         }
     }
 

@@ -98,6 +98,20 @@ pub trait Transport {
     /// [`Fault::Late`] and [`Fault::Broken`].
     fn wait(&mut self, write: bool, until: u64) -> core::result::Result<Ready, Fault>;
 
+    /// Microseconds of the clock that [`Transport::now`] shows, where it goes by them and [`Transport::wait_exactly`]
+    /// does so, too: then whoever waits for an answer that is foreseen is awake for it.
+    fn now_exactly(&mut self) -> Option<u64> {
+        None
+    }
+
+    /// Waits until something can be read, or that clock shows `until`.
+    ///
+    /// # Errors
+    /// [`Fault::Late`] and [`Fault::Broken`].
+    fn wait_exactly(&mut self, until: u64) -> core::result::Result<Ready, Fault> {
+        self.wait(false, until / 1000)
+    }
+
     /// A request goes out in more than one piece: from now on, small packets should be sent at once although others
     /// before them were not confirmed, and as much as can be should be taken in one write. There may be no such thing.
     fn hurry(&mut self) {}

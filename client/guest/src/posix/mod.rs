@@ -1,9 +1,9 @@
 //! TCP, unix and vsock sockets, by the calls of the platform's C library.
 //!
 //! What is used was seen to work in every guest kernel this was tried in: `socket`, `connect`, `send`, `read`, `poll`,
-//! `close`, the clock; `readv`, `writev` and for requests in pieces `setsockopt` where they do, and nothing that has
-//! to. Time limits are `poll`'s. No signal is ever raised by a connection that broke. What memory takes that the agent
-//! has, too, is told in `memory`.
+//! `close`, the clock; `readv`, `writev`, `ppoll` and for requests in pieces `setsockopt` where they do, and nothing
+//! that has to. Time limits are `poll`'s. No signal is ever raised by a connection that broke. What memory takes that
+//! the agent has, too, is told in `memory`.
 
 #[cfg(any(target_os = "linux", target_os = "android"))]
 mod memory;
@@ -55,6 +55,8 @@ pub struct Posix {
     reads_two: bool,
     /// The socket was told that requests go out in pieces.
     hurries: bool,
+    /// Waits by microseconds work.
+    waits_exactly: bool,
 }
 
 impl Posix {
@@ -63,7 +65,15 @@ impl Posix {
         let is_vsock = matches!(address, Address::Vsock { .. });
         // Vectored calls on vsock lose their first piece in some guests.
         let (writes_many, reads_two) = (!is_vsock, !is_vsock);
-        Self { address, fd: -1, sigpipe_ignored: SIGPIPE_IGNORED, writes_many, reads_two, hurries: false }
+        Self {
+            address,
+            fd: -1,
+            sigpipe_ignored: SIGPIPE_IGNORED,
+            writes_many,
+            reads_two,
+            hurries: false,
+            waits_exactly: sys::WAITS_EXACTLY,
+        }
     }
 
     /// Says whether the program ignores SIGPIPE: then `write` and `writev` are used, the latter for all there is to
@@ -234,6 +244,26 @@ impl Transport for Posix {
         self.wait_for(write, until).map(|(ready, _)| ready)
     }
 
+    fn now_exactly(&mut self) -> Option<u64> {
+        self.waits_exactly.then(sys::now_exactly)
+    }
+
+    fn wait_exactly(&mut self, until: u64) -> Result<Ready, Fault> {
+        loop {
+            let left = until.saturating_sub(sys::now_exactly());
+            match sys::poll_exactly(self.fd, left) {
+                Ok(Some((ready, _))) => return Ok(ready),
+                Ok(None) if left == 0 || sys::now_exactly() >= until => return Err(Fault::Late),
+                Ok(None) | Err(libc::EINTR | libc::EAGAIN) => {}
+                Err(libc::ENOSYS | libc::EPERM | libc::EOPNOTSUPP | libc::EINVAL) => {
+                    self.waits_exactly = false;
+                    return self.wait(false, until / 1000);
+                }
+                Err(errno) => return Err(Fault::Broken(errno)),
+            }
+        }
+    }
+
     fn hurry(&mut self) {
         if core::mem::replace(&mut self.hurries, true) {
             return;
@@ -282,6 +312,9 @@ mod sys {
     const NONBLOCK: c_int = libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
     #[cfg(not(any(target_os = "linux", target_os = "android")))]
     const NONBLOCK: c_int = 0;
+
+    /// Whether there are waits by microseconds.
+    pub(super) const WAITS_EXACTLY: bool = cfg!(any(target_os = "linux", target_os = "android"));
 
     /// A broken connection raises no signal. Hermit has none.
     #[cfg(not(target_os = "hermit"))]
@@ -439,10 +472,34 @@ mod sys {
         let events = libc::POLLIN | if write { libc::POLLOUT } else { 0 };
         let mut asked = libc::pollfd { fd, events, revents: 0 };
         // SAFETY: one structure, which nobody else has.
-        match unsafe { libc::poll(&raw mut asked, 1, timeout) } {
+        let count = unsafe { libc::poll(&raw mut asked, 1, timeout) };
+        polled(count, asked.revents)
+    }
+
+    /// The same of reading, with microseconds.
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    pub(super) fn poll_exactly(fd: c_int, timeout: u64) -> Result<Option<(Ready, bool)>, c_int> {
+        let mut asked = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+        let time = libc::timespec {
+            tv_sec: (timeout / 1_000_000) as libc::time_t,
+            tv_nsec: (timeout % 1_000_000 * 1000) as libc::c_long,
+        };
+        // SAFETY: one structure, which nobody else has, a time, and no signals.
+        let count = unsafe { libc::ppoll(&raw mut asked, 1, &raw const time, ptr::null()) };
+        polled(count, asked.revents)
+    }
+
+    /// There is no such wait.
+    #[cfg(not(any(target_os = "linux", target_os = "android")))]
+    pub(super) fn poll_exactly(_: c_int, _: u64) -> Result<Option<(Ready, bool)>, c_int> {
+        Err(libc::ENOSYS)
+    }
+
+    fn polled(count: c_int, events: libc::c_short) -> Result<Option<(Ready, bool)>, c_int> {
+        match count {
             0 => Ok(None),
             1.. => {
-                let is = |events| asked.revents & events != 0;
+                let is = |wanted| events & wanted != 0;
                 // An error or the end is found by reading.
                 let failed = is(libc::POLLERR | libc::POLLNVAL);
                 let read = failed || is(libc::POLLIN | libc::POLLHUP);
@@ -459,12 +516,44 @@ mod sys {
 
     /// Milliseconds of the clock that never goes back; 0 where there is none.
     pub(super) fn now() -> u64 {
+        now_exactly() / 1000
+    }
+
+    /// Microseconds of the same.
+    pub(super) fn now_exactly() -> u64 {
         let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
         // SAFETY: a place for one time.
         let _ = unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
         let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
         // Platforms count these in numbers of different sizes.
         let nanoseconds = u64::try_from(time.tv_nsec).unwrap_or(0);
-        seconds * 1000 + nanoseconds / 1_000_000
+        seconds * 1_000_000 + nanoseconds / 1000
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn a_wait_by_microseconds_ends_when_it_is_time_or_something_comes() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("agent");
+        let listener = UnixListener::bind(&path).unwrap();
+        let mut transport: Posix = format!("unix://{}", path.display()).parse().unwrap();
+        transport.connect(u64::MAX).unwrap();
+        let (mut agent, _) = listener.accept().unwrap();
+        for microseconds in [0, 1, 700, 2300] {
+            let until = transport.now_exactly().unwrap() + microseconds;
+            assert_eq!(transport.wait_exactly(until), Err(Fault::Late));
+            assert!(transport.now_exactly().unwrap() >= until);
+        }
+        agent.write_all(b"answer").unwrap();
+        let until = transport.now_exactly().unwrap() + 60_000_000;
+        assert_eq!(transport.wait_exactly(until), Ok(Ready { read: true, write: false }));
+        assert!(transport.now() < until / 1000);
     }
 }

@@ -28,6 +28,7 @@ mod cuts;
 mod dialing;
 mod encoding;
 mod flow;
+mod foresight;
 mod frames_between;
 
 use vaccel_guest::{Error, Guest, Reason};

@@ -50,6 +50,10 @@ pub struct Fake {
     pub memory: Option<u8>,
     /// The bytes of memory it asked for.
     pub shares: Vec<usize>,
+    /// Microseconds beyond the clock's milliseconds, if it goes by them: each look at it takes one.
+    pub exactly: Option<u64>,
+    /// Reads for which there was nothing.
+    pub vain_reads: usize,
     turns: u32,
 }
 
@@ -69,7 +73,16 @@ impl Fake {
             blocks: false,
             turn: false,
         };
-        Self { peer, manner, writes: Vec::new(), memory: None, shares: Vec::new(), turns: 0 }
+        Self {
+            peer,
+            manner,
+            writes: Vec::new(),
+            memory: None,
+            shares: Vec::new(),
+            exactly: None,
+            vain_reads: 0,
+            turns: 0,
+        }
     }
 
     fn moved(&mut self) {
@@ -83,6 +96,7 @@ impl Fake {
 
     fn pass_to(&mut self, time: u64) {
         if time > self.peer.now {
+            self.exactly = self.exactly.map(|_| 0);
             self.peer.now = time;
             self.moved();
         }
@@ -213,6 +227,7 @@ impl Transport for Fake {
             Some(Item::End(0)) => Ok(0),
             Some(Item::End(errno)) => Err(Fault::Broken(*errno)),
             _ => {
+                self.vain_reads += 1;
                 self.in_vain();
                 Err(Fault::WouldBlock)
             }
@@ -233,6 +248,24 @@ impl Transport for Fake {
         self.pass_to(next);
         let now = self.peer.now;
         Ok(Ready { read: readable_from <= now, write: write && writable_from <= now })
+    }
+
+    fn now_exactly(&mut self) -> Option<u64> {
+        let beyond = self.exactly? + 1;
+        self.exactly = Some(beyond % 1000);
+        if beyond == 1000 {
+            self.peer.now += 1;
+            self.moved();
+        }
+        Some(self.peer.now * 1000 + beyond % 1000)
+    }
+
+    fn wait_exactly(&mut self, until: u64) -> Result<Ready, Fault> {
+        let outcome = self.wait(false, until / 1000);
+        if outcome == Err(Fault::Late) {
+            self.exactly = Some(until % 1000);
+        }
+        outcome
     }
 
     fn share(&mut self, _token: &str, bytes: usize, _until: u64) -> Result<FakeMemory, Fault> {
