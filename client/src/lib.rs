@@ -75,6 +75,7 @@ pub use read::ResourceReader;
 pub use session::{CallOptions, ClassifyOptions, ModelRun, Resource, Session, SessionOptions, named};
 pub use shared::Buffer;
 pub use tls::{Pem, Tls};
+pub use unary::Awake;
 pub use vaccel_proto as proto;
 pub use vaccel_proto::v1::{
     Arg, ArgType, DType, Label, ModelDescription, ModelPort, NamedTensor, OperationProfile, ResourceKind,

@@ -26,7 +26,7 @@ use crate::dial::Dialer;
 use crate::error::{Failure, chain, of_status};
 use crate::http2::{FRAME_BYTES_MAX, KEEP_ALIVE, Pool};
 use crate::shared::Memory;
-use crate::unary;
+use crate::unary::{self, Awake};
 use crate::wire::{Head, Wire};
 
 /// Bytes of one reply that may be under way before the client reads on: the longest there is, so that none waits for
@@ -165,7 +165,7 @@ impl Link {
         let call = async {
             let wire = self.wire().await?;
             let kind = unary::kind((&request.model_name, request.encoded_len()));
-            let options = unary::Options { time, awake: Duration::ZERO, kind };
+            let options = unary::Options { time, awake: Awake::Foreseen, kind };
             let reply = unary::call(wire, "/inference.GRPCInferenceService/ModelInfer", request, options);
             reply.await.map(tonic::Response::into_inner).map_err(|status| of_status(&status))
         };

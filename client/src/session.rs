@@ -29,7 +29,7 @@ use crate::large::Encoded;
 use crate::models::Family;
 use crate::read::ResourceReader;
 use crate::retry::Deadline;
-use crate::unary;
+use crate::unary::{self, Awake};
 use crate::upload::{self, Meter};
 use crate::wire::Wire;
 
@@ -54,16 +54,14 @@ pub struct CallOptions {
     pub repeatable: bool,
     /// [`DType::F16`] or [`DType::Bf16`] for half the bytes: what a model gives as `f32` is rounded to that.
     pub reply_type: DType,
-    /// How long the thread that waits for the reply stays awake for it. One that sleeps is late by some 30 µs, on a
-    /// virtual machine by 60; one that does not costs a processor meanwhile. Where this is zero a thread is awake for a
-    /// reply that is foreseen, as calls like it always took the same time. Calls over a connection of the tensors' own
-    /// heed it: those to an agent nearby, without compression.
-    pub awake: Duration,
+    /// When the thread that waits for the reply is awake. Calls over a connection of the tensors' own heed it: those to
+    /// an agent nearby, without compression.
+    pub awake: Awake,
 }
 
 impl Default for CallOptions {
     fn default() -> Self {
-        Self { deadline: None, repeatable: true, reply_type: DType::Unspecified, awake: Duration::ZERO }
+        Self { deadline: None, repeatable: true, reply_type: DType::Unspecified, awake: Awake::Foreseen }
     }
 }
 

@@ -28,13 +28,26 @@ use crate::error::{Failure, Reach};
 use crate::gzip;
 use crate::wire::Wire;
 
+/// When the thread that waits for a reply is awake. One that sleeps is late by some 30 µs, on a virtual machine by 60;
+/// one that does not costs a processor meanwhile.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Awake {
+    /// From shortly before a reply that is foreseen, as calls like it always took the same time.
+    #[default]
+    Foreseen,
+    /// From the beginning of the call on, and so long at most.
+    For(Duration),
+    /// Not before it is there.
+    Never,
+}
+
 /// How a call is made.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Options {
     /// How long it may take.
     pub(crate) time: Duration,
-    /// How long its thread stays awake for the reply, where there is a connection beside the one of all calls.
-    pub(crate) awake: Duration,
+    /// When its thread is awake for the reply, where there is a connection beside the one of all calls.
+    pub(crate) awake: Awake,
     /// Its [`kind`]: such calls may always take the same time.
     pub(crate) kind: u64,
 }

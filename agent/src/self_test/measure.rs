@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use vaccel_client::{CallOptions, Client, Session, SessionOptions};
+use vaccel_client::{Awake, CallOptions, Client, Session, SessionOptions};
 use vaccel_proto::Error;
 
 use super::models::{Measured, models};
@@ -205,7 +205,7 @@ pub(super) async fn open(client: &Client, engine: &str, device: &str) -> Result<
 pub(super) fn stays_awake(session: &Session) -> Session {
     session.with(CallOptions {
         deadline: Some(CALL_DEADLINE),
-        awake: CALL_DEADLINE,
+        awake: Awake::For(CALL_DEADLINE),
         ..CallOptions::default()
     })
 }

@@ -43,6 +43,8 @@ pub(crate) struct Link<T> {
     /// When the peer was heard last.
     heard: u64,
     foresight: Foresight,
+    /// Answers that are foreseen are awaited awake.
+    pub(crate) is_awake: bool,
     /// The last call was begun more than once.
     pub(crate) is_repeated: bool,
     pub(crate) token: Text<TOKEN_BYTES>,
@@ -76,6 +78,7 @@ impl<T: Transport> Link<T> {
             connected: false,
             heard: 0,
             foresight: Foresight::new(),
+            is_awake: true,
             is_repeated: false,
             token: Text::new(),
             text: Text::new(),
@@ -167,7 +170,7 @@ impl<T: Transport> Link<T> {
         }
         let kind = foresight::name(request.parts.first().copied().unwrap_or_default());
         let begun = self.transport.now_exactly();
-        let awake = begun.zip(self.foresight.awake(kind));
+        let awake = begun.filter(|_| self.is_awake).zip(self.foresight.awake(kind));
         let awake = awake.map(|(begun, awake)| begun + awake.start..begun + awake.end);
         if let Err(fault) = self.drive(&mut call, request.until, awake.as_ref()) {
             let miss = self.explain(fault, &call, request.repeatable);

@@ -26,7 +26,7 @@ use super::state::{State, failed};
 use super::stream::Outcome;
 use crate::dial::Stream as Socket;
 use crate::error::Reach;
-use crate::unary::Options;
+use crate::unary::{Awake, Options};
 use crate::wire::Head;
 
 /// Pause between the attendant's looks at a connection on which calls are made.
@@ -140,7 +140,11 @@ impl Connection {
         self.shared.calls.fetch_add(1, Ordering::Relaxed);
         let (id, foreseen) = self.shared.begin(path, &options, begun, pieces)?;
         call.id = Some(id);
-        let awake = if options.awake.is_zero() { foreseen } else { Some(Duration::ZERO..options.awake) };
+        let awake = match options.awake {
+            Awake::Foreseen => foreseen,
+            Awake::For(time) => Some(Duration::ZERO..time),
+            Awake::Never => None,
+        };
         if let Some(awake) = awake {
             if let Some(outcome) = call.sleep(awake.start).await {
                 return outcome;

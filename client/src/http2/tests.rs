@@ -17,10 +17,10 @@ use vaccel_guest::frame::{self, Header};
 
 use super::Connection;
 use crate::error::{Failure, Reach};
-use crate::unary::Options;
+use crate::unary::{Awake, Options};
 use crate::wire::Head;
 
-const OPTIONS: Options = Options { time: Duration::from_secs(60), awake: Duration::ZERO, kind: 0 };
+const OPTIONS: Options = Options { time: Duration::from_secs(60), awake: Awake::Foreseen, kind: 0 };
 /// How long an agent waits for what may never come.
 const PATIENCE: Duration = Duration::from_millis(200);
 /// `:status: 200`, and the trailers `grpc-status: 0`, `grpc-status: 5` with a message, as header blocks.
@@ -132,7 +132,7 @@ async fn who_stays_awake_for_a_reply_lets_others_work_meanwhile() {
     let (connection, mut agent) = connected(&[], 1 << 16).await;
     // Longer than the agent takes, and less long.
     for awake in [Duration::from_secs(60), Duration::from_micros(1)] {
-        let options = Options { awake, ..OPTIONS };
+        let options = Options { awake: Awake::For(awake), ..OPTIONS };
         let pieces = vec![Bytes::from(framed(b"question"))];
         let answering = async {
             let (stream, content) = agent.request().await;

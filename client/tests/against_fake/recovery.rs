@@ -5,13 +5,13 @@ use std::time::{Duration, Instant};
 
 use vaccel_client::proto::error::Detail;
 use vaccel_client::{
-    CallOptions, Client, DType, Error, Reason, ResourceFiles, Session, SessionOptions, Tensor, named,
+    Awake, CallOptions, Client, DType, Error, Reason, ResourceFiles, Session, SessionOptions, Tensor, named,
 };
 
 use crate::fake::{Fake, Step};
 
 const ONCE: CallOptions =
-    CallOptions { deadline: None, repeatable: false, reply_type: DType::Unspecified, awake: Duration::ZERO };
+    CallOptions { deadline: None, repeatable: false, reply_type: DType::Unspecified, awake: Awake::Foreseen };
 
 async fn session(fake: &Fake) -> Session {
     fake.client().await.open_session(SessionOptions::default()).await.unwrap()

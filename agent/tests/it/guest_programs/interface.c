@@ -115,6 +115,7 @@ static void what_is_no_guest_is_refused(void)
     vaccel_guest_choose(NULL, NULL, NULL);
     vaccel_guest_wish(NULL, 1);
     vaccel_guest_set_shared_bytes(NULL, 1);
+    vaccel_guest_set_awake(NULL, 1);
     vaccel_guest_set_reply_type(NULL, VACCEL_GUEST_F16);
     HOLDS(!vaccel_guest_share(NULL, 1));
     vaccel_guest_attend(NULL);

@@ -195,6 +195,14 @@ unsafe extern "C" fn vaccel_guest_set_shared_bytes(guest: *mut Handle, size: usi
 }
 
 #[unsafe(no_mangle)]
+unsafe extern "C" fn vaccel_guest_set_awake(guest: *mut Handle, awake: c_int) {
+    // SAFETY: null, or a guest that is this call's own.
+    if let Some(guest) = unsafe { guest.as_mut() } {
+        guest.guest.set_awake(awake != 0);
+    }
+}
+
+#[unsafe(no_mangle)]
 unsafe extern "C" fn vaccel_guest_set_reply_type(guest: *mut Handle, dtype: c_int) {
     // SAFETY: null, or a guest that is this call's own.
     if let Some(guest) = unsafe { guest.as_mut() } {

@@ -59,6 +59,15 @@ fn an_answer_that_is_foreseen_is_awaited_awake() {
 }
 
 #[test]
+fn who_does_not_want_to_be_awake_sleeps() {
+    let (mut guest, _) = guest(true);
+    guest.set_awake(false);
+    assert!((0..2 * ENOUGH).all(|_| looks(&mut guest) == 0));
+    guest.set_awake(true);
+    assert!(looks(&mut guest) > 0);
+}
+
+#[test]
 fn nobody_is_awake_where_clocks_go_by_milliseconds_or_calls_are_short() {
     for (is_exact, milliseconds) in [(false, 3), (true, 0)] {
         let (mut guest, takes) = guest(is_exact);
