@@ -279,13 +279,13 @@ impl<T: Transport> Link<T> {
         if now >= awake.start {
             return Ok(Ready { read: true, write: false });
         }
-        let waited = self.transport.wait_exactly(awake.start.min(until.saturating_mul(1000)));
-        match self.transport.now_exactly().and_then(|now| now.checked_sub(awake.start)) {
-            Some(late) if waited == Err(Fault::Late) => {
-                self.foresight.woken(late);
+        match self.transport.wait_exactly(awake.start.min(until.saturating_mul(1000))) {
+            Err(Fault::Late) => {
+                let late = self.transport.now_exactly().and_then(|now| now.checked_sub(awake.start));
+                late.into_iter().for_each(|late| self.foresight.woken(late));
                 Ok(Ready::default())
             }
-            _ => waited,
+            waited => waited,
         }
     }
 

@@ -104,12 +104,12 @@ pub trait Transport {
         None
     }
 
-    /// Waits until something can be read, or that clock shows `until`.
+    /// Waits until something can be read, or that clock shows `until`, or not quite.
     ///
     /// # Errors
     /// [`Fault::Late`] and [`Fault::Broken`].
     fn wait_exactly(&mut self, until: u64) -> core::result::Result<Ready, Fault> {
-        self.wait(false, until / 1000)
+        self.wait(false, until.div_ceil(1000))
     }
 
     /// A request goes out in more than one piece: from now on, small packets should be sent at once although others

@@ -77,6 +77,14 @@ fn nobody_is_awake_where_clocks_go_by_milliseconds_or_calls_are_short() {
 }
 
 #[test]
+fn a_wait_that_ends_early_is_no_deadline() {
+    let (mut guest, _) = guest(true);
+    assert!((0..ENOUGH).all(|_| looks(&mut guest) == 0));
+    guest.transport().ends_early = true;
+    assert!(looks(&mut guest) > 0);
+}
+
+#[test]
 fn a_deadline_is_kept_before_and_while_it_is_awake() {
     for deadline in [1, 3] {
         let (mut guest, takes) = guest(true);

@@ -52,6 +52,8 @@ pub struct Fake {
     pub shares: Vec<usize>,
     /// Microseconds beyond the clock's milliseconds, if it goes by them: each look at it takes one.
     pub exactly: Option<u64>,
+    /// Waits end before the microsecond for which they were asked.
+    pub ends_early: bool,
     /// Reads for which there was nothing.
     pub vain_reads: usize,
     turns: u32,
@@ -80,6 +82,7 @@ impl Fake {
             memory: None,
             shares: Vec::new(),
             exactly: None,
+            ends_early: false,
             vain_reads: 0,
             turns: 0,
         }
@@ -262,7 +265,7 @@ impl Transport for Fake {
 
     fn wait_exactly(&mut self, until: u64) -> Result<Ready, Fault> {
         let outcome = self.wait(false, until / 1000);
-        if outcome == Err(Fault::Late) {
+        if outcome == Err(Fault::Late) && !self.ends_early {
             self.exactly = Some(until % 1000);
         }
         outcome
