@@ -319,7 +319,7 @@ impl State {
         }
         if is_awake && let Some(socket) = self.socket.socket() {
             let read = rustix::io::read(socket, &mut self.input[self.input_end..]);
-            if read != Err(Errno::AGAIN) {
+            if !matches!(read, Err(Errno::AGAIN | Errno::INTR)) {
                 return Poll::Ready(read.inspect(|count| self.input_end += count).map_err(io::Error::from));
             }
         }

@@ -3,7 +3,9 @@
 use std::sync::atomic::Ordering::SeqCst;
 
 use tokio::task::JoinSet;
-use vaccel_client::{CallOptions, ClassifyOptions, Client, Reason, Session, SessionOptions};
+use vaccel_client::{
+    Awake, CallOptions, ClassifyOptions, Client, DEADLINE_DEFAULT, Reason, Session, SessionOptions,
+};
 
 use crate::fake::{Fake, Step};
 
@@ -77,6 +79,23 @@ async fn a_run_whose_connection_broke_is_run_again_if_it_may_be() {
     assert_eq!(error.reason(), Reason::Unreachable);
     assert!(error.to_string().contains("may have run"), "{error}");
     session.with(once).noop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_stays_awake_hears_replies_and_the_end() {
+    let fake = Fake::listening();
+    let options =
+        CallOptions { awake: Awake::For(DEADLINE_DEFAULT), repeatable: false, ..CallOptions::default() };
+    let session = with_another(&fake).await.with(options);
+    for length in [1, 100_000, 2, 1_000_000] {
+        let labels = session.classify([vec![0; length].into()], ClassifyOptions::default()).await.unwrap();
+        assert_eq!(labels[0][0].index as usize, length);
+    }
+    fake.state.then(Step::Cut);
+    let error = session.noop().await.unwrap_err();
+    assert_eq!(error.reason(), Reason::Unreachable);
+    assert!(error.to_string().contains("may have run"), "{error}");
+    session.noop().await.unwrap();
 }
 
 #[tokio::test]
