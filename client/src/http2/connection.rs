@@ -50,6 +50,8 @@ struct Shared {
     bytes: AtomicUsize,
     calls: AtomicUsize,
     is_closed: AtomicBool,
+    /// Calls on this connection and on its client's others.
+    all_calls: Arc<AtomicUsize>,
     /// What looks after the socket, and after the alarm.
     runtime: Handle,
 }
@@ -80,11 +82,15 @@ enum Worker {
 }
 
 impl Connection {
-    /// Says and hears over a socket what comes before calls.
+    /// Says and hears over a socket what comes before calls, which are counted with those on other connections.
     ///
     /// # Errors
     /// What ended it before it began.
-    pub(crate) async fn open(socket: Box<dyn Socket>, head: Arc<Head>) -> Result<Self, String> {
+    pub(super) async fn open(
+        socket: Box<dyn Socket>,
+        head: Arc<Head>,
+        all_calls: Arc<AtomicUsize>,
+    ) -> Result<Self, String> {
         let mut state = State::new(socket, head);
         poll_fn(|context| {
             state.drive(context, None, false);
@@ -111,6 +117,7 @@ impl Connection {
             bytes: AtomicUsize::new(0),
             calls: AtomicUsize::new(0),
             is_closed: AtomicBool::new(false),
+            all_calls,
             runtime: Handle::current(),
         });
         let attended = Arc::downgrade(&shared);
@@ -138,28 +145,10 @@ impl Connection {
         let mut call = Call { connection: self, bytes, begun, kind, id: None };
         self.shared.bytes.fetch_add(bytes, Ordering::Relaxed);
         self.shared.calls.fetch_add(1, Ordering::Relaxed);
+        self.shared.all_calls.fetch_add(1, Ordering::Relaxed);
         let (id, foreseen) = self.shared.begin(path, &options, begun, pieces)?;
         call.id = Some(id);
-        let awake = match options.awake {
-            Awake::Foreseen => foreseen,
-            Awake::For(time) => Some(Duration::ZERO..time),
-            Awake::Never => None,
-        };
-        if let Some(awake) = awake {
-            if let Some(outcome) = call.sleep(awake.start).await {
-                return outcome;
-            }
-            // Without an alarm it sleeps on.
-            while awake.contains(&begun.elapsed()) {
-                let once = poll_fn(|context| Poll::Ready(call.poll(context, true))).await;
-                if let Poll::Ready(outcome) = once {
-                    return outcome;
-                }
-                // The runtime looks at its sockets, and does not wait for them.
-                tokio::task::yield_now().await;
-            }
-        }
-        poll_fn(|context| call.poll(context, false)).await
+        call.outcome(options.awake, foreseen).await
     }
 
     /// Says that a call is about to come, if none is there or has come just now.
@@ -220,10 +209,15 @@ impl Shared {
         if !is_alone || std::mem::take(&mut work.is_asleep) {
             work.attendant.as_ref().inspect(|attendant| attendant.wake_by_ref());
         }
-        // Others' calls would be foreseen worse, and wake whoever works for all of them.
-        let foreseen = is_alone.then(|| work.foresight.awake(options.kind)).flatten();
+        let foreseen = self.is_alone().then(|| work.foresight.awake(options.kind)).flatten();
         let time = Duration::from_micros;
         Ok((id, foreseen.map(|awake| time(awake.start)..time(awake.end))))
+    }
+
+    /// Whether the client makes no other call now: of several some other reply wakes the thread, and what counts is how
+    /// much processor time is left for them.
+    fn is_alone(&self) -> bool {
+        self.all_calls.load(Ordering::Relaxed) == 1
     }
 
     /// After whatever may have ended the connection or other calls.
@@ -331,6 +325,29 @@ impl Call<'_> {
         outcome.map_or(Poll::Pending, Poll::Ready)
     }
 
+    /// Waits for it, awake as its caller wants it or when it is foreseen.
+    async fn outcome(&mut self, awake: Awake, foreseen: Option<Range<Duration>>) -> Outcome {
+        let awake = match awake {
+            Awake::Foreseen => foreseen.unwrap_or_default(),
+            Awake::For(time) => Duration::ZERO..time,
+            Awake::Never => Range::default(),
+        };
+        if let Some(outcome) = self.sleep(awake.start).await {
+            return outcome;
+        }
+        let is_wanted = awake.start.is_zero() || self.connection.shared.is_alone();
+        // Where there was no alarm, it is too early.
+        while is_wanted && awake.contains(&self.begun.elapsed()) {
+            let once = poll_fn(|context| Poll::Ready(self.poll(context, true))).await;
+            if let Poll::Ready(outcome) = once {
+                return outcome;
+            }
+            // The runtime looks at its sockets, and does not wait for them.
+            tokio::task::yield_now().await;
+        }
+        poll_fn(|context| self.poll(context, false)).await
+    }
+
     /// Waits until so long after its beginning; returns the outcome if it comes before.
     async fn sleep(&mut self, until: Duration) -> Option<Outcome> {
         let after = until.checked_sub(self.begun.elapsed()).filter(|after| !after.is_zero())?;
@@ -372,6 +389,7 @@ impl Drop for Call<'_> {
         let shared = &self.connection.shared;
         shared.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
         shared.calls.fetch_sub(1, Ordering::Relaxed);
+        shared.all_calls.fetch_sub(1, Ordering::Relaxed);
         if let Some(id) = self.id {
             let mut work = shared.work();
             work.state.give_up(id);

@@ -4,7 +4,7 @@
 //! busy, and others waiting: as long as all are, another one is opened.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -32,6 +32,8 @@ struct Shared {
     head: Arc<Head>,
     patience: Duration,
     connections: Mutex<Vec<Connection>>,
+    /// Calls on all of them.
+    calls: Arc<AtomicUsize>,
     is_dialing: AtomicBool,
     not_before: Mutex<Option<Instant>>,
 }
@@ -39,10 +41,9 @@ struct Shared {
 impl Pool {
     /// None yet, and `most` at most. A dial may take as long as `patience`.
     pub(crate) fn new(most: usize, dialer: Arc<Dialer>, head: Arc<Head>, patience: Duration) -> Self {
-        let (connections, is_dialing, not_before) = Default::default();
-        Self {
-            shared: Arc::new(Shared { most, dialer, head, patience, connections, is_dialing, not_before }),
-        }
+        let (connections, calls, is_dialing, not_before) = Default::default();
+        let shared = Shared { most, dialer, head, patience, connections, calls, is_dialing, not_before };
+        Self { shared: Arc::new(shared) }
     }
 
     /// A connection for a request of so many bytes, if there is one. Those that are missing are dialed meanwhile.
@@ -90,7 +91,7 @@ impl Pool {
 impl Shared {
     async fn open(&self) -> Option<Connection> {
         let (socket, _) = self.dialer.dial().await.ok()?;
-        Connection::open(Box::new(socket), Arc::clone(&self.head)).await.ok()
+        Connection::open(Box::new(socket), Arc::clone(&self.head), Arc::clone(&self.calls)).await.ok()
     }
 
     fn connections(&self) -> MutexGuard<'_, Vec<Connection>> {

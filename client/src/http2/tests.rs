@@ -99,7 +99,8 @@ async fn connected(settings: &[(u16, u32)], room: usize) -> (Connection, Agent) 
         agent.expect(frame::SETTINGS).await;
         agent.say(frame::SETTINGS, 0, 0, &settings).await;
     };
-    let (connection, ()) = tokio::join!(Connection::open(Box::new(near), Arc::new(head)), greeting);
+    let (connection, ()) =
+        tokio::join!(Connection::open(Box::new(near), Arc::new(head), Arc::default()), greeting);
     (connection.unwrap(), agent)
 }
 
@@ -180,6 +181,13 @@ async fn who_knows_when_an_answer_comes_is_awake_for_it() {
         }
     }
     assert!(is_awake);
+    // Among several calls nobody is.
+    let another = call(&connection, b"another");
+    let (stream, _) = agent.request().await;
+    connection.foresee(OPTIONS.kind, PATIENCE / 2);
+    assert!(polls_without_a_reason(&connection, &mut agent, 100).await < 20);
+    agent.answer(stream, b"answer").await;
+    another.await.unwrap().unwrap();
     // The answer comes long before, or only when nobody is awake any more.
     for took in [Duration::from_secs(60), PATIENCE / 8] {
         connection.foresee(OPTIONS.kind, took);
@@ -495,7 +503,7 @@ async fn what_is_no_agent_is_found_out_at_once() {
         far.write_all(greeting).await.unwrap();
         far.shutdown().await.unwrap();
         let head = Head::new(&"tcp://agent:1".parse().unwrap(), None, false).unwrap();
-        let refusal = Connection::open(Box::new(near), Arc::new(head)).await.expect_err(why);
+        let refusal = Connection::open(Box::new(near), Arc::new(head), Arc::default()).await.expect_err(why);
         assert!(refusal.contains(why), "{refusal}");
     }
 }
