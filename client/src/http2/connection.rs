@@ -342,6 +342,8 @@ impl Call<'_> {
             if let Poll::Ready(outcome) = once {
                 return outcome;
             }
+            // Whoever waits for this processor goes first: it may be the agent, which computes the answer.
+            std::thread::yield_now();
             // The runtime looks at its sockets, and does not wait for them.
             tokio::task::yield_now().await;
         }
