@@ -32,7 +32,8 @@ use crate::wire::Wire;
 /// one that does not costs a processor meanwhile.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Awake {
-    /// From shortly before a reply that is foreseen, as calls like it always took the same time.
+    /// From shortly before a reply that is foreseen, as calls like it always took the same time; if it is the client's
+    /// only call at that time.
     #[default]
     Foreseen,
     /// From the beginning of the call on, and so long at most.

@@ -41,7 +41,7 @@ fn images() -> std::io::Result<Vec<PathBuf>> {
 
 /// A guest of the agent at one address.
 pub(crate) struct Caller {
-    // Some 26 KiB that are better not moved.
+    // Some 27 KiB that are better not moved.
     guest: Box<Guest<Posix>>,
 }
 

@@ -146,9 +146,9 @@ impl Connection {
         self.shared.bytes.fetch_add(bytes, Ordering::Relaxed);
         self.shared.calls.fetch_add(1, Ordering::Relaxed);
         self.shared.all_calls.fetch_add(1, Ordering::Relaxed);
-        let (id, foreseen) = self.shared.begin(path, &options, begun, pieces)?;
+        let (id, awake) = self.shared.begin(path, &options, begun, pieces)?;
         call.id = Some(id);
-        call.outcome(options.awake, foreseen).await
+        call.outcome(awake).await
     }
 
     /// Says that a call is about to come, if none is there or has come just now.
@@ -185,15 +185,15 @@ impl Shared {
         self.work.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Puts a call on its way; its first poll sends it, or the attendant does. Returns its number, and when its answer
-    /// comes, if that is foreseen.
+    /// Puts a call on its way; its first poll sends it, or the attendant does. Returns its number, and when its thread
+    /// is awake for the answer.
     fn begin(
         &self,
         path: &str,
         options: &Options,
         begun: Instant,
         pieces: Vec<Bytes>,
-    ) -> Result<(u32, Option<Range<Duration>>), Status> {
+    ) -> Result<(u32, Range<Duration>), Status> {
         let mut work = self.work();
         let work = &mut *work;
         if !work.state.takes_calls() {
@@ -209,9 +209,15 @@ impl Shared {
         if !is_alone || std::mem::take(&mut work.is_asleep) {
             work.attendant.as_ref().inspect(|attendant| attendant.wake_by_ref());
         }
-        let foreseen = self.is_alone().then(|| work.foresight.awake(options.kind)).flatten();
         let time = Duration::from_micros;
-        Ok((id, foreseen.map(|awake| time(awake.start)..time(awake.end))))
+        let awake = match options.awake {
+            Awake::Foreseen if self.is_alone() => {
+                work.foresight.awake(options.kind).map(|awake| time(awake.start)..time(awake.end))
+            }
+            Awake::For(time) => Some(Duration::ZERO..time),
+            _ => None,
+        };
+        Ok((id, awake.unwrap_or_default()))
     }
 
     /// Whether the client makes no other call now: of several some other reply wakes the thread, and what counts is how
@@ -325,13 +331,8 @@ impl Call<'_> {
         outcome.map_or(Poll::Pending, Poll::Ready)
     }
 
-    /// Waits for it, awake as its caller wants it or when it is foreseen.
-    async fn outcome(&mut self, awake: Awake, foreseen: Option<Range<Duration>>) -> Outcome {
-        let awake = match awake {
-            Awake::Foreseen => foreseen.unwrap_or_default(),
-            Awake::For(time) => Duration::ZERO..time,
-            Awake::Never => Range::default(),
-        };
+    /// Waits for it, awake at that time after its beginning.
+    async fn outcome(&mut self, awake: Range<Duration>) -> Outcome {
         if let Some(outcome) = self.sleep(awake.start).await {
             return outcome;
         }

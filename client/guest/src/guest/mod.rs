@@ -29,7 +29,7 @@ const BREAKS_MAX: usize = 8;
 
 /// A guest of one agent.
 ///
-/// All its memory is in it (some 26 KiB): put it on the stack, in a `static` or in a box. It does nothing by itself
+/// All its memory is in it (some 27 KiB): put it on the stack, in a `static` or in a box. It does nothing by itself
 /// and belongs to one thread at a time.
 ///
 /// Every call opens the connection and the session when they are not there, and again when they were lost, as long as
