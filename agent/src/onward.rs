@@ -16,6 +16,8 @@ use tokio::runtime::Handle;
 thread_local! {
     /// Whether this thread would go on with a task.
     static IS_OFFERED: Cell<bool> = const { Cell::new(false) };
+    /// Whether it goes on with a task that waits for its socket, again and again.
+    static IS_AWAKE: Cell<bool> = const { Cell::new(false) };
     /// The first that was woken since.
     static WOKEN: RefCell<Option<Arc<dyn Resume>>> = const { RefCell::new(None) };
 }
@@ -37,6 +39,31 @@ pub(crate) fn after<T>(work: impl FnOnce() -> T) -> (T, Onward) {
         Ok(done) => (done, woken),
         Err(panic) => resume_unwind(panic),
     }
+}
+
+/// A task that waits for its socket, for a thread that has nothing else to do and waits with it, awake.
+#[derive(Debug)]
+pub(crate) struct Listener(Waker);
+
+impl Listener {
+    /// By what wakes it.
+    pub(crate) fn new(waker: &Waker) -> Self {
+        Self(waker.clone())
+    }
+
+    /// Goes on with it here, as if something had come.
+    pub(crate) fn look(&self) {
+        let ((), woken) = after(|| self.0.wake_by_ref());
+        IS_AWAKE.set(true);
+        woken.here();
+        IS_AWAKE.set(false);
+    }
+}
+
+/// Whether a task is looked after by a thread that waits with it: it looks at its socket itself, as the runtime would
+/// have to wake to see that something came.
+pub(crate) fn is_awake() -> bool {
+    IS_AWAKE.get()
 }
 
 /// A task that was woken. Dropped, it is the runtime's to go on with it.

@@ -31,6 +31,7 @@ use crate::backend::{Choice, NOOP, Workshop};
 use crate::config::{Config, ConfigError};
 use crate::identity::Tenant;
 use crate::infer::Inference;
+use crate::onward::Listener;
 use crate::ops::{self, Context, widths};
 use crate::policy::Policies;
 use crate::pool::Pool;
@@ -192,9 +193,9 @@ impl Dispatch {
         &self.sessions
     }
 
-    /// A call is about to come, which has to be computed.
-    pub(crate) fn expect(&self) {
-        self.workshop.scheduler.expect();
+    /// A call is about to come to a connection's task, which has to be computed.
+    pub(crate) fn expect(&self, task: Listener) {
+        self.workshop.scheduler.expect(task);
     }
 
     /// Admits a call by its headers: it counts from here on, however slowly its message comes, until its reply is sent.

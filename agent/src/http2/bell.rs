@@ -16,7 +16,7 @@ pub(super) const PLACES: usize = 2 * BITS;
 #[derive(Debug, Default)]
 pub(super) struct Bell {
     lit: [AtomicU64; PLACES / BITS],
-    task: Mutex<Option<Waker>>,
+    listener: Mutex<Option<Waker>>,
 }
 
 /// One place: woken, it lights up and wakes the task.
@@ -42,10 +42,15 @@ impl Bell {
 
     /// Whom to wake.
     pub(super) fn listen(&self, task: &Waker) {
-        let mut known = self.task.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.listener.lock().unwrap_or_else(PoisonError::into_inner);
         if !known.as_ref().is_some_and(|known| known.will_wake(task)) {
             *known = Some(task.clone());
         }
+    }
+
+    /// What wakes it, once it has been at work.
+    pub(super) fn task(&self) -> Option<Waker> {
+        self.listener.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     pub(super) fn is_lit(&self) -> bool {
@@ -72,11 +77,10 @@ impl Wake for Place {
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
-        if self.light() {
-            let task = self.bell.task.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            if let Some(task) = task {
-                task.wake();
-            }
+        if self.light()
+            && let Some(task) = self.bell.task()
+        {
+            task.wake();
         }
     }
 }

@@ -21,6 +21,11 @@ pub(crate) trait Wire: AsyncRead + AsyncWrite + Unpin {
         Poll::Ready(Ok(()))
     }
 
+    /// Reads into a place. Returns how much came, 0 at the end.
+    fn poll_read_one(&mut self, context: &mut Context<'_>, place: &mut [u8]) -> Poll<io::Result<usize>> {
+        poll_read(context, self, place)
+    }
+
     /// Whether one read can bring something to two places.
     fn reads_two(&self) -> bool {
         false
@@ -34,7 +39,7 @@ pub(crate) trait Wire: AsyncRead + AsyncWrite + Unpin {
         first: &mut [u8],
         _second: &mut [u8],
     ) -> Poll<io::Result<usize>> {
-        poll_read(context, self, first)
+        self.poll_read_one(context, first)
     }
 }
 
@@ -135,7 +140,7 @@ impl Input {
         let room = buffer.room();
         let room = if self.is_more { room } else { room.split_at_mut(FIRST_BYTES.min(room.len())).0 };
         let length = room.len();
-        let read = poll_read(context, stream, room);
+        let read = stream.poll_read_one(context, room);
         if let Poll::Ready(Ok(count)) = read {
             buffer.advance(count);
         }
@@ -165,7 +170,7 @@ impl Input {
 }
 
 /// Reads into a place. Returns how much came, 0 at the end.
-pub(super) fn poll_read(
+pub(crate) fn poll_read(
     context: &mut Context<'_>,
     stream: &mut (impl AsyncRead + Unpin + ?Sized),
     place: &mut [u8],

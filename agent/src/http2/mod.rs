@@ -39,9 +39,11 @@ use http_body::Body;
 use vaccel_proto::limits::{DEADLINE_MAX, MESSAGE_BYTES_MAX};
 use vaccel_proto::{Error, Reason};
 
+use crate::onward::Listener;
+
 pub(crate) use connection::Connection;
 pub(crate) use incoming::{Incoming, Meter};
-pub(crate) use input::Wire;
+pub(crate) use input::{Wire, poll_read};
 
 /// Pause between looks at a peer that is silent: at the first it is sent a PING, at the second it is given up. vsock
 /// has no keep-alive of its own, and a VM that vanished says nothing.
@@ -135,8 +137,8 @@ pub(crate) trait Service {
 
     fn call(&self, head: &Arc<Self::Head>, body: Incoming) -> Self::Answer;
 
-    /// A call is about to come.
-    fn expect(&self);
+    /// A call is about to come to a connection's task, which waits for it.
+    fn expect(&self, task: Listener);
 }
 
 /// A reply's body.

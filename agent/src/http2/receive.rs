@@ -12,11 +12,11 @@ use super::connection::{Connection, Going};
 use super::fields::{self, Block};
 use super::foreseen::Foreseen;
 use super::incoming::Delivery;
-use super::input;
 use super::{
     BLOCK_BYTES_MAX, BLOCK_FRAMES_MAX, CONNECTION_WINDOW, FAR, FRAME_BYTES_MAX, HEADER_BYTES_MAX,
     SETTINGS_MAX, STREAM_WINDOW_MAX, Service, TURN_BYTES, TURN_CALLS, WINDOW_PART, WINDOW_STEP, Wire,
 };
+use crate::onward::Listener;
 
 /// Why a connection cannot go on.
 #[derive(Debug)]
@@ -99,7 +99,7 @@ impl<I: Wire, S: Service> Connection<I, S> {
             let count = match direct {
                 Some((delivery, most)) => {
                     let place = delivery.place(most).unwrap_or_default();
-                    let count = ready!(input::poll_read(context, io, place)).map_err(Fault::Lost)?;
+                    let count = ready!(io.poll_read_one(context, place)).map_err(Fault::Lost)?;
                     // Whatever comes next may have begun to come.
                     input.keep(delivery.beyond(most, count), pool);
                     self.placed(count.min(most));
@@ -241,8 +241,10 @@ impl<I: Wire, S: Service> Connection<I, S> {
             frame::PUSH_PROMISE | frame::CONTINUATION => return wrong("a frame that has no place here"),
             frame::ALERT => {
                 // Once for each call: it wakes somebody.
-                if !std::mem::replace(&mut self.is_alert, true) {
-                    self.service.expect();
+                if !std::mem::replace(&mut self.is_alert, true)
+                    && let Some(task) = self.bell.task()
+                {
+                    self.service.expect(Listener::new(&task));
                 }
                 return Ok(Expect::Skip(length));
             }

@@ -16,6 +16,7 @@ use vaccel_proto::v1::{DType, Tensor};
 use vaccel_proto::{Error, Reason};
 
 use super::Cancel;
+use crate::onward::Listener;
 
 /// Buckets of one model that are told apart; a model that is called with more shapes runs the others by themselves.
 const BUCKETS_MAX: usize = 64;
@@ -71,8 +72,8 @@ pub(crate) trait Home: Send + Sync {
 
     fn give(&self, work: Box<dyn FnOnce() + Send>);
 
-    /// Somebody is about to do so: the thread may wake.
-    fn expect(&self);
+    /// Somebody is about to do so when a task goes on that waits for its socket: the thread may wake, and wait with it.
+    fn expect(&self, task: Listener);
 }
 
 /// How the calls of a model may run together.

@@ -17,7 +17,7 @@ use vaccel_proto::{Error, Reason};
 use super::batch::{Call, Core, Home, check_reply, join, part};
 use super::queue::{Batch, FairQueue, Job, Picked, Place};
 use super::{Cancel, QUEUE_MAX, Spans, Timed, WAIT_SHARE_MAX, overloaded};
-use crate::onward;
+use crate::onward::{self, Listener};
 use crate::quota::{Account, Hold};
 
 type Answer<T> = oneshot::Sender<Result<Timed<T>, Error>>;
@@ -116,12 +116,12 @@ impl Lanes {
     }
 
     /// Lets whoever is likely to be next wake.
-    pub(super) fn expect(&self) {
+    pub(super) fn expect(&self, task: Listener) {
         let state = self.state();
         let (home, next) = (state.last_home.as_ref().and_then(Weak::upgrade), state.idle.last().cloned());
         drop(state);
         match (home, next) {
-            (Some(home), _) => home.expect(),
+            (Some(home), _) => home.expect(task),
             (None, Some(next)) => next.unpark(),
             (None, None) => {}
         }

@@ -25,6 +25,7 @@ use vaccel_proto::error::Detail;
 use vaccel_proto::v1::Tensor;
 use vaccel_proto::{Error, Reason};
 
+use crate::onward::Listener;
 use crate::quota::Account;
 use lane::{Lanes, Ticket, Work};
 use queue::Job;
@@ -132,8 +133,8 @@ impl Scheduler {
     }
 
     /// Something is about to come: a lane that waits may wake, which takes longer than to find nothing.
-    pub(crate) fn expect(&self) {
-        self.lanes.expect();
+    pub(crate) fn expect(&self, task: Listener) {
+        self.lanes.expect(task);
     }
 
     /// Runs `work` on a lane, before the asker's deadline.

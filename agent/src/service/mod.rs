@@ -44,6 +44,7 @@ use self::compression::{Coding, Expanded, GRPC_ENCODING};
 use crate::dispatch::{Caller, Dispatch};
 use crate::http2::{self, is_grpc};
 use crate::identity::{Identity, Peer, Tenant};
+use crate::onward::Listener;
 use crate::quota::{Account, Unit};
 use crate::session::ConnectionId;
 
@@ -260,8 +261,8 @@ impl http2::Service for ConnectionService {
         head.is_grpc
     }
 
-    fn expect(&self) {
-        self.gate.dispatch.expect();
+    fn expect(&self, task: Listener) {
+        self.gate.dispatch.expect(task);
     }
 
     fn call(&self, head: &Arc<Head>, body: http2::Incoming) -> Answer {

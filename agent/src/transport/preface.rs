@@ -74,6 +74,15 @@ impl Wire for Rewound {
         if self.read.has_remaining() { Poll::Ready(Ok(())) } else { self.stream.poll_readable(context) }
     }
 
+    fn poll_read_one(&mut self, context: &mut Context<'_>, place: &mut [u8]) -> Poll<io::Result<usize>> {
+        if self.read.has_remaining() {
+            let part = self.read.len().min(place.len());
+            place[..part].copy_from_slice(&self.read.split_to(part));
+            return Poll::Ready(Ok(part));
+        }
+        self.stream.poll_read_one(context, place)
+    }
+
     fn reads_two(&self) -> bool {
         self.stream.reads_two()
     }
@@ -85,9 +94,7 @@ impl Wire for Rewound {
         second: &mut [u8],
     ) -> Poll<io::Result<usize>> {
         if self.read.has_remaining() {
-            let part = self.read.len().min(first.len());
-            first[..part].copy_from_slice(&self.read.split_to(part));
-            return Poll::Ready(Ok(part));
+            return self.poll_read_one(context, first);
         }
         self.stream.poll_read_two(context, first, second)
     }

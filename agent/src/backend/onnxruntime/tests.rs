@@ -4,6 +4,7 @@
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
+use std::task::Waker;
 
 use vaccel_proto::v1::Tensor;
 
@@ -12,6 +13,7 @@ use super::super::{Asked, Choice, Engines, Origin, RunRules, fake_cuda};
 use super::*;
 use crate::config::{Config, DeviceConfig, EngineConfig, Settings, TenantLimits};
 use crate::identity::Tenant;
+use crate::onward::Listener;
 use crate::quota::{Accounts, Unit};
 use crate::shared::Mapping;
 
@@ -199,9 +201,9 @@ fn the_thread_of_a_session_can_be_a_lane() {
     let program = Arc::new(program(&cuda, onnx::add()).expect("loaded"));
     let home = program.home(&[rows(2, 0.0)]).expect("a thread");
     // It stays awake for what may come, and is there for it at any time.
-    home.expect();
+    home.expect(Listener::new(Waker::noop()));
     assert!(home.reserve() && !home.reserve(), "it is somebody's");
-    home.expect();
+    home.expect(Listener::new(Waker::noop()));
     let (own, (tell, told)) = (Arc::clone(&program), channel());
     let (leave, left) = channel::<()>();
     home.give(Box::new(move || {

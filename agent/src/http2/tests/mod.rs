@@ -21,6 +21,7 @@ use vaccel_guest::frame::{self, Header};
 use vaccel_proto::Error;
 
 use super::*;
+use crate::onward::Listener;
 use crate::pool::Pool;
 
 /// A reply's body: pieces, and trailers.
@@ -76,7 +77,7 @@ impl Service for Echo {
         is_grpc(head.headers())
     }
 
-    fn expect(&self) {
+    fn expect(&self, _: Listener) {
         self.2.fetch_add(1, Ordering::SeqCst);
     }
 

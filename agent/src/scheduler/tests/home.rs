@@ -4,6 +4,8 @@ use std::sync::atomic::AtomicBool;
 use std::thread::{self, ThreadId};
 
 use super::*;
+use crate::onward::Listener;
+use std::task::Waker;
 
 type Work = Box<dyn FnOnce() + Send>;
 
@@ -24,7 +26,7 @@ impl Home for OneThread {
         self.works.send(work).expect("the thread is there");
     }
 
-    fn expect(&self) {
+    fn expect(&self, _: Listener) {
         self.expected.fetch_add(1, Ordering::SeqCst);
     }
 }
@@ -118,7 +120,7 @@ async fn calls_one_at_a_time_run_on_the_models_thread_and_others_beside_it() {
 async fn whoever_worked_last_is_told_of_what_is_about_to_come() {
     let street = street(1);
     let expected = || {
-        street.scheduler.expect();
+        street.scheduler.expect(Listener::new(Waker::noop()));
         street.home.expected.load(Ordering::SeqCst)
     };
     assert_eq!(expected(), 0);

@@ -24,6 +24,7 @@ use vaccel_proto::{Error, Reason};
 use super::super::super::cuda::{Charge, Device};
 use super::super::{failed, to_ort};
 use super::{GRAPH, NO_GRAPH, PARALLEL_RUNS, SHAPES_MAX, Signature};
+use crate::onward::Listener;
 use crate::scheduler::{Cancel, Home};
 
 /// Runs of the same shapes after which they get a session. They come again, and the session for all shapes would spend
@@ -196,8 +197,8 @@ pub(super) struct SessionThread {
 /// What a thread is given.
 enum Given {
     Work(Box<dyn FnOnce() + Send>),
-    /// The news that there will be some.
-    News,
+    /// The news that there will be some, once a task has read of it.
+    News(Listener),
 }
 
 /// What waits for a thread: works of the model's runs, a lane's, that of the loader, and news.
@@ -214,12 +215,15 @@ impl SessionThread {
         let run = move || {
             SESSION.set(Some(session));
             for given in queue {
-                let Given::Work(work) = given else {
-                    let begun = Instant::now();
-                    while counted.load(Ordering::Acquire) == 0 && begun.elapsed() < AWAKE {
-                        std::hint::spin_loop();
+                let work = match given {
+                    Given::Work(work) => work,
+                    Given::News(task) => {
+                        let begun = Instant::now();
+                        while counted.load(Ordering::Acquire) == 0 && begun.elapsed() < AWAKE {
+                            task.look();
+                        }
+                        continue;
                     }
-                    continue;
                 };
                 // Whoever waits sees that no answer comes.
                 let _ = catch_unwind(AssertUnwindSafe(work));
@@ -275,9 +279,9 @@ impl Home for SessionThread {
         }
     }
 
-    fn expect(&self) {
+    fn expect(&self, task: Listener) {
         if let Some(works) = self.works.as_ref().filter(|_| self.pending.load(Ordering::Acquire) == 0) {
-            let _ = works.try_send(Given::News);
+            let _ = works.try_send(Given::News(task));
         }
     }
 }
