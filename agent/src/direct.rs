@@ -37,7 +37,7 @@ impl Device {
         let rules = RunRules { rows_max: Some(rows_max), ..RunRules::default() };
         let model = identity(vec![port()], vec![port()], Cost { run, row }, &rules)?;
         let account = account()?;
-        Ok(Self { lanes: Scheduler::new(1), model, account })
+        Ok(Self { lanes: Scheduler::new(1)?, model, account })
     }
 
     /// One call of one row; how many calls shared its run.

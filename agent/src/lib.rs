@@ -142,7 +142,8 @@ impl Agent {
 
         let (annex, annexed) = annex(&config).await.unzip();
 
-        let workshop = Workshop::new(engines, Scheduler::new(config.lanes), config.load_deadline);
+        let lanes = Scheduler::new(config.lanes).map_err(StartError::Engine)?;
+        let workshop = Workshop::new(engines, lanes, config.load_deadline);
         let pool = Pool::default();
         let dispatch = Arc::new(Dispatch::new(&config, workshop, policies, store, pool.clone())?);
         let gate = Gate::new(Arc::clone(&dispatch), Identity::new(tokens));

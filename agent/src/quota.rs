@@ -30,6 +30,8 @@ pub(crate) enum Unit {
     SharedBytes,
     /// Memory of devices, for products and for models that the tenant brought.
     DeviceBytes,
+    /// Lanes that models have which the tenant brought.
+    Lanes,
 }
 
 /// Computations of one tenant that nobody waits for and that have not stopped yet. An engine cannot be interrupted
@@ -39,6 +41,9 @@ pub(crate) const ABANDONED_RUNS_MAX: u64 = 4;
 /// Files, uploads and resources that one tenant holds, and its files on disk. A resource names up to 64 files, so that
 /// these descriptions alone take at most some 30 MiB.
 pub(crate) const OBJECTS_MAX: u64 = 1000;
+
+/// Lanes of all models that one tenant brought: each is a thread, which other tenants' work shares the processors with.
+pub(crate) const LANES_MAX: u64 = 64;
 
 /// The use of one tenant.
 #[derive(Debug)]
@@ -55,6 +60,7 @@ pub(crate) struct Account {
     in_flight_bytes: AtomicU64,
     shared_bytes: AtomicU64,
     device_bytes: AtomicU64,
+    lanes: AtomicU64,
 }
 
 impl Account {
@@ -71,6 +77,7 @@ impl Account {
             in_flight_bytes: AtomicU64::new(0),
             shared_bytes: AtomicU64::new(0),
             device_bytes: AtomicU64::new(0),
+            lanes: AtomicU64::new(0),
         }
     }
 
@@ -104,6 +111,7 @@ impl Account {
             Unit::DeviceBytes => {
                 (&self.device_bytes, self.limits.device_bytes, "devices' memory of this tenant", "bytes")
             }
+            Unit::Lanes => (&self.lanes, LANES_MAX, "lanes of models that this tenant brought", "lanes"),
         }
     }
 

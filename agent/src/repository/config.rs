@@ -26,8 +26,11 @@ use vaccel_proto::v1::DType;
 
 use crate::backend::{Model, Origin, Port, RunRules};
 
-/// Longest text of a configuration, in bytes: those in use have some hundred.
-pub(super) const TEXT_BYTES_MAX: usize = 1 << 20;
+/// Longest text of a configuration, in bytes: those in use have some hundred. Read, it can take fifty times as much.
+pub(super) const TEXT_BYTES_MAX: usize = 256 << 10;
+
+/// Instances of one model, of all its groups: each may be a thread. Devices take some tens of runs at the same time.
+const INSTANCES_MAX: usize = 256;
 
 /// Rows of one run where a file says that it has rows, and nobody said how many.
 const ROWS_DEFAULT: i32 = 64;
@@ -93,6 +96,9 @@ fn with_colons(text: &str) -> String {
 /// Where it is not one, in words.
 pub(super) fn read_json(text: &str) -> Result<ModelConfig, String> {
     let wrong = |error: &dyn std::fmt::Display| format!("config: expected a ModelConfig in JSON: {error}");
+    if text.len() > TEXT_BYTES_MAX {
+        return Err(format!("config: expected at most {TEXT_BYTES_MAX} bytes, got {}", text.len()));
+    }
     let mut json = serde_json::Deserializer::from_str(text);
     let message = DynamicMessage::deserialize(descriptor("ModelConfig")?, &mut json);
     let message = message.map_err(|error| wrong(&error))?;
@@ -203,6 +209,11 @@ pub(super) fn check(name: &str, config: &ModelConfig) -> Result<(), String> {
     if config.max_batch_size < 0 {
         return Err(format!("max_batch_size: expected 0 or more, got {}", config.max_batch_size));
     }
+    if let Some(count) = instances(config).filter(|count| *count > INSTANCES_MAX) {
+        return Err(format!(
+            "instance_group: expected at most {INSTANCES_MAX} instances in all groups, got {count}"
+        ));
+    }
     let refused = refused(config);
     if let Some((_, field)) = refused.iter().find(|(is_there, _)| *is_there) {
         return Err(format!(
@@ -230,7 +241,8 @@ pub(super) fn device(config: &ModelConfig) -> String {
 
 /// Instances that a configuration asks for; none where it leaves that open.
 pub(super) fn instances(config: &ModelConfig) -> Option<usize> {
-    let count = config.instance_group.iter().map(|group| usize::try_from(group.count).unwrap_or(0)).sum();
+    let counts = config.instance_group.iter().map(|group| usize::try_from(group.count).unwrap_or(0));
+    let count = counts.fold(0, usize::saturating_add);
     Some(count).filter(|count| *count > 0)
 }
 
@@ -448,6 +460,8 @@ mod tests {
             ("backend: 'python'", "backend"),
             ("max_batch_size: -1", "max_batch_size"),
             ("input [ { name: 'x' dims: [ -2 ] } ]", "dims"),
+            ("instance_group [ { count: 257 } ]", "at most 256 instances in all groups, got 257"),
+            ("instance_group [ { count: 200 }, { count: 200 } ]", "got 400"),
         ] {
             let why = check("m", &read_text(text).expect(text)).expect_err(text);
             assert!(why.contains(field), "{why}");

@@ -78,7 +78,8 @@ mod tests {
         let devices = DeviceConfig { libraries, ..DeviceConfig::default() };
         let engines =
             Engines::new(&EngineConfig { devices, ..EngineConfig::default() }).expect("tract is there");
-        let workshop = Arc::new(Workshop::new(engines, Scheduler::new(1), Duration::from_secs(1)));
+        let workshop =
+            Arc::new(Workshop::new(engines, Scheduler::new(1).expect("threads"), Duration::from_secs(1)));
         let config = RepositoryConfig { folders: Vec::new(), single: String::new(), bytes_max: u64::MAX };
         let repository =
             Repository::open(&config, Arc::clone(&workshop), |_, _| true, |_, _| None).expect("opened");

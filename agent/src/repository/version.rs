@@ -17,6 +17,7 @@ use super::folder::{self, FileMark};
 use super::stats::Stats;
 use super::warmup;
 use crate::backend::{Choice, Cost, Load, Model, Origin, Port, Workshop, identity};
+use crate::quota::{Hold, Unit};
 use crate::resource::Resource;
 use crate::scheduler::{Asker, Scheduler};
 
@@ -79,6 +80,8 @@ pub(crate) struct Served {
     pub(crate) rows_max: usize,
     /// Lanes of a device of its own.
     pub(crate) lanes: Option<Scheduler>,
+    /// What those are counted as, for who brought the model.
+    _counted: Option<Hold>,
 }
 
 impl fmt::Debug for Served {
@@ -207,12 +210,16 @@ impl Version {
     ) -> Result<Arc<Served>, Error> {
         let rejected = |why: String| Error::new(Reason::ModelRejected, why);
         let rules = config::rules(self.given.as_ref(), self.origin);
-        let mut lanes = None;
+        let (mut lanes, mut counted) = (None, None);
         let model = match self.given.as_ref().map(config::engine).transpose().map_err(rejected)? {
             Some(Engine::Identity) => {
                 let given =
                     self.given.as_ref().ok_or_else(|| rejected("identity without a configuration".into()))?;
-                lanes = Some(Scheduler::new(config::instances(given).unwrap_or(1)));
+                let count = config::instances(given).unwrap_or(1);
+                if self.origin == Origin::Guest {
+                    counted = Some(asker.account.hold(Unit::Lanes, count as u64)?);
+                }
+                lanes = Some(Scheduler::new(count)?);
                 let (inputs, outputs) = ports(given);
                 identity(inputs, outputs, cost(given).map_err(rejected)?, &rules)?
             }
@@ -233,7 +240,7 @@ impl Version {
             }
         };
         let config = config::complete(&self.name, self.given.as_ref(), &model).map_err(rejected)?;
-        let served = Served::new(config, model, &self.labels, lanes);
+        let served = Served { _counted: counted, ..Served::new(config, model, &self.labels, lanes) };
         warmup::run(&served, workshop, asker).await?;
         Ok(Arc::new(served))
     }
@@ -308,7 +315,8 @@ impl Served {
             config.output.iter().map(|one| tensors(&one.name, one.data_type, &one.dims, &file.outputs));
         let (inputs, outputs) = (inputs.collect(), outputs.collect());
         static LOADED: AtomicU64 = AtomicU64::new(0);
-        Self { id: LOADED.fetch_add(1, Ordering::Relaxed), config, model, inputs, outputs, rows_max, lanes }
+        let id = LOADED.fetch_add(1, Ordering::Relaxed);
+        Self { id, config, model, inputs, outputs, rows_max, lanes, _counted: None }
     }
 }
 

@@ -3,6 +3,7 @@
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::fmt;
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -98,12 +99,12 @@ const QUEUED: u64 = 0;
 const PUSHED_OUT: u64 = u64::MAX;
 
 impl Lanes {
-    pub(super) fn start(count: usize) -> Arc<Self> {
+    /// # Errors
+    /// A thread that cannot be started; those that were end.
+    pub(super) fn start(count: usize) -> io::Result<Arc<Self>> {
         let lanes = Arc::new(Self { count, state: Mutex::default() });
-        for _ in 0..count {
-            lanes.add();
-        }
-        lanes
+        let started = (0..count).try_for_each(|_| lanes.add());
+        started.inspect_err(|_| lanes.close()).map(|()| lanes)
     }
 
     /// Lets the threads end when they have done what waits.
@@ -138,12 +139,9 @@ impl Lanes {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn add(self: &Arc<Self>) {
+    fn add(self: &Arc<Self>) -> io::Result<()> {
         let lanes = Arc::clone(self);
-        let thread = std::thread::Builder::new().name("lane".into()).spawn(move || lanes.work());
-        if let Err(error) = thread {
-            tracing::error!(%error, "a lane could not be started: less is computed at the same time");
-        }
+        std::thread::Builder::new().name("lane".into()).spawn(move || lanes.work()).map(drop)
     }
 
     fn work(&self) {
@@ -377,8 +375,11 @@ impl Drop for Ticket {
                 self.lanes.rouse(state);
                 if let Some((cancel, by)) = stopped {
                     cancel.set();
-                    if by == By::Lane && !is_closing {
-                        self.lanes.add();
+                    if by == By::Lane
+                        && !is_closing
+                        && let Err(error) = self.lanes.add()
+                    {
+                        tracing::error!(%error, "a lane could not be started: less is computed at the same time");
                     }
                 }
             }

@@ -128,8 +128,15 @@ impl Drop for Scheduler {
 
 impl Scheduler {
     /// Lanes of one device, so many as can work at the same time.
-    pub(crate) fn new(lanes: usize) -> Self {
-        Self { lanes: Lanes::start(lanes) }
+    ///
+    /// # Errors
+    /// `BACKEND_FAILED` when their threads cannot all be started.
+    pub(crate) fn new(lanes: usize) -> Result<Self, Error> {
+        let failed = |error| {
+            let message = format!("the threads of {lanes} lanes cannot be started");
+            Error::new(Reason::BackendFailed, message).caused_by(error)
+        };
+        Ok(Self { lanes: Lanes::start(lanes).map_err(failed)? })
     }
 
     /// Something is about to come: a lane that waits may wake, which takes longer than to find nothing.

@@ -68,7 +68,7 @@ async fn hold(scheduler: &Arc<Scheduler>, account: &Arc<Account>) -> mpsc::Sende
 
 #[tokio::test]
 async fn a_panic_is_one_calls_error() {
-    let scheduler = Scheduler::new(1);
+    let scheduler = Scheduler::new(1).expect("threads");
     let account = account();
     let failed = scheduler.run::<()>(&asker(&account), |_| panic!("broken kernel")).await;
     assert_eq!(failed.expect_err("panicked").reason(), Reason::BackendFailed);
@@ -79,7 +79,7 @@ async fn a_panic_is_one_calls_error() {
 
 #[tokio::test]
 async fn a_deadline_stops_the_run_and_frees_the_lane() {
-    let scheduler = Scheduler::new(1);
+    let scheduler = Scheduler::new(1).expect("threads");
     let account = account();
     let (stopped, was_stopped) = mpsc::channel();
     let asker = within(&account, Duration::from_millis(20));
@@ -99,7 +99,7 @@ async fn a_deadline_stops_the_run_and_frees_the_lane() {
 
 #[tokio::test]
 async fn a_queued_call_past_its_deadline_never_runs() {
-    let scheduler = Arc::new(Scheduler::new(1));
+    let scheduler = Arc::new(Scheduler::new(1).expect("threads"));
     let account = account();
     let release = hold(&scheduler, &account).await;
     let asker = within(&account, Duration::from_millis(10));
@@ -111,7 +111,7 @@ async fn a_queued_call_past_its_deadline_never_runs() {
 
 #[tokio::test]
 async fn runs_that_do_not_stop_are_counted_and_bounded() {
-    let scheduler = Scheduler::new(1);
+    let scheduler = Scheduler::new(1).expect("threads");
     let account = account();
     let mut releases = Vec::new();
     for _ in 0..ABANDONED_RUNS_MAX {
@@ -192,7 +192,7 @@ async fn together(
     calls: &[(&str, &[u8])],
 ) -> Vec<Result<Timed<Vec<Tensor>>, Error>> {
     let accounts = accounts(&[]);
-    let scheduler = Arc::new(Scheduler::new(1));
+    let scheduler = Arc::new(Scheduler::new(1).expect("threads"));
     let holder = accounts.of(&Tenant::new("holder"));
     let release = hold(&scheduler, &holder).await;
     let batcher = Arc::new(Batcher::new(Arc::clone(runner) as Arc<dyn Runner>, batching));
@@ -299,7 +299,7 @@ async fn a_model_runs_as_often_at_once_as_it_can() {
         }
     }
     let runner = Arc::new(Counting::default());
-    let scheduler = Arc::new(Scheduler::new(4));
+    let scheduler = Arc::new(Scheduler::new(4).expect("threads"));
     let batcher = Arc::new(Batcher::new(Arc::clone(&runner) as Arc<dyn Runner>, alone(2)));
     let account = account();
     let calls: Vec<_> = (0..16)
@@ -327,7 +327,7 @@ async fn what_a_model_takes_before_it_is_prepared_is_not_remembered() {
             self.0.load(Ordering::SeqCst) >= 2
         }
     }
-    let (scheduler, account) = (Scheduler::new(1), account());
+    let (scheduler, account) = (Scheduler::new(1).expect("threads"), account());
     let batcher = Batcher::new(Arc::new(Preparing(AtomicUsize::new(0))), alone(1));
     let (bucket, _) = batcher.bucket(&call(&[1]));
     for is_known in [false, false, true] {
@@ -340,7 +340,7 @@ async fn what_a_model_takes_before_it_is_prepared_is_not_remembered() {
 
 #[tokio::test]
 async fn what_would_wait_too_long_is_refused_at_once_with_when_to_come_back() {
-    let scheduler = Arc::new(Scheduler::new(1));
+    let scheduler = Arc::new(Scheduler::new(1).expect("threads"));
     let account = account();
     let batcher = Arc::new(Batcher::new(Arc::new(AddOne::default()), alone(usize::MAX)));
     let (bucket, _) = batcher.bucket(&call(&[1]));
@@ -369,7 +369,7 @@ async fn what_would_wait_too_long_is_refused_at_once_with_when_to_come_back() {
 
 #[tokio::test]
 async fn callers_that_leave_leave_nothing_behind() {
-    let scheduler = Arc::new(Scheduler::new(2));
+    let scheduler = Arc::new(Scheduler::new(2).expect("threads"));
     let accounts = accounts(&[]);
     let batcher = Arc::new(Batcher::new(Arc::new(AddOne::default()), batching(8)));
     let mut calls = Vec::new();

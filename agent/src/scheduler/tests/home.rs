@@ -74,7 +74,14 @@ fn street(lanes: usize) -> Street {
     let ((tell, begun), (end, ends)) = (mpsc::channel(), mpsc::channel());
     let runner = Housed { home: Arc::clone(&home), begun: tell, ends: Mutex::new(ends) };
     let batcher = Arc::new(Batcher::new(Arc::new(runner), alone(2)));
-    Street { scheduler: Arc::new(Scheduler::new(lanes)), batcher, account: account(), home, begun, end }
+    Street {
+        scheduler: Arc::new(Scheduler::new(lanes).expect("threads")),
+        batcher,
+        account: account(),
+        home,
+        begun,
+        end,
+    }
 }
 
 impl Street {
