@@ -8,6 +8,13 @@ use vaccel_proto::inference::{InferBatchStatistics, InferStatistics, ModelStatis
 
 use crate::scheduler::Spans;
 
+/// Sizes of runs that are counted each by itself. A model may take any number of rows; what runs of further sizes took
+/// is counted together, as [`OTHER_SIZES`].
+const SIZES_MAX: usize = 256;
+
+/// The size that stands for all beyond [`SIZES_MAX`]: no run has no rows.
+const OTHER_SIZES: usize = 0;
+
 /// How often, and how long together.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Sum {
@@ -147,7 +154,9 @@ impl Stats {
         counts.last = now();
         if spans.leads {
             counts.executions += 1;
-            let [join, run, part] = counts.batches.entry(spans.rows).or_default();
+            let is_known = counts.batches.len() < SIZES_MAX || counts.batches.contains_key(&spans.rows);
+            let size = if is_known { spans.rows } else { OTHER_SIZES };
+            let [join, run, part] = counts.batches.entry(size).or_default();
             join.add(spans.join);
             run.add(infer);
             part.add(spans.part);
@@ -237,5 +246,19 @@ mod tests {
         assert_eq!(figures(all.compute_infer), (2, 10));
         assert_eq!(shown.batch_stats.len(), 1);
         assert_eq!(shown.batch_stats[0].batch_size, 3);
+    }
+
+    #[test]
+    fn sizes_without_end_are_counted_together() {
+        let stats = Stats::default();
+        let spans = Spans { run: Duration::from_millis(1), calls: 1, leads: true, ..Spans::default() };
+        for rows in (1..=1000).chain(1..=1000) {
+            stats.succeeded(rows, &Spans { rows, ..spans }, Duration::ZERO);
+        }
+        let sizes = stats.shown("m", 1).batch_stats;
+        let of = |one: &InferBatchStatistics| (one.batch_size, one.compute_infer.map_or(0, |sum| sum.count));
+        assert_eq!(sizes.len(), SIZES_MAX + 1);
+        assert_eq!((of(&sizes[0]), of(&sizes[1]), of(&sizes[256])), ((0, 1488), (1, 2), (256, 2)));
+        assert_eq!(sizes.iter().map(|one| of(one).1).sum::<u64>(), 2000, "no run is lost");
     }
 }
