@@ -3,6 +3,7 @@
 //! [`Agent::start`] binds every address of a [`Config`] and serves; [`Agent::drain`] stops it without losing a call.
 //! `ARCHITECTURE.md` is the map of the rooms.
 
+mod aside;
 mod backend;
 pub mod config;
 pub mod demo;

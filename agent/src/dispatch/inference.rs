@@ -222,7 +222,7 @@ impl Dispatch {
     /// Takes a model out of what the caller can use.
     pub(crate) async fn repository_unload(&self, caller: &Caller, name: &str) -> Result<(), Error> {
         self.call(caller, "repository_unload", self.call_deadline, async |_, _| {
-            self.inference.repository.unload(&caller.tenant, name);
+            self.inference.unload(&caller.tenant, name);
             Ok(())
         })
         .await

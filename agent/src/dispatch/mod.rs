@@ -251,6 +251,7 @@ impl Dispatch {
             let mut every_minute = tokio::time::interval(Duration::from_secs(60));
             loop {
                 every_minute.tick().await;
+                self.inference.sweep();
                 self.store.sweep().await;
             }
         });

@@ -25,6 +25,7 @@ use vaccel_proto::inference::{
 use vaccel_proto::limits::NAME_BYTES_MAX;
 use vaccel_proto::{Error, Reason};
 
+use crate::aside::aside;
 use crate::backend::{Choice, Workshop};
 use crate::identity::Tenant;
 use crate::policy::Policies;
@@ -32,6 +33,7 @@ use crate::quota::Account;
 use crate::repository::{Failure, Repository, Served, Stats, Tensors, Version, type_name};
 use crate::scheduler::{Asker, Call, PRIORITY_DEFAULT};
 use cache::Cache;
+use regions::{Elsewhere, Made};
 use sequences::{Sequences, Step};
 use tensors::{Parameters, Subject, Wanted, number, plain};
 
@@ -138,15 +140,17 @@ impl Inference {
         let choice = self.choice(who.tenant, version)?;
         let served = self.repository.served(who.tenant, version, &choice, &who.asker()).await?;
         let subject = Subject { id: &id, model: &model_name };
-        let read = |place: &_| self.regions.read(who.tenant, place);
-        let (mut inputs, rows) = tensors::inputs(&subject, &served, inputs, raw_input_contents, read)?;
+        let mut made = Made::new(who.account);
+        let elsewhere = Elsewhere { regions: &self.regions, tenant: who.tenant, made: &mut made };
+        let (mut inputs, rows) =
+            tensors::inputs(&subject, &served, inputs, raw_input_contents, elsewhere).await?;
         let wanted = tensors::outputs(&subject, &served, &outputs)?;
         let mut places: Vec<usize> = wanted.iter().map(|one| served.outputs[one.index].place).collect();
         let step = Step::of(&parameters)?;
         let mut sequence = None;
         if let Some(rules) = sequences::rules(&served) {
             let states = self.sequences.enter(who.tenant, &served, &subject, step.as_ref()).await?;
-            for (place, tensor) in states.inputs(&served, step.as_ref(), rows)? {
+            for (place, tensor) in states.inputs(&served, step.as_ref(), rows, &mut made)? {
                 inputs[place] = Some(tensor);
             }
             places.extend(sequences::outputs(&served, rules)?);
@@ -156,7 +160,7 @@ impl Inference {
         let call = Call { inputs, outputs: places, reply_bytes_max: who.reply_bytes_max };
         let key = (served.is_cached() && sequence.is_none()).then(|| cache::key(who.tenant, &served, &call));
         if let Some(answer) = key.as_ref().and_then(|key| self.cache.get(key)) {
-            let response = self.respond(who, &served, version.number, &wanted, answer)?;
+            let response = self.respond(who, &served, version.number, &wanted, answer).await?;
             stats.hit(begun.elapsed());
             return Ok(ModelInferResponse { id, model_name, ..response });
         }
@@ -178,7 +182,7 @@ impl Inference {
             drop(states);
             self.sequences.leave(who.tenant, &served, step.as_ref());
         }
-        let response = self.respond(who, &served, version.number, &wanted, values)?;
+        let response = self.respond(who, &served, version.number, &wanted, values).await?;
         let mut spans = done.spans;
         if spans.calls == 1 {
             spans.rows = rows;
@@ -187,10 +191,10 @@ impl Inference {
         Ok(ModelInferResponse { id, model_name, ..response })
     }
 
-    fn respond(
+    async fn respond(
         &self,
         who: &Who<'_>,
-        served: &Served,
+        served: &Arc<Served>,
         version: u64,
         wanted: &[Wanted],
         values: Vec<vaccel_proto::v1::Tensor>,
@@ -198,22 +202,27 @@ impl Inference {
         let mut outputs = Vec::with_capacity(wanted.len());
         let mut raw = Vec::with_capacity(wanted.len());
         for (wanted, mut value) in wanted.iter().zip(values) {
-            let spec = &served.outputs[wanted.index];
+            let (spec, bytes) = (&served.outputs[wanted.index], value.data.len());
             if let Some(classes) = wanted.classes {
-                value = tensors::classify(&value, &spec.labels, classes, served.rows_max > 0)?;
+                let (served, index) = (Arc::clone(served), wanted.index);
+                let classify = move || {
+                    let labels = &served.outputs[index].labels;
+                    tensors::classify(&value, labels, classes, served.rows_max > 0)
+                };
+                value = aside(bytes, classify).await?;
             }
             let mut parameters = Parameters::new();
+            let datatype = type_name(value.dtype()).to_owned();
             let data = match &wanted.place {
-                None => value.data.clone(),
+                None => value.data,
                 Some(place) => {
-                    self.regions.write(who.tenant, place, &spec.name, &value.data)?;
                     let bytes = value.data.len() as u64;
+                    self.regions.write(who.tenant, place, &spec.name, value.data).await?;
                     parameters = where_it_is(&place.region, place.offset, bytes);
                     Bytes::new()
                 }
             };
             raw.push(data);
-            let datatype = type_name(value.dtype()).to_owned();
             outputs.push(InferOutputTensor {
                 name: spec.name.clone(),
                 datatype,
@@ -229,6 +238,17 @@ impl Inference {
             raw_output_contents: raw,
             ..ModelInferResponse::default()
         })
+    }
+
+    /// Takes a model out of what a tenant can use, with the sequences that it has there.
+    pub(crate) fn unload(&self, tenant: &Tenant, name: &str) {
+        self.repository.unload(tenant, name);
+        self.sequences.sweep();
+    }
+
+    /// Frees what sequences keep that are over.
+    pub(crate) fn sweep(&self) {
+        self.sequences.sweep();
     }
 
     /// A model's inputs and outputs.

@@ -17,7 +17,9 @@ use vaccel_proto::limits::{MESSAGE_BYTES_MAX, NAME_BYTES_MAX};
 use vaccel_proto::{Error, Reason};
 
 use super::tensors::{Parameters, number, plain, text};
+use crate::aside::aside;
 use crate::identity::Tenant;
+use crate::quota::{Account, Hold, Unit};
 
 /// Where the C library keeps POSIX shared memory.
 const FOLDER: &str = "/dev/shm";
@@ -60,6 +62,50 @@ struct Region {
     file: Arc<File>,
     offset: u64,
     bytes: u64,
+}
+
+/// What a call makes beside its message and its reply: counted before it is there, until the call is over.
+#[derive(Debug)]
+pub(super) struct Made<'a> {
+    account: &'a Arc<Account>,
+    held: Vec<Hold>,
+}
+
+impl<'a> Made<'a> {
+    pub(super) fn new(account: &'a Arc<Account>) -> Self {
+        Self { account, held: Vec::new() }
+    }
+
+    /// Counts a tensor of so many bytes that is about to be made.
+    ///
+    /// # Errors
+    /// `MESSAGE_TOO_LARGE` for one that no message could bring, `QUOTA_EXCEEDED`.
+    pub(super) fn claim(&mut self, what: &str, bytes: Option<usize>) -> Result<(), Error> {
+        let (bytes, limit) = (bytes.map_or(u64::MAX, |bytes| bytes as u64), MESSAGE_BYTES_MAX as u64);
+        if bytes > limit {
+            return Err(Error::limit(Reason::MessageTooLarge, what, limit, bytes, "bytes"));
+        }
+        self.held.push(self.account.hold(Unit::InFlightBytes, bytes)?);
+        Ok(())
+    }
+}
+
+/// Where the tensors of a call are that its message does not have.
+#[derive(Debug)]
+pub(super) struct Elsewhere<'a, 'b> {
+    pub(super) regions: &'a Regions,
+    pub(super) tenant: &'a Tenant,
+    pub(super) made: &'a mut Made<'b>,
+}
+
+impl Elsewhere<'_, '_> {
+    /// The bytes of a place.
+    ///
+    /// # Errors
+    /// As [`Regions::read`].
+    pub(super) async fn read(&mut self, place: &Place) -> Result<Bytes, Error> {
+        self.regions.read(self.tenant, place, self.made).await
+    }
 }
 
 /// All regions.
@@ -185,30 +231,36 @@ impl Regions {
     /// The bytes of a place.
     ///
     /// # Errors
-    /// `NOT_FOUND`, `BAD_ARGUMENT` for a place outside of the region, `MESSAGE_TOO_LARGE`.
-    pub(super) fn read(&self, tenant: &Tenant, place: &Place) -> Result<Bytes, Error> {
+    /// `NOT_FOUND`, `BAD_ARGUMENT` for a place outside of the region, `MESSAGE_TOO_LARGE`, `QUOTA_EXCEEDED`.
+    async fn read(&self, tenant: &Tenant, place: &Place, made: &mut Made<'_>) -> Result<Bytes, Error> {
         let region = self.find(tenant, place)?;
         let limit = MESSAGE_BYTES_MAX as u64;
         let length =
             usize::try_from(place.bytes).ok().filter(|length| *length as u64 <= limit).ok_or_else(|| {
                 Error::limit(Reason::MessageTooLarge, "tensor in shared memory", limit, place.bytes, "bytes")
             })?;
-        let mut data = vec![0; length];
-        let read = region.file.read_exact_at(&mut data, region.offset + place.offset);
-        read.map_err(|error| shorter(&place.region).caused_by(error))?;
-        Ok(data.into())
+        let hold = made.account.hold(Unit::InFlightBytes, place.bytes)?;
+        let (file, at, name) = (region.file, region.offset + place.offset, place.region.clone());
+        let read = move || {
+            let mut data = vec![0; length];
+            file.read_exact_at(&mut data, at).map_err(|error| shorter(&name).caused_by(error))?;
+            Ok((data.into(), hold))
+        };
+        let (data, hold) = aside(length, read).await?;
+        made.held.push(hold);
+        Ok(data)
     }
 
     /// Puts an output in its place.
     ///
     /// # Errors
     /// As [`read`](Self::read), and for a place that is too small.
-    pub(super) fn write(
+    pub(super) async fn write(
         &self,
         tenant: &Tenant,
         place: &Place,
         output: &str,
-        data: &[u8],
+        data: Bytes,
     ) -> Result<(), Error> {
         let region = self.find(tenant, place)?;
         if (data.len() as u64) > place.bytes {
@@ -221,12 +273,15 @@ impl Regions {
             return Err(Error::new(Reason::Unusable, message));
         }
         // What was made shorter stays so.
-        let length = region.file.metadata().map(|meta| meta.len()).unwrap_or(0);
-        let begin = region.offset + place.offset;
-        if begin + data.len() as u64 > length {
+        let there = region.file.metadata().map(|meta| meta.len()).unwrap_or(0);
+        let (begin, length) = (region.offset + place.offset, data.len());
+        if begin + length as u64 > there {
             return Err(shorter(&place.region));
         }
-        region.file.write_all_at(data, begin).map_err(|error| shorter(&place.region).caused_by(error))
+        let name = place.region.clone();
+        let written =
+            move || region.file.write_all_at(&data, begin).map_err(|error| shorter(&name).caused_by(error));
+        aside(length, written).await
     }
 }
 

@@ -3,11 +3,11 @@
 //!
 //! A model has sequences where its configuration has `sequence_batching`. Its `control_input`s are tensors that say
 //! where a sequence is, its `state`s pairs of an output and the input that it becomes. Neither is a tensor of the
-//! callers'. *Followed:* `max_sequence_idle_microseconds`, controls of all kinds, states that begin as zeros or without
-//! anything said (zeros, too). Calls do not share runs with those of other sequences.
+//! callers'. *Followed:* `max_sequence_idle_microseconds` up to an hour, controls of all kinds, states that begin as
+//! zeros or without anything said (zeros, too). Calls do not share runs with those of other sequences.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::sync::OwnedMutexGuard;
@@ -20,6 +20,7 @@ use vaccel_proto::inference::model_sequence_batching::{Control, State};
 use vaccel_proto::v1::{DType, Tensor};
 use vaccel_proto::{Error, Reason};
 
+use super::regions::Made;
 use super::tensors::{Parameters, Subject, plain};
 use crate::identity::Tenant;
 use crate::quota::{Account, Hold, Unit};
@@ -27,6 +28,9 @@ use crate::repository::{Served, dtype_of};
 
 /// How long a sequence lives without a call, where the configuration does not say: as in the protocol's other servers.
 const IDLE_DEFAULT: Duration = Duration::from_secs(1);
+
+/// And at most: what a caller keeps for longer without a call is not a state of the agent's.
+const IDLE_MAX: Duration = Duration::from_secs(60 * 60);
 
 /// Sequences of one tenant that are open.
 const OPEN_MAX: usize = 1024;
@@ -95,6 +99,16 @@ struct Open {
     states: Arc<tokio::sync::Mutex<States>>,
     used: Instant,
     idle_max: Duration,
+    /// It ends with the model that was loaded when it began.
+    served: Weak<Served>,
+}
+
+impl Open {
+    /// Whether it goes on: one that is in use is somebody's turn.
+    fn goes_on(&self, now: Instant) -> bool {
+        let is_alive = self.served.strong_count() > 0 && now - self.used < self.idle_max;
+        is_alive || Arc::strong_count(&self.states) > 1
+    }
 }
 
 type Key = (u64, Correlation);
@@ -116,6 +130,16 @@ impl Sequences {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Frees what is kept for sequences that are over: those of models that are not loaded any more, and those without
+    /// a call for too long, also of tenants that do not come again.
+    pub(super) fn sweep(&self) {
+        let now = Instant::now();
+        self.all().retain(|_, own| {
+            own.retain(|_, open| open.goes_on(now));
+            !own.is_empty()
+        });
+    }
+
     /// The states of a call's sequence, when it is the call's turn.
     ///
     /// # Errors
@@ -123,7 +147,7 @@ impl Sequences {
     pub(super) async fn enter(
         &self,
         tenant: &Tenant,
-        served: &Served,
+        served: &Arc<Served>,
         subject: &Subject<'_>,
         step: Option<&Step>,
     ) -> Result<OwnedMutexGuard<States>, Error> {
@@ -133,13 +157,12 @@ impl Sequences {
             subject.wrong(format!("inference request to model '{model}' {what}"))
         })?;
         let idle = rules(served).map_or(0, |rules| rules.max_sequence_idle_microseconds);
-        let idle_max = if idle == 0 { IDLE_DEFAULT } else { Duration::from_micros(idle) };
+        let idle_max = if idle == 0 { IDLE_DEFAULT } else { Duration::from_micros(idle).min(IDLE_MAX) };
         let states = {
             let mut all = self.all();
             let own = all.entry(tenant.clone()).or_default();
             let now = Instant::now();
-            // One that is in use is somebody's turn.
-            own.retain(|_, open| Arc::strong_count(&open.states) > 1 || now - open.used < open.idle_max);
+            own.retain(|_, open| open.goes_on(now));
             let key = (served.id, step.correlation.clone());
             if !step.starts && !own.contains_key(&key) {
                 let id = match &step.correlation {
@@ -162,7 +185,10 @@ impl Sequences {
                     "sequences",
                 ));
             }
-            let open = own.entry(key).or_insert_with(|| Open { states: Arc::default(), used: now, idle_max });
+            let open = own.entry(key).or_insert_with(|| {
+                let (states, served) = (Arc::default(), Arc::downgrade(served));
+                Open { states, used: now, idle_max, served }
+            });
             open.used = now;
             Arc::clone(&open.states)
         };
@@ -200,18 +226,22 @@ impl States {
         served: &Served,
         step: Option<&Step>,
         rows: usize,
+        made: &mut Made<'_>,
     ) -> Result<Vec<(usize, Tensor)>, Error> {
         let (Some(rules), Some(step)) = (rules(served), step) else { return Ok(Vec::new()) };
         let mut inputs = Vec::new();
         for input in &rules.control_input {
             for control in &input.control {
+                let count = if served.rows_max > 0 { rows } else { 1 };
+                let what = "control tensor for the rows of this call";
+                made.claim(what, count.checked_mul(control_bytes(control, step)))?;
                 inputs.push((place(served, &input.name)?, control_tensor(served, control, step, rows)?));
             }
         }
         for state in &rules.state {
             let tensor = match self.tensors.get(&state.output_name) {
                 Some(kept) => kept.clone(),
-                None => zeros(served, state, rows)?,
+                None => zeros(served, state, rows, made)?,
             };
             inputs.push((place(served, &state.input_name)?, tensor));
         }
@@ -269,6 +299,14 @@ fn with_rows(served: &Served, rows: usize, dims: impl IntoIterator<Item = i64>) 
     batch.into_iter().chain(dims).collect()
 }
 
+/// Bytes that [`control_tensor`] makes for a row, at most.
+fn control_bytes(control: &Control, step: &Step) -> usize {
+    match (control.kind(), &step.correlation) {
+        (Kind::ControlSequenceCorrid, Correlation::Text(id)) => size_of::<u32>() + id.len(),
+        _ => size_of::<u64>(),
+    }
+}
+
 /// What a model is told of where its sequence is.
 fn control_tensor(served: &Served, control: &Control, step: &Step, rows: usize) -> Result<Tensor, Error> {
     let shape = with_rows(served, rows, [1]);
@@ -320,7 +358,7 @@ fn correlation_tensor(control: &Control, step: &Step, shape: &[i64], count: usiz
 }
 
 /// The state of a sequence that begins.
-fn zeros(served: &Served, state: &State, rows: usize) -> Result<Tensor, Error> {
+fn zeros(served: &Served, state: &State, rows: usize, made: &mut Made<'_>) -> Result<Tensor, Error> {
     let initial = state.initial_state.first();
     let dims = initial.map_or(&state.dims, |initial| &initial.dims);
     // A size that is open begins with nothing in it.
@@ -334,5 +372,6 @@ fn zeros(served: &Served, state: &State, rows: usize) -> Result<Tensor, Error> {
             format!("state '{}': expected numbers of at most {STATE_BYTES_MAX} bytes", state.input_name);
         Error::new(Reason::BadArgument, message)
     })?;
+    made.claim("state of a sequence", Some(bytes))?;
     Ok(Tensor::from_bytes(dtype, &shape, vec![0; bytes].into()))
 }

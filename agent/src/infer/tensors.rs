@@ -2,7 +2,8 @@
 //!
 //! Messages are those that clients of this protocol know, word by word where they look at them.
 
-use std::collections::HashMap;
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap};
 
 use bytes::Bytes;
 use vaccel_proto::inference::infer_parameter::ParameterChoice;
@@ -13,7 +14,7 @@ use vaccel_proto::tensor::{strings, with_lengths};
 use vaccel_proto::v1::{DType, Tensor};
 use vaccel_proto::{Error, Reason};
 
-use super::regions::Place;
+use super::regions::{Elsewhere, Place};
 use crate::repository::{Served, Tensors, type_name, type_named};
 
 /// Parameters of a message.
@@ -84,12 +85,12 @@ pub(super) fn text<'a>(parameters: &'a Parameters, name: &str) -> Result<Option<
 ///
 /// # Errors
 /// What does not fit the model, in the protocol's words.
-pub(super) fn inputs(
+pub(super) async fn inputs(
     subject: &Subject<'_>,
     served: &Served,
     inputs: Vec<InferInputTensor>,
     raw: Vec<Bytes>,
-    read: impl Fn(&Place) -> Result<Bytes, Error>,
+    mut elsewhere: Elsewhere<'_, '_>,
 ) -> Result<(Vec<Option<Tensor>>, usize), Error> {
     let model = subject.model;
     if inputs.len() > TENSORS_PER_CALL_MAX {
@@ -119,7 +120,7 @@ pub(super) fn inputs(
         }
         let place = Place::of(&input.parameters)?;
         let data = match &place {
-            Some(place) => read(place)?,
+            Some(place) => elsewhere.read(place).await?,
             None if has_raw => raw.next().unwrap_or_default(),
             None => contents(dtype, input.contents.unwrap_or_default()),
         };
@@ -340,31 +341,71 @@ pub(super) fn outputs(
     Ok(wanted)
 }
 
+/// Classes in one answer, of all its rows: more than all that a model for words has, few enough to be written at once.
+const CLASSES_MAX: usize = 1 << 18;
+
 /// The largest values of each row, as `value:place` or `value:place:label`.
 ///
 /// # Errors
-/// Values that have no order.
+/// Values that have no order, and more of them than an answer has.
 pub(super) fn classify(
     tensor: &Tensor,
     labels: &[String],
     k: usize,
     has_rows: bool,
 ) -> Result<Tensor, Error> {
-    let values = values(tensor)?;
     let rows = if has_rows {
         tensor.shape.first().and_then(|rows| usize::try_from(*rows).ok()).unwrap_or(0)
     } else {
         1
     };
-    let width = values.len() / rows.max(1);
+    let width = tensor.data.len() / tensor.dtype().size().max(1) / rows.max(1);
     let k = k.min(width);
-    let mut texts = Vec::with_capacity(rows * k);
-    for row in values.chunks(width.max(1)) {
-        let mut order: Vec<usize> = (0..row.len()).collect();
-        order.sort_by(|&a, &b| row[b].0.total_cmp(&row[a].0));
-        for place in order.into_iter().take(k) {
-            let label = labels.get(place).map(|label| format!(":{label}")).unwrap_or_default();
-            texts.push(format!("{}:{place}{label}", row[place].1));
+    let classes = rows.saturating_mul(k);
+    if classes > CLASSES_MAX {
+        let message =
+            format!("classification: expected at most {CLASSES_MAX} classes of all rows, got {classes}");
+        return Err(Error::new(Reason::BadArgument, message));
+    }
+    let mut texts = Vec::with_capacity(classes);
+    let mut add = |place: usize, text: String| {
+        let label = labels.get(place).map(|label| format!(":{label}")).unwrap_or_default();
+        texts.push(format!("{text}:{place}{label}"));
+    };
+    macro_rules! numbers {
+        ($type:ty, $value:expr, $text:expr) => {{
+            for row in tensor.elements::<$type>()?.chunks(width.max(1)) {
+                for place in largest(row, k, $value) {
+                    add(place, $text(row[place]));
+                }
+            }
+        }};
+        ($type:ty) => {{
+            #[allow(clippy::cast_precision_loss, clippy::cast_lossless, reason = "only to compare")]
+            let value = |value: $type| value as f64;
+            numbers!($type, value, |value: $type| value.to_string())
+        }};
+    }
+    match tensor.dtype() {
+        DType::F32 => numbers!(f32, f64::from, |value| format!("{value:.6}")),
+        DType::F64 => numbers!(f64, |value| value, |value| format!("{value:.6}")),
+        DType::F16 => {
+            numbers!(half::f16, |value: half::f16| value.to_f64(), |value: half::f16| format!(
+                "{:.6}",
+                value.to_f32()
+            ));
+        }
+        DType::U8 => numbers!(u8),
+        DType::I8 => numbers!(i8),
+        DType::U16 => numbers!(u16),
+        DType::I16 => numbers!(i16),
+        DType::U32 => numbers!(u32),
+        DType::I32 => numbers!(i32),
+        DType::U64 => numbers!(u64),
+        DType::I64 => numbers!(i64),
+        DType::Bool | DType::Bf16 | DType::Bytes | DType::Unspecified => {
+            let message = format!("classification is not for outputs of type {}", type_name(tensor.dtype()));
+            return Err(Error::new(Reason::BadArgument, message));
         }
     }
     let size = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
@@ -373,33 +414,57 @@ pub(super) fn classify(
     Ok(Tensor::from_bytes(DType::Bytes, &shape, data))
 }
 
-/// Values to compare, and as they are written.
-fn values(tensor: &Tensor) -> Result<Vec<(f64, String)>, Error> {
-    macro_rules! numbers {
-        ($type:ty, $format:literal) => {{
-            let elements = tensor.elements::<$type>()?;
-            #[allow(clippy::cast_precision_loss, clippy::cast_lossless, reason = "only to compare")]
-            elements.iter().map(|value| (*value as f64, format!($format, value))).collect()
-        }};
+/// The places of the `k` largest values, largest first; of equal ones the first. Takes memory for `k` values only.
+fn largest<T: Copy>(row: &[T], k: usize, value: impl Fn(T) -> f64) -> Vec<usize> {
+    let mut found = BinaryHeap::with_capacity(k);
+    for (place, one) in row.iter().enumerate() {
+        let ranked = Reverse((rank(value(*one)), Reverse(place)));
+        if found.len() < k {
+            found.push(ranked);
+        } else if let Some(mut least) = found.peek_mut()
+            && ranked < *least
+        {
+            *least = ranked;
+        }
     }
-    Ok(match tensor.dtype() {
-        DType::F32 => numbers!(f32, "{:.6}"),
-        DType::F64 => numbers!(f64, "{:.6}"),
-        DType::F16 => {
-            let elements = tensor.elements::<half::f16>()?;
-            elements.iter().map(|value| (value.to_f64(), format!("{:.6}", value.to_f32()))).collect()
-        }
-        DType::U8 => numbers!(u8, "{}"),
-        DType::I8 => numbers!(i8, "{}"),
-        DType::U16 => numbers!(u16, "{}"),
-        DType::I16 => numbers!(i16, "{}"),
-        DType::U32 => numbers!(u32, "{}"),
-        DType::I32 => numbers!(i32, "{}"),
-        DType::U64 => numbers!(u64, "{}"),
-        DType::I64 => numbers!(i64, "{}"),
-        DType::Bool | DType::Bf16 | DType::Bytes | DType::Unspecified => {
-            let message = format!("classification is not for outputs of type {}", type_name(tensor.dtype()));
-            return Err(Error::new(Reason::BadArgument, message));
-        }
-    })
+    found.into_sorted_vec().into_iter().map(|Reverse((_, Reverse(place)))| place).collect()
+}
+
+/// A number whose order is that of [`f64::total_cmp`].
+fn rank(value: f64) -> i64 {
+    let bits = value.to_bits().cast_signed();
+    bits ^ ((bits >> 63).cast_unsigned() >> 1).cast_signed()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn classes(values: &[f32], rows: i64, k: usize) -> Result<(Vec<i64>, Vec<String>), Error> {
+        let width = i64::try_from(values.len()).expect("few") / rows;
+        let found = classify(&Tensor::new(&[rows, width], values)?, &["a".into()], k, true)?;
+        let text = |text: Option<Bytes>| String::from_utf8(text.expect("whole").into()).expect("text");
+        Ok((found.shape.clone(), strings(&found.data).map(text).collect()))
+    }
+
+    #[test]
+    fn the_largest_come_first_and_of_equal_ones_the_first() {
+        let values = [1.0, 3.0, -2.0, 3.0, f32::NEG_INFINITY, -0.0, 0.0, 2.0];
+        let (shape, texts) = classes(&values, 2, 3).expect("three of each");
+        assert_eq!(shape, [2, 3]);
+        let expected =
+            ["3.000000:1", "3.000000:3", "1.000000:0:a", "2.000000:3", "0.000000:2", "-0.000000:1"];
+        assert_eq!(texts, expected);
+        assert_eq!(classes(&values, 1, usize::MAX).expect("all").1.len(), 8);
+        assert_eq!(classes(&values, 1, 1).expect("one").1, ["3.000000:1"]);
+    }
+
+    #[test]
+    fn an_answer_has_so_many_classes() {
+        let values = vec![0.0; CLASSES_MAX + 2];
+        assert_eq!(classes(&values, 2, CLASSES_MAX / 2).expect("as many as may be").1.len(), CLASSES_MAX);
+        let refusal = classes(&values, 2, CLASSES_MAX / 2 + 1).expect_err("more");
+        assert_eq!(refusal.reason(), Reason::BadArgument);
+        assert!(refusal.message().contains("expected at most 262144 classes"), "{refusal}");
+    }
 }

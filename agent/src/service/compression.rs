@@ -18,6 +18,7 @@ use vaccel_proto::tensor::GRPC_HEADER_BYTES;
 use vaccel_proto::{Error, Reason};
 
 use super::body::HeldBytes;
+use crate::aside::on_a_thread;
 use crate::http2::{Incoming, Meter};
 use crate::quota::{Account, Hold, Unit};
 
@@ -231,12 +232,4 @@ impl Body for Expanded {
             }
         }
     }
-}
-
-/// Work that takes its time, where it holds nobody up.
-async fn on_a_thread<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
-) -> Result<T, Error> {
-    let failed = |error| Error::new(Reason::BackendFailed, "the body was not read").caused_by(error);
-    tokio::task::spawn_blocking(work).await.map_err(failed)?
 }

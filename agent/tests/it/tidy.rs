@@ -46,7 +46,7 @@ const LAYERS: &[&[&str]] = &[
     &["scheduler"],
     &["http2"],
     &["shared"],
-    &["onward", "quota", "pool"],
+    &["aside", "onward", "quota", "pool"],
     &["identity"],
     &["config", "networks"],
 ];
