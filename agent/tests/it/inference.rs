@@ -3,6 +3,7 @@
 mod catalogue;
 mod clients;
 mod health;
+mod limits;
 mod models;
 mod namespaces;
 mod sequences;

@@ -1,35 +1,42 @@
-//! Inference requests and responses in JSON, with tensors as numbers or as bytes behind it.
+//! Inference requests in JSON, with tensors as numbers or as bytes behind it.
 
 use std::collections::HashMap;
 use std::fmt;
+use std::marker::PhantomData;
 
 use bytes::{Bytes, BytesMut};
-use serde::de::{DeserializeSeed, Deserializer, SeqAccess, Visitor};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
+use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
 use serde_json::value::RawValue;
 use vaccel_proto::inference::infer_parameter::ParameterChoice;
 use vaccel_proto::inference::model_infer_request::{InferInputTensor, InferRequestedOutputTensor};
-use vaccel_proto::inference::{InferParameter, ModelInferRequest, ModelInferResponse, ModelMetadataResponse};
-use vaccel_proto::tensor::strings;
-use vaccel_proto::v1::{DType, Tensor};
+use vaccel_proto::inference::{InferParameter, ModelInferRequest, ModelMetadataResponse};
+use vaccel_proto::limits::TENSORS_PER_CALL_MAX;
+use vaccel_proto::v1::DType;
 use vaccel_proto::{Error, Reason};
 
+use super::super::body::HeldBytes;
 use crate::dispatch::{type_name, type_named};
+use crate::http2::Meter;
 
-const BINARY_SIZE: &str = "binary_data_size";
-const BINARY: &str = "binary_data";
+pub(super) const BINARY_SIZE: &str = "binary_data_size";
+pub(super) const BINARY: &str = "binary_data";
 const BINARY_OUTPUT: &str = "binary_data_output";
+
+/// Entries of one list and of one object in a request, beside the tensors' numbers: as a value, an entry takes fifty
+/// times what it takes as text.
+const ENTRIES_MAX: usize = TENSORS_PER_CALL_MAX;
 
 #[derive(Deserialize)]
 struct Request<'a> {
     #[serde(default)]
     id: String,
     #[serde(default)]
-    parameters: HashMap<String, Value>,
-    #[serde(borrow)]
+    parameters: Values,
+    #[serde(borrow, deserialize_with = "few")]
     inputs: Vec<Input<'a>>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "few")]
     outputs: Vec<Output>,
 }
 
@@ -37,9 +44,10 @@ struct Request<'a> {
 struct Input<'a> {
     name: String,
     datatype: String,
+    #[serde(deserialize_with = "few")]
     shape: Vec<i64>,
     #[serde(default)]
-    parameters: HashMap<String, Value>,
+    parameters: Values,
     /// As it came: as values its numbers would take many times as much.
     #[serde(borrow)]
     data: Option<&'a RawValue>,
@@ -49,7 +57,119 @@ struct Input<'a> {
 struct Output {
     name: String,
     #[serde(default)]
-    parameters: HashMap<String, Value>,
+    parameters: Values,
+}
+
+/// A list that is not long.
+fn few<'de, D: Deserializer<'de>, T: Deserialize<'de>>(json: D) -> Result<Vec<T>, D::Error> {
+    struct Few<T>(PhantomData<T>);
+
+    impl<'de, T: Deserialize<'de>> Visitor<'de> for Few<T> {
+        type Value = Vec<T>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "a list of at most {ENTRIES_MAX} entries")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<T>, A::Error> {
+            let mut found = Vec::new();
+            while let Some(one) = list.next_element()? {
+                if found.len() == ENTRIES_MAX {
+                    return Err(A::Error::custom(format!(
+                        "expected at most {ENTRIES_MAX} entries in a list"
+                    )));
+                }
+                found.push(one);
+            }
+            Ok(found)
+        }
+    }
+
+    json.deserialize_seq(Few(PhantomData))
+}
+
+/// Parameters as they are written: not many, and none for what is neither number, text nor truth.
+#[derive(Default)]
+pub(super) struct Values(pub(super) HashMap<String, Value>);
+
+impl<'de> Deserialize<'de> for Values {
+    fn deserialize<D: Deserializer<'de>>(json: D) -> Result<Self, D::Error> {
+        json.deserialize_map(ValuesVisitor)
+    }
+}
+
+struct ValuesVisitor;
+
+impl<'de> Visitor<'de> for ValuesVisitor {
+    type Value = Values;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "parameters")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Values, A::Error> {
+        let mut found = HashMap::new();
+        while let Some((name, Scalar(value))) = map.next_entry()? {
+            if found.len() == ENTRIES_MAX {
+                return Err(A::Error::custom(format!("expected at most {ENTRIES_MAX} parameters")));
+            }
+            found.insert(name, value);
+        }
+        Ok(Values(found))
+    }
+}
+
+/// A value that is a number, a text or a truth; of everything else only that it was there.
+struct Scalar(Value);
+
+impl<'de> Deserialize<'de> for Scalar {
+    fn deserialize<D: Deserializer<'de>>(json: D) -> Result<Self, D::Error> {
+        json.deserialize_any(ScalarVisitor)
+    }
+}
+
+struct ScalarVisitor;
+
+impl<'de> Visitor<'de> for ScalarVisitor {
+    type Value = Scalar;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "a value")
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Scalar, E> {
+        Ok(Scalar(value.into()))
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Scalar, E> {
+        Ok(Scalar(value.into()))
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Scalar, E> {
+        Ok(Scalar(value.into()))
+    }
+
+    fn visit_f64<E>(self, value: f64) -> Result<Scalar, E> {
+        Ok(Scalar(value.into()))
+    }
+
+    fn visit_str<E>(self, value: &str) -> Result<Scalar, E> {
+        Ok(Scalar(value.into()))
+    }
+
+    fn visit_unit<E>(self) -> Result<Scalar, E> {
+        Ok(Scalar(Value::Null))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Scalar, A::Error> {
+        while list.next_element::<IgnoredAny>()?.is_some() {}
+        Ok(Scalar(Value::Null))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Scalar, A::Error> {
+        while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+        Ok(Scalar(Value::Null))
+    }
 }
 
 /// Which outputs a caller wants as bytes.
@@ -64,16 +184,21 @@ impl Wishes {
         Self { all: true, by_name: HashMap::new() }
     }
 
-    fn is_binary(&self, name: &str) -> bool {
+    /// Whether all are, unless something else is said of one.
+    pub(super) fn are_binary(&self) -> bool {
+        self.all
+    }
+
+    pub(super) fn is_binary(&self, name: &str) -> bool {
         self.by_name.get(name).copied().unwrap_or(self.all)
     }
 }
 
-fn wrong(message: impl Into<String>) -> Error {
+pub(super) fn wrong(message: impl Into<String>) -> Error {
     Error::new(Reason::BadArgument, message)
 }
 
-fn parameters(values: HashMap<String, Value>) -> Result<HashMap<String, InferParameter>, Error> {
+fn parameters(Values(values): Values) -> Result<HashMap<String, InferParameter>, Error> {
     let parameter = |(name, value): (String, Value)| {
         let choice = match &value {
             Value::Bool(value) => ParameterChoice::BoolParam(*value),
@@ -93,7 +218,7 @@ fn parameters(values: HashMap<String, Value>) -> Result<HashMap<String, InferPar
     values.into_iter().map(parameter).collect()
 }
 
-fn truth(values: &mut HashMap<String, Value>, name: &str) -> Result<Option<bool>, Error> {
+fn truth(Values(values): &mut Values, name: &str) -> Result<Option<bool>, Error> {
     let is_truth = |value: Value| {
         value.as_bool().ok_or_else(|| wrong(format!("parameter '{name}': expected true or false")))
     };
@@ -103,8 +228,13 @@ fn truth(values: &mut HashMap<String, Value>, name: &str) -> Result<Option<bool>
 /// A request whose JSON has the given length, or is all of the body.
 ///
 /// # Errors
-/// `BAD_ARGUMENT` for JSON that is none, or is no request, and for bytes that are not as many as it says.
-pub(super) fn request(body: &Bytes, length: Option<usize>) -> Result<(ModelInferRequest, Wishes), Error> {
+/// `BAD_ARGUMENT` for JSON that is none, or is no request, and for bytes that are not as many as it says;
+/// `QUOTA_EXCEEDED` for tensors that are more than the call may hold.
+pub(super) fn request(
+    body: &Bytes,
+    length: Option<usize>,
+    held: &HeldBytes,
+) -> Result<(ModelInferRequest, Wishes), Error> {
     let length = length.unwrap_or(body.len());
     let parsed = serde_json::from_slice::<Request<'_>>(&body[..length]);
     let parsed =
@@ -116,8 +246,8 @@ pub(super) fn request(body: &Bytes, length: Option<usize>) -> Result<(ModelInfer
         Wishes { all: truth(&mut general, BINARY_OUTPUT)?.unwrap_or(false), ..Wishes::default() };
     request.parameters = parameters(general)?;
     for Input { name, datatype, shape, parameters: mut own, data } in inputs {
-        let size = own.remove(BINARY_SIZE);
-        let is_elsewhere = own.contains_key("shared_memory_region");
+        let size = own.0.remove(BINARY_SIZE);
+        let is_elsewhere = own.0.contains_key("shared_memory_region");
         match (size, data) {
             (Some(size), None) => {
                 let left = rest.len();
@@ -131,7 +261,7 @@ pub(super) fn request(body: &Bytes, length: Option<usize>) -> Result<(ModelInfer
                 })?;
                 request.raw_input_contents.push(rest.split_to(size));
             }
-            (None, Some(data)) => request.raw_input_contents.push(elements(&name, &datatype, data)?),
+            (None, Some(data)) => request.raw_input_contents.push(elements(&name, &datatype, data, held)?),
             (None, None) if is_elsewhere => {}
             (None, None) => {
                 let name = vaccel_proto::error::shown(&name);
@@ -198,14 +328,21 @@ pub(super) fn raw_request(model: &ModelMetadataResponse, body: Bytes) -> Result<
 }
 
 /// JSON numbers, however nested, as the bytes of a tensor.
-fn elements(name: &str, datatype: &str, data: &RawValue) -> Result<Bytes, Error> {
-    let mut bytes = BytesMut::new();
-    let elements = Elements { dtype: type_named(datatype), bytes: &mut bytes };
-    let mut json = serde_json::Deserializer::from_str(data.get());
+fn elements(name: &str, datatype: &str, data: &RawValue, held: &HeldBytes) -> Result<Bytes, Error> {
+    let (mut bytes, dtype) = (BytesMut::new(), type_named(datatype));
+    // As many as there are commas, and one; a text has its length in four bytes before it.
+    let text = data.get();
+    let count = text.bytes().filter(|byte| *byte == b',').count() + 1;
+    let most =
+        if dtype == DType::Bytes { text.len() + count * size_of::<u32>() } else { count * dtype.size() };
+    held.grow(most as u64)?;
+    let elements = Elements { dtype, bytes: &mut bytes };
+    let mut json = serde_json::Deserializer::from_str(text);
     elements.deserialize(&mut json).map_err(|error| {
         let (name, datatype) = (vaccel_proto::error::shown(name), vaccel_proto::error::shown(datatype));
         wrong(format!("input {name}: expected elements of type {datatype}: {error}"))
     })?;
+    held.give_back(most.saturating_sub(bytes.len()));
     Ok(bytes.freeze())
 }
 
@@ -299,134 +436,4 @@ fn push(dtype: DType, value: &Value, bytes: &mut BytesMut) -> Option<()> {
         DType::Unspecified => return None,
     }
     Some(())
-}
-
-/// A response's body, and where its tensors begin when there are any behind the JSON.
-pub(super) struct Written {
-    pub(super) body: Bytes,
-    pub(super) header: Option<usize>,
-}
-
-/// A response as it is written.
-#[derive(Serialize)]
-struct Response<'a> {
-    model_name: &'a str,
-    model_version: &'a str,
-    #[serde(skip_serializing_if = "str::is_empty")]
-    id: &'a str,
-    outputs: Vec<OutputRow<'a>>,
-}
-
-#[derive(Serialize)]
-struct OutputRow<'a> {
-    name: &'a str,
-    datatype: &'a str,
-    shape: &'a [i64],
-    #[serde(skip_serializing_if = "serde_json::Map::is_empty")]
-    parameters: serde_json::Map<String, Value>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    data: Option<Box<RawValue>>,
-}
-
-/// A response in the form its caller wishes.
-///
-/// # Errors
-/// `BAD_ARGUMENT` for an output that JSON cannot hold.
-pub(super) fn response(response: &ModelInferResponse, wishes: &Wishes) -> Result<Written, Error> {
-    let mut outputs = Vec::with_capacity(response.outputs.len());
-    let mut behind = Vec::new();
-    for (output, data) in response.outputs.iter().zip(&response.raw_output_contents) {
-        let mut parameters = values(&output.parameters);
-        let mut numbers = None;
-        if parameters.contains_key("shared_memory_region") {
-            // It is there already.
-        } else if wishes.is_binary(&output.name) {
-            parameters.insert(BINARY_SIZE.into(), data.len().into());
-            behind.push(data);
-        } else {
-            let tensor = Tensor::from_bytes(type_named(&output.datatype), &output.shape, data.clone());
-            numbers = Some(self::numbers(&output.name, &tensor)?);
-        }
-        let (name, datatype, shape) = (&*output.name, &*output.datatype, &*output.shape);
-        outputs.push(OutputRow { name, datatype, shape, parameters, data: numbers });
-    }
-    let (model_name, model_version, id) = (&*response.model_name, &*response.model_version, &*response.id);
-    let text = written(&Response { model_name, model_version, id, outputs })?;
-    if behind.is_empty() && !wishes.all {
-        return Ok(Written { body: text.into(), header: None });
-    }
-    let header = text.len();
-    let mut body = BytesMut::with_capacity(header + behind.iter().map(|data| data.len()).sum::<usize>());
-    body.extend_from_slice(text.as_bytes());
-    for data in behind {
-        body.extend_from_slice(data);
-    }
-    Ok(Written { body: body.freeze(), header: Some(header) })
-}
-
-fn written(value: &impl Serialize) -> Result<String, Error> {
-    let failed =
-        |error| Error::new(Reason::BackendFailed, "the response has no words in JSON").caused_by(error);
-    serde_json::to_string(value).map_err(failed)
-}
-
-fn values(parameters: &HashMap<String, InferParameter>) -> serde_json::Map<String, Value> {
-    let value = |parameter: &InferParameter| match &parameter.parameter_choice {
-        Some(ParameterChoice::BoolParam(value)) => (*value).into(),
-        Some(ParameterChoice::Int64Param(value)) => (*value).into(),
-        Some(ParameterChoice::Uint64Param(value)) => (*value).into(),
-        Some(ParameterChoice::StringParam(value)) => value.clone().into(),
-        Some(ParameterChoice::DoubleParam(value)) => (*value).into(),
-        None => Value::Null,
-    };
-    parameters.iter().map(|(name, parameter)| (name.clone(), value(parameter))).collect()
-}
-
-/// The elements of a tensor, one after the other, as they are written.
-fn numbers(name: &str, tensor: &Tensor) -> Result<Box<RawValue>, Error> {
-    let no_number = || {
-        let name = vaccel_proto::error::shown(name);
-        wrong(format!(
-            "output {name} has values that JSON has no words for; ask for it with '{BINARY}': true"
-        ))
-    };
-    macro_rules! whole {
-        ($type:ty) => {
-            written(&tensor.elements::<$type>()?)?
-        };
-    }
-    macro_rules! real {
-        ($type:ty, $to:expr) => {{
-            let elements = tensor.elements::<$type>()?;
-            let numbers = elements.iter().map($to).collect::<Vec<_>>();
-            if !numbers.iter().all(|number| number.is_finite()) {
-                return Err(no_number());
-            }
-            written(&numbers)?
-        }};
-    }
-    let text = match tensor.dtype() {
-        DType::Bool => written(&tensor.data.iter().map(|byte| *byte != 0).collect::<Vec<_>>())?,
-        DType::U8 => whole!(u8),
-        DType::I8 => whole!(i8),
-        DType::U16 => whole!(u16),
-        DType::I16 => whole!(i16),
-        DType::U32 => whole!(u32),
-        DType::I32 => whole!(i32),
-        DType::U64 => whole!(u64),
-        DType::I64 => whole!(i64),
-        DType::F16 => real!(half::f16, |value| value.to_f32()),
-        DType::Bf16 => real!(half::bf16, |value| value.to_f32()),
-        DType::F32 => real!(f32, |value| *value),
-        DType::F64 => real!(f64, |value| *value),
-        DType::Bytes => {
-            let text = |string: Option<Bytes>| String::from_utf8(string?.into()).ok();
-            written(&strings(&tensor.data).map(text).collect::<Option<Vec<_>>>().ok_or_else(no_number)?)?
-        }
-        DType::Unspecified => {
-            let message = format!("output {name} is of type {}", type_name(DType::Unspecified));
-            return Err(Error::new(Reason::BackendFailed, message));
-        }
-    };
-    RawValue::from_string(text).map_err(|error| no_number().caused_by(error))
 }

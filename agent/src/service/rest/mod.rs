@@ -4,6 +4,7 @@
 //! the binary extension, behind the JSON. Browsers are turned away: a page that somebody looks at must not be able to
 //! call an agent on that machine.
 
+mod answer;
 mod json;
 mod metrics;
 
@@ -11,14 +12,17 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::{Path, State};
+use axum::extract::rejection::PathRejection;
+use axum::extract::{FromRequestParts, Path, State};
 use axum::routing::{get, post};
 use base64::Engine;
 use bytes::Bytes;
 use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, ORIGIN, RETRY_AFTER};
+use http::request::Parts;
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode};
 use http_body_util::BodyExt;
 use prost::Message;
+use serde::Deserialize;
 use serde_json::{Value, json};
 use tonic::body::Body;
 use vaccel_proto::error::Detail;
@@ -29,9 +33,12 @@ use vaccel_proto::inference::{
 use vaccel_proto::limits::MESSAGE_BYTES_MAX;
 use vaccel_proto::{Error, Reason};
 
+use super::body::HeldBytes;
 use super::compression;
 use super::inference::{log_settings, read_only, server_metadata, trace_settings};
+use crate::aside::aside;
 use crate::dispatch::{Caller, Dispatch, to_json};
+use crate::http2::Meter;
 use crate::quota::Hold;
 
 /// Where the tensors begin behind the JSON.
@@ -39,6 +46,10 @@ const HEADER_LENGTH: HeaderName = HeaderName::from_static("inference-header-cont
 
 /// What a browser says of whose page a call is.
 const FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
+
+/// Longest body without tensors or files, in bytes: those of real callers have some tens. As values, text can take
+/// fifty times as much.
+const OBJECT_BYTES_MAX: usize = 64 << 10;
 
 type Shared = State<Arc<Dispatch>>;
 type Answer = Result<Response<axum::body::Body>, Failed>;
@@ -178,6 +189,8 @@ fn found(value: &Value) -> Response<axum::body::Body> {
 /// A body, and what it is counted as beyond what came.
 struct Whole {
     bytes: Bytes,
+    /// The count of the call's bytes, until its reply is sent.
+    held: Arc<HeldBytes>,
     _counted: Option<Hold>,
 }
 
@@ -185,7 +198,8 @@ struct Whole {
 async fn received(request: Request<axum::body::Body>) -> Result<(Caller, HeaderMap, Whole), Error> {
     let (mut parts, body) = request.into_parts();
     let caller = parts.extensions.remove::<Caller>();
-    let caller = caller
+    let (caller, held) = caller
+        .zip(parts.extensions.remove::<Arc<HeldBytes>>())
         .ok_or_else(|| Error::new(Reason::Unauthenticated, "the call did not come through the gate"))?;
     let body = body.collect().await.map_err(|error| {
         // The error that the gate's body ended in, where it was that.
@@ -199,18 +213,24 @@ async fn received(request: Request<axum::body::Body>) -> Result<(Caller, HeaderM
         Error::new(Reason::Cancelled, "the request ended before it was whole").caused_by(error.to_string())
     })?;
     let (bytes, counted) = compression::expand(caller.account(), &parts.headers, body.to_bytes()).await?;
-    Ok((caller, parts.headers, Whole { bytes, _counted: counted }))
+    Ok((caller, parts.headers, Whole { bytes, held, _counted: counted }))
 }
 
 /// A body that may be JSON, or nothing.
 fn object(body: &Whole) -> Result<Value, Error> {
-    let body = &body.bytes;
+    let (body, limit) = (&body.bytes, OBJECT_BYTES_MAX as u64);
     if body.is_empty() {
         return Ok(json!({}));
     }
-    serde_json::from_slice(body).map_err(|error| {
-        Error::new(Reason::BadArgument, format!("failed to parse the request JSON buffer: {error}"))
-    })
+    if body.len() > OBJECT_BYTES_MAX {
+        let length = body.len() as u64;
+        return Err(Error::limit(Reason::MessageTooLarge, "body for this path", limit, length, "bytes"));
+    }
+    serde_json::from_slice(body).map_err(|error| no_json(&error))
+}
+
+fn no_json(error: &serde_json::Error) -> Error {
+    Error::new(Reason::BadArgument, format!("failed to parse the request JSON buffer: {error}"))
 }
 
 async fn server() -> Response<axum::body::Body> {
@@ -225,7 +245,19 @@ async fn server_ready(State(dispatch): Shared) -> Response<axum::body::Body> {
     }
 }
 
-type Names = Path<HashMap<String, String>>;
+/// What a path names.
+struct Names(HashMap<String, String>);
+
+impl<S: Send + Sync> FromRequestParts<S> for Names {
+    type Rejection = Failed;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Failed> {
+        let names = Path::from_request_parts(parts, state).await;
+        // A path that is no text.
+        let wrong = |error: PathRejection| Failed(Error::new(Reason::BadArgument, error.body_text()));
+        names.map(|Path(names)| Self(names)).map_err(wrong)
+    }
+}
 
 /// Model and version of a path; empty where it names none.
 fn names(names: &HashMap<String, String>) -> (&str, &str) {
@@ -235,7 +267,7 @@ fn names(names: &HashMap<String, String>) -> (&str, &str) {
 
 async fn model_metadata(
     State(dispatch): Shared,
-    Path(path): Names,
+    Names(path): Names,
     request: Request<axum::body::Body>,
 ) -> Answer {
     let (caller, ..) = received(request).await?;
@@ -252,7 +284,7 @@ async fn model_metadata(
 
 async fn model_ready(
     State(dispatch): Shared,
-    Path(path): Names,
+    Names(path): Names,
     request: Request<axum::body::Body>,
 ) -> Answer {
     let (caller, ..) = received(request).await?;
@@ -265,7 +297,7 @@ async fn model_ready(
 
 async fn model_config(
     State(dispatch): Shared,
-    Path(path): Names,
+    Names(path): Names,
     request: Request<axum::body::Body>,
 ) -> Answer {
     let (caller, ..) = received(request).await?;
@@ -275,7 +307,7 @@ async fn model_config(
 
 async fn model_stats(
     State(dispatch): Shared,
-    Path(path): Names,
+    Names(path): Names,
     request: Request<axum::body::Body>,
 ) -> Answer {
     let (caller, ..) = received(request).await?;
@@ -284,7 +316,7 @@ async fn model_stats(
     Ok(found(&to_json("ModelStatisticsResponse", &ModelStatisticsResponse { model_stats })))
 }
 
-async fn infer(State(dispatch): Shared, Path(path): Names, request: Request<axum::body::Body>) -> Answer {
+async fn infer(State(dispatch): Shared, Names(path): Names, request: Request<axum::body::Body>) -> Answer {
     let (caller, headers, whole) = received(request).await?;
     let (name, version) = names(&path);
     let body = whole.bytes.clone();
@@ -300,10 +332,24 @@ async fn infer(State(dispatch): Shared, Path(path): Names, request: Request<axum
             let metadata = dispatch.model_metadata(&caller, name, version).await?;
             (json::raw_request(&metadata, body)?, json::Wishes::all_binary())
         }
-        length => json::request(&body, length)?,
+        length => {
+            let held = Arc::clone(&whole.held);
+            let read = move || json::request(&body, length, &held);
+            aside(length.unwrap_or(whole.bytes.len()), read).await?
+        }
     };
     (asked.model_name, asked.model_version) = (name.to_owned(), version.to_owned());
-    let answer = json::response(&dispatch.infer(&caller, asked).await?, &wishes)?;
+    let answer = dispatch.infer(&caller, asked).await?;
+    let bytes = answer.raw_output_contents.iter().map(Bytes::len).sum();
+    let held = Arc::clone(&whole.held);
+    // The tensors, while they become text.
+    held.grow(bytes as u64)?;
+    let write = move || {
+        let written = answer::response(&answer, &wishes, &held);
+        held.give_back(bytes);
+        written
+    };
+    let answer = aside(bytes, write).await?;
     let (body, coding) = compression::shrink(&headers, answer.body).await?;
     let mut response = Response::new(axum::body::Body::from(body));
     let headers = response.headers_mut();
@@ -348,34 +394,50 @@ async fn repository_index(State(dispatch): Shared, request: Request<axum::body::
 
 async fn repository_load(
     State(dispatch): Shared,
-    Path(path): Names,
+    Names(path): Names,
     request: Request<axum::body::Body>,
 ) -> Answer {
     let (caller, _, body) = received(request).await?;
-    let body = object(&body)?;
-    let mut parameters = HashMap::new();
-    for (name, value) in body.get("parameters").and_then(Value::as_object).into_iter().flatten() {
-        let text = value.as_str().map(str::to_owned);
+    let length = body.bytes.len();
+    // As texts, which become files one after the other.
+    body.held.grow(length as u64)?;
+    let parameters = aside(length, move || files(&body)).await?;
+    dispatch.repository_load(&caller, names(&path).0, parameters).await?;
+    Ok(done())
+}
+
+/// The parameters of a body that brings a model, or asks for one of the host's.
+fn files(body: &Whole) -> Result<HashMap<String, ModelRepositoryParameter>, Error> {
+    #[derive(Default, Deserialize)]
+    struct Load {
+        #[serde(default)]
+        parameters: json::Values,
+    }
+    let load = if body.bytes.is_empty() {
+        Load::default()
+    } else {
+        serde_json::from_slice(&body.bytes).map_err(|error| no_json(&error))?
+    };
+    let parameter = |(name, value): (String, Value)| {
         let wrong = || {
-            let message = format!("parameter {}: expected a string", vaccel_proto::error::shown(name));
+            let message = format!("parameter {}: expected a string", vaccel_proto::error::shown(&name));
             Error::new(Reason::BadArgument, message)
         };
-        let text = text.ok_or_else(wrong)?;
+        let Value::String(text) = value else { return Err(wrong()) };
         let choice = if name.starts_with("file:") {
             let decoded = base64::engine::general_purpose::STANDARD.decode(&text);
             ParameterChoice::BytesParam(decoded.map_err(|error| wrong().caused_by(error))?.into())
         } else {
             ParameterChoice::StringParam(text)
         };
-        parameters.insert(name.clone(), ModelRepositoryParameter { parameter_choice: Some(choice) });
-    }
-    dispatch.repository_load(&caller, names(&path).0, parameters).await?;
-    Ok(done())
+        Ok((name, ModelRepositoryParameter { parameter_choice: Some(choice) }))
+    };
+    load.parameters.0.into_iter().map(parameter).collect()
 }
 
 async fn repository_unload(
     State(dispatch): Shared,
-    Path(path): Names,
+    Names(path): Names,
     request: Request<axum::body::Body>,
 ) -> Answer {
     let (caller, ..) = received(request).await?;
@@ -389,7 +451,7 @@ fn region(path: &HashMap<String, String>) -> &str {
 
 async fn system_status(
     State(dispatch): Shared,
-    Path(path): Names,
+    Names(path): Names,
     request: Request<axum::body::Body>,
 ) -> Answer {
     let (caller, ..) = received(request).await?;
@@ -400,7 +462,7 @@ async fn system_status(
 
 async fn system_register(
     State(dispatch): Shared,
-    Path(path): Names,
+    Names(path): Names,
     request: Request<axum::body::Body>,
 ) -> Answer {
     let (caller, _, body) = received(request).await?;
@@ -424,7 +486,7 @@ async fn system_register(
 
 async fn system_unregister(
     State(dispatch): Shared,
-    Path(path): Names,
+    Names(path): Names,
     request: Request<axum::body::Body>,
 ) -> Answer {
     let (caller, ..) = received(request).await?;
@@ -432,7 +494,7 @@ async fn system_unregister(
     Ok(done())
 }
 
-async fn cuda_status(Path(path): Names) -> Answer {
+async fn cuda_status(Names(path): Names) -> Answer {
     Err(super::inference::no_cuda_region(region(&path)).into())
 }
 
