@@ -22,6 +22,7 @@ use vaccel_proto::inference::model_warmup::input::InputDataType;
 use vaccel_proto::inference::{
     DataType, ModelConfig, ModelDynamicBatching, ModelInput, ModelInstanceGroup, ModelOutput, ModelWarmup,
 };
+use vaccel_proto::limits::TENSORS_PER_CALL_MAX;
 use vaccel_proto::v1::DType;
 
 use crate::backend::{Model, Origin, Port, RunRules};
@@ -31,6 +32,9 @@ pub(super) const TEXT_BYTES_MAX: usize = 256 << 10;
 
 /// Instances of one model, of all its groups: each may be a thread. Devices take some tens of runs at the same time.
 const INSTANCES_MAX: usize = 256;
+
+/// Inputs of a model, and its outputs, that a configuration writes down: each is looked for among all of the model's.
+const TENSORS_MAX: usize = 4 * TENSORS_PER_CALL_MAX;
 
 /// Rows of one run where a file says that it has rows, and nobody said how many.
 const ROWS_DEFAULT: i32 = 64;
@@ -213,6 +217,11 @@ pub(super) fn check(name: &str, config: &ModelConfig) -> Result<(), String> {
         return Err(format!(
             "instance_group: expected at most {INSTANCES_MAX} instances in all groups, got {count}"
         ));
+    }
+    for (what, count) in [("input", config.input.len()), ("output", config.output.len())] {
+        if count > TENSORS_MAX {
+            return Err(format!("{what}: expected at most {TENSORS_MAX}, got {count}"));
+        }
     }
     let refused = refused(config);
     if let Some((_, field)) = refused.iter().find(|(is_there, _)| *is_there) {
@@ -466,6 +475,9 @@ mod tests {
             let why = check("m", &read_text(text).expect(text)).expect_err(text);
             assert!(why.contains(field), "{why}");
         }
+        let many = "input { } ".repeat(TENSORS_MAX + 1);
+        let why = check("m", &read_text(&many).expect("valid")).expect_err("more than there may be");
+        assert_eq!(why, "input: expected at most 1024, got 1025");
         check("m", &read_text("optimization { graph { level: 1 } } backend: 'onnxruntime'").expect("valid"))
             .expect("served");
     }
