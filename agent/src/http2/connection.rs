@@ -240,7 +240,12 @@ impl<I: Wire, S: Service> Connection<I, S> {
     fn end(&mut self, ended: Result<(), Fault>, context: &mut Context<'_>) {
         for place in &mut self.streams {
             match place {
-                Some(stream) if !stream.is_whole && !stream.delivery.is_taken() => {
+                // Once it is answered nobody asks for more of the reply, and whoever makes it would wait for that.
+                Some(stream)
+                    if !stream.is_whole
+                        && !stream.delivery.is_taken()
+                        && matches!(stream.answer, Answer::Awaited(_)) =>
+                {
                     stream.delivery.end(Err(lost()));
                 }
                 _ => *place = None,

@@ -24,8 +24,8 @@ use super::*;
 use crate::onward::Listener;
 use crate::pool::Pool;
 
-/// A reply's body: pieces, and trailers.
-struct Pieces(VecDeque<Bytes>, Option<HeaderMap>);
+/// A reply's body: pieces, trailers, and the request that it is an answer to, if it keeps that.
+struct Pieces(VecDeque<Bytes>, Option<HeaderMap>, Option<(Request<Incoming>, Awaited)>);
 
 impl http_body::Body for Pieces {
     type Data = Bytes;
@@ -42,15 +42,15 @@ impl http_body::Body for Pieces {
 
 fn whole(bytes: impl Into<Bytes>) -> Response<Pieces> {
     let trailers = HeaderMap::from_iter([(http::header::ETAG, http::HeaderValue::from_static("end"))]);
-    Response::new(Pieces(VecDeque::from([bytes.into()]), Some(trailers)))
+    Response::new(Pieces(VecDeque::from([bytes.into()]), Some(trailers), None))
 }
 
 /// Bytes that `/large` sends.
 const LARGE: usize = 300_000;
 
 /// By path: `/echo` sends back what it got, or why it did not get all of it; `/slow` takes its time with every message;
-/// `/large` sends [`LARGE`] bytes; `/never` does not answer; others answer without waiting for a body. Counts calls
-/// that are not answered, messages that `/slow` took, and those that are expected.
+/// `/large` sends [`LARGE`] bytes; `/talk` does, and keeps the request meanwhile; `/never` does not answer; others do
+/// without waiting for a body. Counts calls that are not answered, messages that `/slow` took, and those expected.
 #[derive(Clone, Default)]
 struct Echo(Arc<AtomicUsize>, Arc<AtomicUsize>, Arc<AtomicUsize>);
 
@@ -101,6 +101,11 @@ impl Service for Echo {
                     Err(error) => whole(error.message().to_owned()),
                 },
                 "/large" => whole(vec![9; LARGE]),
+                "/talk" => {
+                    let mut answer = whole(vec![9; LARGE]);
+                    answer.body_mut().2 = Some((request, _awaited));
+                    answer
+                }
                 "/never" => std::future::pending().await,
                 _ => whole("early"),
             }

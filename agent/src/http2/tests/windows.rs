@@ -125,3 +125,16 @@ async fn more_than_a_stream_s_window_ends_the_stream() {
     assert_eq!(reset, Some(frame::FLOW_CONTROL_ERROR));
     peer.works(3).await;
 }
+
+#[tokio::test]
+async fn a_reply_that_waits_for_its_window_goes_with_the_peer() {
+    let mut peer = Peer::new().await;
+    peer.call(1, "/talk", &[("content-type", "application/grpc")]).await;
+    peer.send(frame::DATA, 0, 1, &message(&[1; 100])).await;
+    peer.wait(frame::DATA).await;
+    let Peer { io, agent, calls, .. } = peer;
+    assert_eq!(calls.load(Ordering::SeqCst), 1);
+    drop(io);
+    let _ = tokio::time::timeout(Duration::from_secs(60), agent).await.expect("it ends").expect("no panic");
+    assert_eq!(calls.load(Ordering::SeqCst), 0);
+}
