@@ -322,6 +322,10 @@ impl<T: Transport> Link<T> {
         mut call: Option<&mut Call<'_>>,
         errno: i32,
     ) -> core::result::Result<bool, Lost> {
+        if call.as_ref().is_some_and(|call| call.is_over()) {
+            // It has been read already; the next call finds out about the connection.
+            return Ok(false);
+        }
         for _ in 0..IDLE_READS_MAX {
             if !self.transport.wait(false, 0).is_ok_and(|ready| ready.read) {
                 break;

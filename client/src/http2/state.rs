@@ -216,7 +216,9 @@ impl State {
         while self.end.is_none() {
             self.flush(context);
             let has_outcome = |id| self.streams.get(&id).is_none_or(|stream| stream.outcome.is_some());
-            if own.is_some_and(has_outcome) || self.output.own_bytes() > OWED_BYTES_MAX {
+            // What cannot be written any more is owed to nobody; what there is to read is the end, or why.
+            let is_owing = self.failed_write.is_none() && self.output.own_bytes() > OWED_BYTES_MAX;
+            if own.is_some_and(has_outcome) || is_owing {
                 return;
             }
             match self.poll_read(context, is_awake) {
@@ -301,7 +303,8 @@ impl State {
     fn poll_read(&mut self, context: &mut Context<'_>, is_awake: bool) -> Poll<io::Result<usize>> {
         if self.input_begin == self.input_end {
             (self.input_begin, self.input_end) = (0, 0);
-            if let Some(inside) = &mut self.inside
+            // After the content its padding may be left, which has no place.
+            if let Some(inside) = self.inside.as_mut().filter(|inside| inside.left > 0)
                 && let Some(stream) = self.streams.get_mut(&inside.stream)
                 && let Some(mut place) = stream.place(inside.left)
             {

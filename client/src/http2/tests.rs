@@ -15,7 +15,7 @@ use tokio::time::timeout;
 use tonic::{Code, Status};
 use vaccel_guest::frame::{self, Header};
 
-use super::Connection;
+use super::{Connection, KEEP_ALIVE};
 use crate::error::{Failure, Reach};
 use crate::unary::{Awake, Options};
 use crate::wire::Head;
@@ -505,5 +505,34 @@ async fn what_is_no_agent_is_found_out_at_once() {
         let head = Head::new(&"tcp://agent:1".parse().unwrap(), None, false).unwrap();
         let refusal = Connection::open(Box::new(near), Arc::new(head), Arc::default()).await.expect_err(why);
         assert!(refusal.contains(why), "{refusal}");
+    }
+}
+
+#[tokio::test]
+async fn padding_behind_a_part_of_a_message_is_passed_over() {
+    let (connection, mut agent) = connected(&[], 1 << 20).await;
+    let call = call(&connection, b"request");
+    let (stream, _) = agent.request().await;
+    let reply = framed(&vec![7; 200_000]);
+    let (first, rest) = reply.split_at(100_000);
+    agent.say(frame::HEADERS, frame::END_HEADERS, stream, OK).await;
+    agent.say(frame::DATA, frame::PADDED, stream, &[&[100], first, &[0; 100]].concat()).await;
+    agent.say(frame::DATA, 0, stream, rest).await;
+    agent.say(frame::HEADERS, frame::END_HEADERS | frame::END_STREAM, stream, DONE).await;
+    assert_eq!(call.await.unwrap().unwrap().len(), 200_000);
+}
+
+#[tokio::test]
+async fn an_agent_that_dies_while_much_is_to_be_written_is_noticed() {
+    const CALLS: usize = 300;
+    let (connection, agent) = connected(&[], 1 << 12).await;
+    let calls: Vec<_> = (0..CALLS).map(|_| call(&connection, &[1; 900])).collect();
+    while connection.load().1 < CALLS {
+        tokio::task::yield_now().await;
+    }
+    drop(agent);
+    for call in calls {
+        let ended = timeout(KEEP_ALIVE / 2, call).await;
+        ended.expect("long before it is asked whether it is there").unwrap().unwrap_err();
     }
 }

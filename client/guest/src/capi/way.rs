@@ -87,6 +87,27 @@ impl Transport for Way {
         }
     }
 
+    fn now_exactly(&mut self) -> Option<u64> {
+        match self {
+            Self::Posix(posix) => posix.now_exactly(),
+            Self::Own(_) => None,
+        }
+    }
+
+    fn wait_exactly(&mut self, until: u64) -> core::result::Result<Ready, Fault> {
+        match self {
+            Self::Posix(posix) => posix.wait_exactly(until),
+            Self::Own(_) => self.wait(false, until.div_ceil(1000)),
+        }
+    }
+
+    fn hurry(&mut self) {
+        match self {
+            Self::Posix(posix) => posix.hurry(),
+            Self::Own(_) => {}
+        }
+    }
+
     fn share(&mut self, token: &str, bytes: usize, until: u64) -> core::result::Result<SharedMemory, Fault> {
         match self {
             Self::Posix(posix) => posix.share(token, bytes, until),
@@ -113,5 +134,21 @@ impl Transport for Way {
             Self::Posix(posix) => posix.now(),
             Self::Own(io) => (io.now)(io.context),
         }
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_platforms_sockets_do_for_c_what_they_do_elsewhere() {
+        let mut way = Way::Posix("unix://agent".parse().expect("an address"));
+        let now = way.now_exactly().expect("a clock of microseconds");
+        assert_eq!(way.wait_exactly(now + 1), Err(Fault::Late));
+        assert!(way.now_exactly().is_some_and(|later| later > now));
+        way.hurry();
+        let Way::Posix(posix) = &way else { unreachable!("as it was made") };
+        assert!(posix.hurries, "small packets do not wait for others");
     }
 }

@@ -54,7 +54,7 @@ pub struct Posix {
     /// Reads in two pieces work.
     reads_two: bool,
     /// The socket was told that requests go out in pieces.
-    hurries: bool,
+    pub(crate) hurries: bool,
     /// Waits by microseconds work.
     waits_exactly: bool,
 }
@@ -114,15 +114,15 @@ impl Posix {
 
     /// Waits for a connection that is being made.
     fn connected(&mut self, until: u64) -> Result<(), Fault> {
-        match self.wait_for(true, until)? {
-            (_, true) => {
-                // What it failed on is what reading fails on; there is nothing to read.
-                let failure = sys::read(self.fd, &mut [0]);
-                self.close();
-                Err(failure.err().filter(|fault| *fault != Fault::WouldBlock).unwrap_or(Fault::Broken(0)))
-            }
-            _ => Ok(()),
-        }
+        let failed = match self.wait_for(true, until) {
+            Ok((_, false)) => return Ok(()),
+            // What it failed on is what reading fails on; there is nothing to read.
+            Ok((_, true)) => sys::read(self.fd, &mut [0]).err().filter(|fault| *fault != Fault::WouldBlock),
+            Err(fault) => Some(fault),
+        };
+        // Nobody has it, so nobody would close it.
+        self.close();
+        Err(failed.unwrap_or(Fault::Broken(0)))
     }
 
     /// What is ready, and whether the connection has failed.
@@ -533,8 +533,9 @@ mod sys {
 
 #[cfg(all(test, target_os = "linux"))]
 mod tests {
-    use std::io::Write;
-    use std::os::unix::net::UnixListener;
+    use std::io::{Read, Write};
+    use std::os::fd::IntoRawFd;
+    use std::os::unix::net::{UnixListener, UnixStream};
 
     use super::*;
 
@@ -555,5 +556,17 @@ mod tests {
         let until = transport.now_exactly().unwrap() + 60_000_000;
         assert_eq!(transport.wait_exactly(until), Ok(Ready { read: true, write: false }));
         assert!(transport.now() < until / 1000);
+    }
+    #[test]
+    fn a_connection_that_does_not_come_in_time_is_closed() {
+        let (mut near, mut far) = UnixStream::pair().unwrap();
+        near.set_nonblocking(true).unwrap();
+        while near.write(&[0; 1 << 16]).is_ok() {}
+        // Nobody takes anything, as where nobody answers.
+        let mut transport: Posix = "unix://agent".parse().unwrap();
+        transport.fd = near.into_raw_fd();
+        let now = transport.now();
+        assert_eq!(transport.connected(now), Err(Fault::Late));
+        far.read_to_end(&mut Vec::new()).unwrap();
     }
 }

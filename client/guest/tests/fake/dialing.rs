@@ -1,11 +1,12 @@
 //! The way to the agent: networks that lie, agents that come late, time that runs out.
 
 use vaccel_guest::{Fault, Reason};
+use vaccel_proto::Error as Wrong;
 
 use crate::frames::{self, Frame};
 use crate::peer::Event;
-use crate::transport::{ECONNREFUSED, ECONNRESET, ENOTCONN};
-use crate::{fails, guest, opened, peer};
+use crate::transport::{ECONNREFUSED, ECONNRESET, ENOTCONN, EPIPE};
+use crate::{fails, flow, guest, opened, peer};
 
 #[test]
 fn what_moves_byte_by_byte_arrives_alike() {
@@ -278,12 +279,27 @@ fn why_a_connection_was_closed_is_seen_although_writing_failed() {
         // The call was never looked at; the guest learns it when it goes on writing.
         peer.send(frames::goaway(1));
         peer.end(0);
-        peer.write_fails = Some(crate::transport::EPIPE);
+        peer.write_fails = Some(EPIPE);
         true
     });
     guest.transport().manner.write = 16;
     guest.noop().unwrap();
     assert_eq!(peer(&mut guest).dials.len(), 2);
+}
+
+#[test]
+fn an_answer_that_was_read_counts_although_writing_fails_then() {
+    let mut guest = opened(|peer, event| match event {
+        Event::Head(call) if call.is("Run") => {
+            // It comes while the guest waits to write on, which it cannot then.
+            (peer.delay, peer.writable_from, peer.write_fails) = (1, peer.now + 1, Some(EPIPE));
+            peer.refuse(call.stream, &Wrong::new(vaccel_proto::Reason::QuotaExceeded, "not so much"));
+            true
+        }
+        _ => false,
+    });
+    let outcome = flow::echo(&mut guest, 300_000);
+    fails(&guest, outcome, Reason::QuotaExceeded, "not so much");
 }
 
 #[test]

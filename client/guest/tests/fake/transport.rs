@@ -179,10 +179,14 @@ impl Transport for Fake {
     fn write(&mut self, pieces: &[&[u8]]) -> Result<usize, Fault> {
         assert!(self.peer.connected, "nothing is connected");
         assert!(!pieces.is_empty() && pieces.iter().all(|piece| !piece.is_empty()), "an empty write");
+        if self.peer.now < self.peer.writable_from {
+            self.in_vain();
+            return Err(Fault::WouldBlock);
+        }
         if let Some(errno) = self.peer.write_fails {
             return Err(Fault::Broken(errno));
         }
-        if self.peer.now < self.peer.writable_from || self.blocks() {
+        if self.blocks() {
             self.in_vain();
             return Err(Fault::WouldBlock);
         }
