@@ -237,6 +237,9 @@ impl OnnxRuntime {
         let (file, name) = (model.bytes.clone(), name.to_owned());
         let load = move |has_graphs: bool, cancel: &Cancel| {
             let (cuda, device, account) = (&place.0, &place.0.devices()[place.1], place.2.as_ref());
+            if has_graphs {
+                device.ledger.leaves_half(bytes)?;
+            }
             let charge = device.ledger.charge(account, bytes)?;
             let builder = engine.on_cuda(cuda, device, bytes, has_graphs)?;
             let _loading = Device::loading();

@@ -30,7 +30,7 @@ use vaccel_proto::inference::repository_index_response::ModelIndex;
 use vaccel_proto::v1::ResourceKind;
 use vaccel_proto::{Error, Reason};
 
-use crate::backend::{Choice, Origin, Workshop};
+use crate::backend::{Choice, Cuda, Origin, Workshop};
 use crate::config::{ConfigError, RepositoryConfig};
 use crate::identity::Tenant;
 use crate::resource::{self, Resource};
@@ -314,6 +314,8 @@ impl Repository {
         let was_loaded = version.is_loaded();
         let mut served = version.served(&self.workshop, asker, choice).await;
         while served.as_ref().is_err_and(|error| self.give_way(version, choice, error)) {
+            // A runtime that ends needs no memory.
+            let _ = tokio::task::spawn_blocking(Cuda::await_ends).await;
             served = version.served(&self.workshop, asker, choice).await;
         }
         if served.is_err() {

@@ -144,7 +144,9 @@ impl Version {
 
     /// Lets the memory go once the runs that use it have ended.
     pub(super) fn unload(&self) {
-        self.made().clear();
+        let made = std::mem::take(&mut *self.made());
+        // Without the lock: engines may take their time to let go.
+        drop(made);
     }
 
     /// Whether its configuration asks for runs before it is served.

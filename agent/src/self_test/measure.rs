@@ -308,8 +308,10 @@ fn judge(record: &mut Record) {
     for one in record.sgemm.iter().filter(|one| one.side >= 8192) {
         let Some(pinned) = one.pinned_tflops else { continue };
         let (found, goal) = (one.shared_tflops / pinned, 0.8);
-        let what =
-            format!("sgemm {} on {}, unix to cuBLAS from pinned memory, at least", one.side, one.device);
+        let what = format!(
+            "sgemm {} on {}, unix in shared to cuBLAS in pinned memory, at least",
+            one.side, one.device
+        );
         record.goals.push(Goal { what, found, goal, met: found >= goal });
     }
     for one in record.models.iter().filter(|one| one.device != CPU && one.network == RESNET.name) {

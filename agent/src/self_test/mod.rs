@@ -232,6 +232,9 @@ pub async fn run(
         model_name: None,
         // The largest product has 768 MiB, on both ends.
         tenant_in_flight_mib: Some(2048),
+        tenant_shared_mib: Some(2048),
+        // All are measured, each by its name.
+        device: None,
         ..settings
     };
     let config = Config::new(settings).map_err(StartError::Config)?;

@@ -8,7 +8,8 @@
  * always, and not once in a month.
  *
  * Settings of a build: DEVICES, MEMORY_MIB, WRONG (products are off by one), FAILS_AFTER (products
- * after so many are illegal accesses), NO_REGISTERING (only memory that was made here is pinned).
+ * after so many are illegal accesses), BREAKS_AT (when memory of so many bytes is wanted, an illegal access is found
+ * that nobody of these made), NO_REGISTERING (only memory that was made here is pinned).
  */
 #include <pthread.h>
 #include <stdint.h>
@@ -269,7 +270,12 @@ int cuThreadExchangeStreamCaptureMode(int *mode) {
 int cuMemAlloc_v2(uint64_t *address, size_t bytes) {
     UNCAPTURED
     ENTER
-    LEAVE(reserve(DEVICE, bytes, (void **)address));
+    int status = reserve(DEVICE, bytes, (void **)address);
+#ifdef BREAKS_AT
+    if (bytes == BREAKS_AT)
+        poisoned = ILLEGAL_ADDRESS;
+#endif
+    LEAVE(status);
 }
 int cuMemFree_v2(uint64_t address) {
     UNCAPTURED

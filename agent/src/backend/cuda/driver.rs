@@ -19,10 +19,11 @@ const DRIVER: Wanted = Wanted { purpose: "the CUDA driver", names: &["libcuda.so
 
 /// `CUDA_ERROR_OUT_OF_MEMORY`.
 const OUT_OF_MEMORY: c_int = 2;
-/// Errors from here to [`LASTING_MAX`] are of the context: nothing works there any more (`CUDA_ERROR_ILLEGAL_ADDRESS`
-/// to `CUDA_ERROR_LAUNCH_FAILED`).
-const LASTING_MIN: c_int = 700;
-const LASTING_MAX: c_int = 719;
+/// Errors after which nothing works any more in the context, or on the device: of its memory
+/// (`CUDA_ERROR_ECC_UNCORRECTABLE`, `_NVLINK_UNCORRECTABLE`), of what a kernel did (`_ILLEGAL_ADDRESS`,
+/// `_LAUNCH_TIMEOUT`, `_CONTEXT_IS_DESTROYED`, `_ASSERT`, `_HARDWARE_STACK_ERROR` to `_LAUNCH_FAILED`), and of what
+/// nobody knows, as when it has fallen off the bus (`_UNKNOWN`).
+const LASTING: &[c_int] = &[214, 220, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 999];
 /// `CU_MEMHOSTALLOC_PORTABLE` and `CU_MEMHOSTREGISTER_PORTABLE`: pinned for all contexts.
 const HOST_PORTABLE: c_uint = 1;
 /// `CU_STREAM_CAPTURE_MODE_RELAXED`.
@@ -109,7 +110,7 @@ impl Failure {
     }
 
     pub(super) fn is_lasting(&self) -> bool {
-        (LASTING_MIN..=LASTING_MAX).contains(&self.status)
+        LASTING.contains(&self.status)
     }
 }
 

@@ -46,6 +46,14 @@ impl Ledger {
         }
     }
 
+    /// Whether half of the device's memory stays for others, where somebody can do without.
+    ///
+    /// # Errors
+    /// As [`Self::charge`].
+    pub(crate) fn leaves_half(&self, bytes: u64) -> Result<(), Error> {
+        if self.used().saturating_add(bytes) <= self.limit / 2 { Ok(()) } else { Err(self.full(bytes)) }
+    }
+
     /// Bytes that are counted.
     pub(crate) fn used(&self) -> u64 {
         self.used.load(Ordering::Relaxed)

@@ -9,6 +9,7 @@
 
 mod cublas;
 mod driver;
+mod ends;
 mod lane;
 mod library;
 mod memory;
@@ -24,7 +25,8 @@ mod turns;
 use std::path::PathBuf;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::Duration;
 
 use vaccel_proto::compute::Layout;
 use vaccel_proto::{Error, Reason};
@@ -35,6 +37,7 @@ use crate::scheduler::Cancel;
 use crate::shared::Mapping;
 
 pub(crate) use driver::Description;
+pub(crate) use ends::Alive;
 pub(crate) use lane::Buffer;
 pub(crate) use library::Sought;
 pub(crate) use memory::{Charge, Ledger};
@@ -43,7 +46,8 @@ pub(crate) use product::{Alone, Asked, Factors, ROW_NUMBERS_MAX, Sum};
 pub(crate) use stream::Held;
 
 use cublas::Cublas;
-use driver::{Context, Driver, Failure};
+use driver::{Context, Driver, Failure, Memory};
+use ends::Ends;
 use nvml::Nvml;
 use pins::Pins;
 use product::Bench;
@@ -68,6 +72,7 @@ pub(crate) struct Cuda {
     nvml: OnceLock<(Result<Nvml, String>, Sought)>,
     toolkit: OnceLock<Toolkit>,
     pins: Pins,
+    _last: Last,
 }
 
 impl std::fmt::Debug for Cuda {
@@ -90,6 +95,11 @@ pub(crate) struct Device {
 
 /// Of all devices, and of whoever uses them in this process.
 static TURNS: Turns = Turns::new();
+static ENDS: Ends = Ends::new();
+
+/// How long whoever needs a device's memory waits for threads that have it and were let go: they end in some tenths of
+/// a second, unless they wait for whoever waits for them.
+const ENDS_MAX: Duration = Duration::from_secs(2);
 
 impl Device {
     fn new(index: usize, description: Description, config: &DeviceConfig) -> Self {
@@ -118,6 +128,16 @@ impl Device {
         TURNS.load()
     }
 
+    /// For a thread that has something of a device.
+    pub(crate) fn alive() -> Arc<Alive> {
+        ENDS.alive()
+    }
+
+    /// Such a thread is not needed any more, and ends by itself.
+    pub(crate) fn let_go(thread: &Weak<Alive>) {
+        ENDS.expect(thread);
+    }
+
     /// Lets no engine do anything else; none where that would take long.
     pub(crate) fn alone() -> Option<Turn> {
         TURNS.alone()
@@ -140,7 +160,21 @@ struct Opened {
     benches: [Mutex<Option<Bench>>; BENCHES],
 }
 
+/// Waits for threads that were let go: the process may be about to end, and with it the libraries that they use.
+struct Last;
+
+impl Drop for Last {
+    fn drop(&mut self) {
+        Cuda::await_ends();
+    }
+}
+
 impl Cuda {
+    /// Waits for threads that were [let go](Device::let_go), whose memory is needed, for a while.
+    pub(crate) fn await_ends() {
+        ENDS.wait(ENDS_MAX);
+    }
+
     /// Loads the driver, where there is one, and asks it for its devices.
     pub(crate) fn find(config: &DeviceConfig) -> Self {
         let (driver, driver_sought) = Driver::load(&config.libraries);
@@ -168,6 +202,7 @@ impl Cuda {
             nvml: OnceLock::new(),
             toolkit: OnceLock::new(),
             pins: Pins::default(),
+            _last: Last,
         }
     }
 
@@ -224,14 +259,12 @@ impl Cuda {
         &self.toolkit.get_or_init(|| Toolkit::load(&self.folders)).sought
     }
 
-    /// The error of an engine that a device failed under, if that is what its text says; the device is not used any
-    /// more.
-    pub(crate) fn failure(&self, device: &Device, text: &str) -> Option<Error> {
-        let (_, after) = text.split_once("CUDA failure ")?;
-        let status = after.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()?;
-        let failure = Failure::new("ONNX Runtime", status, text);
+    /// The error of an engine that a device failed under for good, which is not used any more then. The driver is
+    /// asked, which tells it with every call from then on: engines' texts have names in them that guests chose.
+    pub(crate) fn failure(&self, device: &Device) -> Option<Error> {
         let context = self.context(device).ok()?;
-        failure.is_lasting().then(|| context.error(&failure))
+        let failure = Memory::new(context, 1).err().filter(Failure::is_lasting)?;
+        Some(context.error(&failure))
     }
 
     /// Why no product can be computed on any device, with all that was looked for; none when one can.

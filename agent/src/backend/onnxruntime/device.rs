@@ -94,12 +94,13 @@ impl Where {
 
 /// A model that runs on a device.
 pub(super) struct DeviceProgram {
-    place: Where,
     inputs: Vec<String>,
     outputs: Vec<String>,
     places: Mutex<Places>,
     // After the places: their bindings are the sessions'.
     sessions: Sessions,
+    // After the sessions: they are on its device.
+    place: Where,
 }
 
 #[derive(Default)]
@@ -220,6 +221,7 @@ impl DeviceProgram {
             Err(error) if error.reason() == Reason::QuotaExceeded => {
                 self.places().free.clear();
                 self.sessions.let_go();
+                Cuda::await_ends();
                 self.place_for(&session, &signature, inputs, graph)
             }
             made => made,
@@ -340,7 +342,7 @@ impl DeviceProgram {
         const OUT_OF_MEMORY: &[&str] =
             &["BFCArena", "out of memory", "Failed to allocate memory", "Available memory of"];
         let (text, device) = (error.to_string(), self.place.device());
-        if let Some(error) = self.place.cuda.failure(device, &text) {
+        if let Some(error) = self.place.cuda.failure(device) {
             return error;
         }
         if OUT_OF_MEMORY.iter().any(|sign| text.contains(sign)) {

@@ -95,6 +95,7 @@ fn every_run_has_its_own_numbers_at_places_that_stay() {
     // In and out of 1, 3, 0 and 2 rows of 8 bytes.
     assert_eq!(ledger.used(), CHARGE + 2 * (1 + 3 + 2) * 8);
     drop(program);
+    Cuda::await_ends();
     assert_eq!(ledger.used(), 0, "all given back");
 }
 
@@ -154,6 +155,7 @@ fn shapes_that_come_often_get_a_session_of_their_own() {
     }
     assert!(ledger.used() <= 9 * CHARGE + 2 * places(&[14; 8]), "{}", ledger.used());
     drop(program);
+    Cuda::await_ends();
     assert_eq!(ledger.used(), 0, "all given back");
 }
 
@@ -227,6 +229,22 @@ fn the_thread_of_a_session_can_be_a_lane() {
     while cuda.devices()[0].ledger.used() > 0 {
         std::thread::yield_now();
     }
+}
+
+#[test]
+fn who_lets_a_model_go_waits_for_nobody() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cuda = cuda(folder.path(), None);
+    let program = program(&cuda, onnx::add()).expect("loaded");
+    for round in 0..=device::RUNS_MIN {
+        run(&program, vec![rows(2, f32::from(u8::try_from(round).expect("few")))]).expect("ran");
+    }
+    // Its threads end when nobody is alone any more, who may wait for whoever lets it go.
+    let alone = Device::alone();
+    drop(program);
+    drop(alone);
+    Cuda::await_ends();
+    assert_eq!(cuda.devices()[0].ledger.used(), 0);
 }
 
 #[test]
@@ -340,12 +358,15 @@ fn a_library_without_cuda_is_told_as_such_and_nothing_runs_elsewhere() {
 
 #[test]
 fn a_device_that_fails_under_the_library_is_not_used_any_more() {
+    /// Somebody wants so many bytes, and something else goes wrong.
+    const BREAKS_AT: usize = 12_345;
     let folder = tempfile::tempdir().expect("a folder");
-    let cuda = cuda(folder.path(), None);
+    let libraries = vec![fake_cuda::build(folder.path(), &[&format!("-DBREAKS_AT={BREAKS_AT}")])];
+    let cuda = Cuda::find(&DeviceConfig { libraries, ..DeviceConfig::default() });
     let device = &cuda.devices()[0];
-    assert!(cuda.failure(device, "CUDA failure 2: out of memory ; GPU=0").is_none());
-    assert!(cuda.failure(device, "another text").is_none());
-    let failed = cuda.failure(device, "CUDA failure 700: an illegal memory access").expect("lasting");
+    assert!(cuda.failure(device).is_none());
+    drop(cuda.buffer(device, None, BREAKS_AT).expect("memory"));
+    let failed = cuda.failure(device).expect("lasting");
     assert_eq!(failed.reason(), Reason::BackendFailed);
     let refusal = cuda.upload(device, &[]).expect_err("refused from now on");
     assert!(refusal.message().contains("not used until the agent starts again"), "{refusal}");

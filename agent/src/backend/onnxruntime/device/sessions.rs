@@ -12,8 +12,8 @@ use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -21,7 +21,7 @@ use ort::session::{RunOptions, Session};
 use vaccel_proto::v1::{DType, Tensor};
 use vaccel_proto::{Error, Reason};
 
-use super::super::super::cuda::{Charge, Device};
+use super::super::super::cuda::{Alive, Charge, Device};
 use super::super::{failed, to_ort};
 use super::{GRAPH, NO_GRAPH, PARALLEL_RUNS, SHAPES_MAX, Signature};
 use crate::onward::Listener;
@@ -48,7 +48,8 @@ pub(super) struct Sessions {
     load: Option<Load>,
     inputs: Arc<[String]>,
     own: Arc<Mutex<HashMap<Signature, Own>>>,
-    loader: Mutex<Option<JoinHandle<()>>>,
+    /// The thread that loads one, if one is being loaded.
+    loader: Mutex<Weak<Alive>>,
     cancel: Arc<Cancel>,
 }
 
@@ -85,10 +86,7 @@ impl Sessions {
 
     /// Whether these shapes have what they will have for now.
     pub(super) fn are_known(&self, signature: &Signature) -> bool {
-        let loads = || {
-            let loader = self.loader.lock().unwrap_or_else(PoisonError::into_inner);
-            loader.as_ref().is_some_and(|loader| !loader.is_finished())
-        };
+        let loads = || self.loader().strong_count() > 0;
         match self.own().get(signature) {
             Some(Own::There(_)) => true,
             Some(Own::Loading) => !loads(),
@@ -111,61 +109,86 @@ impl Sessions {
         if *runs < RUNS_MIN || sessions >= SHAPES_MAX {
             return;
         }
-        let mut loader = self.loader.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut loader = self.loader();
         // One at a time.
-        if loader.as_ref().is_some_and(|loader| !loader.is_finished()) {
+        if loader.strong_count() > 0 {
             return;
         }
         *state = Own::Loading;
         let (load, cancel, all) = (Arc::clone(load), Arc::clone(&self.cancel), Arc::clone(&self.own));
         let (signature, inputs) = (signature.clone(), Arc::clone(&self.inputs));
-        let work = move || match load(&cancel).and_then(SessionThread::start) {
+        let alive = Device::alive();
+        *loader = Arc::downgrade(&alive);
+        let make = move || match load(&cancel).and_then(SessionThread::start) {
             Ok(session) => {
-                if let Err(error) = warm_up(&session, &inputs, &signature) {
+                if let Err(error) = warm_up(&session, &inputs, &signature, &cancel) {
                     // The first call will tell whether that is for zeros alone.
                     tracing::debug!(%error, "a model does not run on zeros");
                 }
                 let mut own = all.lock().unwrap_or_else(PoisonError::into_inner);
                 own.insert(signature, Own::There(Arc::new(session)));
             }
-            Err(error) => tracing::debug!(%error, "no session for graphs of a model"),
+            Err(error) => {
+                tracing::debug!(%error, "no session for graphs of a model");
+                if error.reason() == Reason::QuotaExceeded {
+                    // There may be room when they have come as often again.
+                    all.lock().unwrap_or_else(PoisonError::into_inner).remove(&signature);
+                }
+            }
         };
-        *loader = std::thread::Builder::new().name("device-load".into()).spawn(work).ok();
+        let work = move || {
+            make();
+            drop(alive);
+        };
+        // Without a thread there is none for now, and calls go on as they did.
+        let _ = std::thread::Builder::new().name("device-load".into()).spawn(work);
     }
 
-    /// Lets sessions of single combinations of shapes go, whose memory is needed.
+    fn loader(&self) -> MutexGuard<'_, Weak<Alive>> {
+        self.loader.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets sessions of single combinations of shapes go, whose memory is needed: it is free when their threads end.
     pub(super) fn let_go(&self) {
-        let gone: Vec<Own> = self.own().drain().map(|(_, own)| own).collect();
-        // Without the lock: it takes as long as their threads take to end.
-        drop(gone);
+        self.own().clear();
     }
 }
 
 /// Has the library choose its kernels for these shapes, and take the memory that it needs.
-fn warm_up(session: &SessionThread, inputs: &Arc<[String]>, signature: &Signature) -> Result<(), Error> {
+fn warm_up(
+    session: &SessionThread,
+    inputs: &Arc<[String]>,
+    signature: &Signature,
+    cancel: &Cancel,
+) -> Result<(), Error> {
     let zeros = |(dtype, shape): &(DType, Vec<i64>)| {
         let count: usize = shape.iter().map(|&size| usize::try_from(size).unwrap_or(0)).product();
         Tensor::from_bytes(*dtype, shape, Bytes::from(vec![0; count * dtype.size()]))
     };
     let (tensors, names): (Vec<Tensor>, _) = (signature.iter().map(zeros).collect(), Arc::clone(inputs));
+    let mut options = RunOptions::new().map_err(failed)?;
+    options.set(GRAPH, NO_GRAPH).map_err(failed)?;
+    let options = Arc::new(options);
+    let terminator = Arc::clone(&options);
+    let interrupt = move || {
+        let _ = terminator.terminate();
+    };
     let work = move |session: &mut Session| {
         let values = names.iter().zip(&tensors);
         let values = values.map(|(name, tensor)| Ok((Cow::Borrowed(name.as_str()), to_ort(tensor)?)));
         let values: Vec<_> = values.collect::<Result<_, Error>>()?;
-        let mut options = RunOptions::new().map_err(failed)?;
-        options.set(GRAPH, NO_GRAPH).map_err(failed)?;
         session.run_with_options(values, &options).map(drop).map_err(failed)
     };
     let _loading = Device::loading();
-    session.run(work)?
+    cancel.interruptible(interrupt, || session.run(work))?
 }
 
 #[cfg(test)]
 impl Sessions {
     /// Waits until a session that is being loaded is there.
     pub(super) fn settle(&self) {
-        if let Some(loader) = self.loader.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            loader.join().expect("loaded");
+        while self.loader().strong_count() > 0 {
+            std::thread::yield_now();
         }
     }
 }
@@ -173,10 +196,7 @@ impl Sessions {
 impl Drop for Sessions {
     fn drop(&mut self) {
         self.cancel.set();
-        let loader = self.loader.get_mut().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(loader) = loader {
-            let _ = loader.join();
-        }
+        Device::let_go(&self.loader());
     }
 }
 
@@ -191,7 +211,8 @@ pub(super) struct SessionThread {
     works: Option<SyncSender<Given>>,
     /// Works that it has, or that somebody is about to give it.
     pending: Arc<AtomicUsize>,
-    thread: Option<JoinHandle<()>>,
+    thread: ThreadId,
+    alive: Weak<Alive>,
 }
 
 /// What a thread is given.
@@ -212,6 +233,8 @@ impl SessionThread {
         let (works, queue) = sync_channel::<Given>(GIVEN_MAX);
         let pending = Arc::new(AtomicUsize::new(0));
         let counted = Arc::clone(&pending);
+        let here = Device::alive();
+        let alive = Arc::downgrade(&here);
         let run = move || {
             SESSION.set(Some(session));
             for given in queue {
@@ -234,18 +257,19 @@ impl SessionThread {
                 drop(SESSION.take());
             }
             drop(charge);
+            drop(here);
         };
         let spawned = std::thread::Builder::new().name("device-model".into()).spawn(run);
         let thread = spawned.map_err(|error| {
             Error::new(Reason::BackendFailed, "no thread for a model on a device")
                 .caused_by(error.to_string())
         })?;
-        Ok(Self { works: Some(works), pending, thread: Some(thread) })
+        Ok(Self { works: Some(works), pending, thread: thread.thread().id(), alive })
     }
 
     /// Whether this is the thread.
     fn is_here(&self) -> bool {
-        self.thread.as_ref().is_some_and(|thread| thread.thread().id() == std::thread::current().id())
+        self.thread == std::thread::current().id()
     }
 
     pub(super) fn run<T: Send + 'static>(
@@ -288,12 +312,7 @@ impl Home for SessionThread {
 
 impl Drop for SessionThread {
     fn drop(&mut self) {
+        Device::let_go(&self.alive);
         drop(self.works.take());
-        // One that let the model go itself ends by itself.
-        if !self.is_here()
-            && let Some(thread) = self.thread.take()
-        {
-            let _ = thread.join();
-        }
     }
 }
