@@ -4,7 +4,6 @@ use std::cell::Cell;
 use std::collections::HashMap;
 use std::fmt;
 use std::io;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::Thread;
@@ -12,16 +11,17 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 use tokio::time::Instant;
+use vaccel_proto::Error;
 use vaccel_proto::v1::Tensor;
-use vaccel_proto::{Error, Reason};
 
-use super::batch::{Call, Core, Home, check_reply, join, part};
-use super::queue::{Batch, FairQueue, Job, Picked, Place};
-use super::{Cancel, QUEUE_MAX, Spans, Timed, WAIT_SHARE_MAX, overloaded};
+use super::batch::{Call, Home};
+use super::queue::{Batch, FairQueue, Job, Place, TenantKey};
+use super::run::{Done, perform};
+use super::{BESIDE_MAX, Cancel, LANE_TIME_MAX, QUEUE_MAX, Timed, WAIT_SHARE_MAX, overloaded};
 use crate::onward::{self, Listener};
 use crate::quota::{Account, Hold};
 
-type Answer<T> = oneshot::Sender<Result<Timed<T>, Error>>;
+pub(super) type Answer<T> = oneshot::Sender<Result<Timed<T>, Error>>;
 
 /// What a call is to a lane. Each answers its caller itself.
 pub(super) enum Work {
@@ -49,8 +49,9 @@ struct State {
     queue: FairQueue<Waiting>,
     runs: HashMap<u64, Run>,
     started: u64,
-    /// Lanes that something runs on.
+    /// Lanes that something runs on, and runs beside them that were on one.
     taken: usize,
+    beside: usize,
     /// Threads that wait for something to do. Whoever came last is the next to work: it is the soonest awake, and has
     /// the most of what it needs in its processor's memory.
     idle: Vec<Thread>,
@@ -71,8 +72,19 @@ struct Run {
     callers: usize,
     /// When the last one left: it is counted until it ends, and somebody else has its lane.
     abandoned: Option<Hold>,
+    began: Instant,
+    /// The first caller's.
+    tenant: TenantKey,
+    /// What the tenant was charged when the run had had its lane for so long that somebody else got it.
+    beside: Option<Duration>,
     /// Who computes.
     by: By,
+}
+
+impl Run {
+    fn has_lane(&self) -> bool {
+        self.abandoned.is_none() && self.beside.is_none()
+    }
 }
 
 /// Threads that compute.
@@ -85,14 +97,14 @@ enum By {
 
 /// A call in the queue.
 #[derive(Debug)]
-struct Waiting {
+pub(super) struct Waiting {
     stage: Arc<Stage>,
-    work: Work,
+    pub(super) work: Work,
 }
 
 /// Where a call is, for its ticket. Written with the state locked.
 #[derive(Debug)]
-struct Stage(AtomicU64);
+pub(super) struct Stage(AtomicU64);
 
 /// Waiting, thrown out of a full queue, or the number of its run.
 const QUEUED: u64 = 0;
@@ -169,7 +181,8 @@ impl Lanes {
             let (done, woken) = onward::after(|| perform(batch, &cancel));
             state = self.state();
             if state.end(number, &done) {
-                return;
+                // Its tenant may have waited for that.
+                return self.rouse(state);
             }
             if state.queue.waiting() == 0 {
                 drop(state);
@@ -188,6 +201,18 @@ impl Lanes {
         drop(state);
         if let Some(next) = next {
             next.unpark();
+        }
+    }
+
+    /// Lets somebody else have the lane of a run that goes on, on a thread that was the lane's or none.
+    fn replace(self: &Arc<Self>, state: MutexGuard<'_, State>, by: Option<By>) {
+        let is_closing = state.closing;
+        self.rouse(state);
+        if by == Some(By::Lane)
+            && !is_closing
+            && let Err(error) = self.add()
+        {
+            tracing::error!(%error, "a lane could not be started: less is computed at the same time");
         }
     }
 
@@ -250,7 +275,8 @@ impl State {
         if self.taken == lanes {
             return None;
         }
-        let batch = self.queue.pick(Instant::now(), late)?;
+        let now = Instant::now();
+        let batch = self.queue.pick(now, &self.barred(lanes), late)?;
         self.taken += 1;
         self.started += 1;
         let (number, cancel) = (self.started, Cancel::default());
@@ -260,12 +286,38 @@ impl State {
         if let Some(bucket) = &batch[0].0.bucket {
             bucket.core.begin();
         }
-        let (callers, abandoned) = (batch.len(), None);
-        self.runs.insert(number, Run { cancel: cancel.clone(), callers, abandoned, by });
+        let (callers, tenant) = (batch.len(), batch[0].0.tenant);
+        let (cancels, abandoned, beside) = (cancel.clone(), None, None);
+        self.runs.insert(number, Run { cancel: cancels, callers, abandoned, began: now, tenant, beside, by });
         Some((batch, number, cancel))
     }
 
-    /// Whether the run's callers had left, so that somebody else has the lane.
+    /// Tenants that compute so much beside the lanes that they have no part in those that are left.
+    fn barred(&self, lanes: usize) -> Vec<TenantKey> {
+        if self.beside == 0 || self.closing {
+            return Vec::new();
+        }
+        let runs =
+            |tenant| self.runs.values().filter(move |run| run.tenant == tenant && run.abandoned.is_none());
+        let beside = self.runs.values().filter(|run| run.beside.is_some()).map(|run| run.tenant);
+        beside.filter(|tenant| runs(*tenant).count() >= lanes).collect()
+    }
+
+    /// Frees a lane that one run has had for long, which goes on without; returns who computes it.
+    fn displace(&mut self) -> Option<By> {
+        let longest = self.runs.values_mut().filter(|run| run.has_lane()).min_by_key(|run| run.began)?;
+        let time = longest.began.elapsed();
+        if time < LANE_TIME_MAX || self.beside == BESIDE_MAX {
+            return None;
+        }
+        longest.beside = Some(time);
+        self.queue.charge(longest.tenant, time);
+        self.beside += 1;
+        self.taken -= 1;
+        Some(longest.by)
+    }
+
+    /// Whether somebody else has the run's lane.
     fn end(&mut self, number: u64, done: &Done) -> bool {
         if let Some(bucket) = &done.calls[0].picked.bucket {
             bucket.core.end();
@@ -277,24 +329,31 @@ impl State {
         for call in &done.calls {
             self.queue.finished(&call.picked, call.took, call.spoilt);
         }
-        let is_left = self.runs.remove(&number).is_some_and(|run| run.abandoned.is_some());
-        if !is_left {
+        let Some(run) = self.runs.remove(&number) else { return false };
+        if let Some(charged) = run.beside {
+            self.queue.settle(run.tenant, charged);
+            self.beside -= 1;
+        }
+        if run.has_lane() {
             self.taken -= 1;
         }
-        is_left
+        !run.has_lane()
     }
 
     /// One caller of a run leaves. If it was the last, the lane is free; returns what tells the run to stop, and who
-    /// computes it.
-    fn leave(&mut self, number: u64, account: &Arc<Account>) -> Option<(Cancel, By)> {
+    /// had the lane.
+    fn leave(&mut self, number: u64, account: &Arc<Account>) -> Option<(Cancel, Option<By>)> {
         let run = self.runs.get_mut(&number)?;
         run.callers -= 1;
         if run.callers > 0 {
             return None;
         }
+        let by = run.has_lane().then_some(run.by);
         run.abandoned = Some(account.abandoned());
-        self.taken -= 1;
-        Some((run.cancel.clone(), run.by))
+        if by.is_some() {
+            self.taken -= 1;
+        }
+        Some((run.cancel.clone(), by))
     }
 }
 
@@ -351,6 +410,15 @@ impl Ticket {
         self.stage.0.load(Ordering::Relaxed) == PUSHED_OUT
     }
 
+    /// Lets the call run beside others that have had their lanes for long, if its tenant has none.
+    pub(super) fn make_room(&self) {
+        let mut state = self.lanes.state();
+        if !self.is_running() && state.taken == self.lanes.count && state.queue.is_kept_out(self.place) {
+            let by = state.displace();
+            self.lanes.replace(state, by);
+        }
+    }
+
     pub(super) fn is_running(&self) -> bool {
         self.stage.0.load(Ordering::Relaxed) != QUEUED
     }
@@ -370,177 +438,10 @@ impl Drop for Ticket {
             }
             PUSHED_OUT => {}
             number => {
-                let stopped = state.leave(number, &self.account);
-                let is_closing = state.closing;
-                self.lanes.rouse(state);
-                if let Some((cancel, by)) = stopped {
-                    cancel.set();
-                    if by == By::Lane
-                        && !is_closing
-                        && let Err(error) = self.lanes.add()
-                    {
-                        tracing::error!(%error, "a lane could not be started: less is computed at the same time");
-                    }
-                }
+                let Some((cancel, by)) = state.leave(number, &self.account) else { return };
+                cancel.set();
+                self.lanes.replace(state, by);
             }
         }
     }
-}
-
-/// What a run came to.
-struct Done {
-    calls: Vec<DoneCall>,
-    /// What all rows together took, where that says something about runs of this size.
-    whole: Option<Duration>,
-}
-
-struct DoneCall {
-    picked: Picked,
-    /// What the call's tenant is charged.
-    took: Duration,
-    /// Whether the batch failed because of it.
-    spoilt: bool,
-}
-
-/// Runs what was picked and answers its callers.
-fn perform(batch: Batch<Waiting>, cancel: &Cancel) -> Done {
-    let began = Instant::now();
-    let mut together = Vec::with_capacity(batch.len());
-    for (picked, waiting) in batch {
-        match waiting.work {
-            Work::Model { call, reply, .. } => together.push(Member { picked, call, reply }),
-            Work::Alone(work) => {
-                // A panic drops the way to answer, which the caller notices.
-                let _ = catch_unwind(AssertUnwindSafe(|| work(cancel)));
-                let took = began.elapsed();
-                return Done { calls: vec![DoneCall { picked, took, spoilt: false }], whole: Some(took) };
-            }
-        }
-    }
-    let Some(bucket) = together[0].picked.bucket.clone() else {
-        return Done { calls: Vec::new(), whole: None };
-    };
-    run_model(&bucket.core, together, began, cancel)
-}
-
-/// A call in a batch.
-struct Member {
-    picked: Picked,
-    call: Call,
-    reply: Answer<Vec<Tensor>>,
-}
-
-fn run_model(core: &Core, members: Vec<Member>, began: Instant, cancel: &Cancel) -> Done {
-    let rows: Vec<usize> = members.iter().map(|member| member.picked.rows).collect();
-    let total = rows.iter().sum::<usize>();
-    let mut spans = Spans { calls: members.len(), rows: total, ..Spans::default() };
-    let (results, is_usual) = if let [one] = &members[..] {
-        let is_usual = core.runner.is_prepared(&one.call.inputs);
-        (vec![run_once(core, &one.call, cancel)], is_usual)
-    } else {
-        match run_together(core, &members, &rows, &mut spans, cancel) {
-            Some(done) => done,
-            None => return run_apart(core, members, began, cancel),
-        }
-    };
-    let took = began.elapsed();
-    spans.run = took;
-    let is_whole = results.iter().all(Result::is_ok);
-    let calls = members.into_iter().zip(results).enumerate().map(|(index, (member, result))| {
-        let spans = Spans { leads: index == 0, ..spans };
-        let share = took.mul_f64(share(member.picked.rows, total));
-        answer(member, result, spans, began, share, false)
-    });
-    Done { calls: calls.collect(), whole: Some(took).filter(|_| is_whole && is_usual) }
-}
-
-fn answer(
-    member: Member,
-    result: Result<Vec<Tensor>, Error>,
-    spans: Spans,
-    began: Instant,
-    took: Duration,
-    spoilt: bool,
-) -> DoneCall {
-    let spans = Spans { queue: began.saturating_duration_since(member.picked.arrived), ..spans };
-    // Whoever does not listen has left.
-    let _ = member.reply.send(result.map(|value| Timed { value, spans }));
-    DoneCall { picked: member.picked, took, spoilt }
-}
-
-fn run_once(core: &Core, call: &Call, cancel: &Cancel) -> Result<Vec<Tensor>, Error> {
-    run_caught(core, call.inputs.clone(), &call.outputs, call.reply_bytes_max, cancel)
-}
-
-fn run_caught(
-    core: &Core,
-    inputs: Vec<Tensor>,
-    outputs: &[usize],
-    reply_bytes_max: u64,
-    cancel: &Cancel,
-) -> Result<Vec<Tensor>, Error> {
-    let run = || core.runner.run(inputs, outputs, reply_bytes_max, cancel);
-    let panicked = |_| Err(Error::new(Reason::BackendFailed, "the backend failed").caused_by("it panicked"));
-    catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(panicked)
-}
-
-/// What each of a run's calls gets.
-type Results = Vec<Result<Vec<Tensor>, Error>>;
-
-/// One run for all, and whether it took what such runs take; none when each has to run by itself, because the run
-/// failed or its outputs are not made of rows.
-fn run_together(
-    core: &Core,
-    members: &[Member],
-    rows: &[usize],
-    spans: &mut Spans,
-    cancel: &Cancel,
-) -> Option<(Results, bool)> {
-    let began = Instant::now();
-    let calls: Vec<&Call> = members.iter().map(|member| &member.call).collect();
-    let inputs = join(&calls);
-    spans.join = began.elapsed();
-    let is_usual = core.runner.is_prepared(&inputs);
-    let limit = calls.iter().map(|call| call.reply_bytes_max).fold(0, u64::saturating_add);
-    let outputs = run_caught(core, inputs, &calls[0].outputs, limit, cancel).ok()?;
-    let ran = Instant::now();
-    let Some(parts) = part(&outputs, rows) else {
-        core.has_no_rows();
-        return None;
-    };
-    let checked = parts.into_iter().zip(&calls).map(|(part, call)| {
-        check_reply(&part, call.reply_bytes_max)?;
-        Ok(part)
-    });
-    let checked = checked.collect();
-    spans.part = ran.elapsed();
-    Some((checked, is_usual))
-}
-
-/// Every call by itself, so that one that fails does not take the others with it. Who spoilt the batch pays for it.
-fn run_apart(core: &Core, members: Vec<Member>, began: Instant, cancel: &Cancel) -> Done {
-    let wasted = began.elapsed();
-    let mut done = Vec::with_capacity(members.len());
-    for member in members {
-        let begun = Instant::now();
-        let result = if cancel.is_set() {
-            Err(Error::new(Reason::Cancelled, "nobody waits any more"))
-        } else {
-            run_once(core, &member.call, cancel)
-        };
-        done.push((member, result, begun.elapsed()));
-    }
-    let failed = done.iter().filter(|(_, result, _)| result.is_err()).count();
-    let calls = done.into_iter().map(|(member, result, run)| {
-        let spoilt = result.is_err();
-        let fine = if spoilt { wasted.div_f64(failed.max(1) as f64) } else { Duration::ZERO };
-        let spans = Spans { run, calls: 1, rows: member.picked.rows, leads: true, ..Spans::default() };
-        answer(member, result, spans, began, run + fine, spoilt)
-    });
-    Done { calls: calls.collect(), whole: None }
-}
-
-#[allow(clippy::cast_precision_loss, reason = "a share of lane time")]
-fn share(rows: usize, total: usize) -> f64 {
-    rows as f64 / total.max(1) as f64
 }

@@ -12,6 +12,7 @@ mod batch;
 mod cancel;
 mod lane;
 mod queue;
+mod run;
 #[cfg(test)]
 mod tests;
 
@@ -39,6 +40,14 @@ const QUEUE_MAX: usize = 4096;
 /// Part of its time that a call may spend waiting, as far as can be foreseen: what is refused at once can go elsewhere,
 /// and what is let in and comes too late was computed for nobody.
 const WAIT_SHARE_MAX: f64 = 0.7;
+
+/// How long a run has its lane, however long it takes, while a tenant waits that has none: that one's calls then run
+/// beside it. Few runs take so long, unless a guest wants all lanes for itself.
+const LANE_TIME_MAX: Duration = Duration::from_millis(500);
+
+/// Runs that go on beside the lanes in that way, of all tenants. Each is a thread; a tenant has no more of them than
+/// there are lanes.
+const BESIDE_MAX: usize = 64;
 
 /// When a refused caller should try again, at least and at most.
 const RETRY_AFTER_MIN: Duration = Duration::from_millis(10);
@@ -227,9 +236,15 @@ impl Scheduler {
         let (priority, deadline) = (asker.priority, asker.deadline);
         let job = Job { work, bucket, rows, priority, arrived, deadline, estimate: 0 };
         let ticket = Ticket::new(&self.lanes, &asker.account, job)?;
-        let in_time = match asker.start_by.filter(|start_by| *start_by < deadline) {
-            Some(start_by) => tokio::time::timeout_at(start_by, &mut result).await,
-            None => tokio::time::timeout_at(deadline, &mut result).await,
+        let until = asker.start_by.map_or(deadline, |start_by| start_by.min(deadline));
+        let mut patience = arrived + LANE_TIME_MAX;
+        let in_time = loop {
+            let answer = tokio::time::timeout_at(patience.min(until), &mut result).await;
+            if answer.is_ok() || patience >= until {
+                break answer;
+            }
+            patience = if ticket.is_running() { until } else { patience + LANE_TIME_MAX };
+            ticket.make_room();
         };
         let answer = match in_time {
             Err(_) if asker.start_by.is_some() && Instant::now() < deadline => {

@@ -56,7 +56,7 @@ pub(super) struct Place {
 }
 
 /// The address of the tenant's account, which lives as long as its entry here.
-type TenantKey = usize;
+pub(super) type TenantKey = usize;
 /// Priority, then number of arrival.
 type Order = (u64, u64);
 
@@ -66,7 +66,7 @@ pub(super) struct Picked {
     pub(super) bucket: Option<Arc<Bucket>>,
     pub(super) rows: usize,
     pub(super) arrived: Instant,
-    tenant: TenantKey,
+    pub(super) tenant: TenantKey,
     charged: u64,
 }
 
@@ -192,10 +192,17 @@ impl<W> FairQueue<W> {
         }
     }
 
-    /// What a lane that is free at `now` should do. Calls whose deadline has passed are taken out and given to `late`.
-    pub(super) fn pick(&mut self, now: Instant, late: &mut Vec<Job<W>>) -> Option<Batch<W>> {
+    /// What a lane that is free at `now` should do, for a tenant that is not `barred`. Calls whose deadline has passed
+    /// are taken out and given to `late`.
+    pub(super) fn pick(
+        &mut self,
+        now: Instant,
+        barred: &[TenantKey],
+        late: &mut Vec<Job<W>>,
+    ) -> Option<Batch<W>> {
         // An incomplete batch gives way while it may; when nothing else is due, a free lane does not wait for it.
-        let (key, order) = self.first(now, true, late).or_else(|| self.first(now, false, late))?;
+        let first = self.first(now, true, barred, late);
+        let (key, order) = first.or_else(|| self.first(now, false, barred, late))?;
         self.clock = self.clock.max(self.tenants[&key].clock);
         let mut batch = vec![self.take(key, order)?];
         self.fill(key, now, &mut batch);
@@ -203,10 +210,16 @@ impl<W> FairQueue<W> {
     }
 
     /// The first call that can run, and is due where that is asked for.
-    fn first(&mut self, now: Instant, due: bool, late: &mut Vec<Job<W>>) -> Option<(TenantKey, Order)> {
+    fn first(
+        &mut self,
+        now: Instant,
+        due: bool,
+        barred: &[TenantKey],
+        late: &mut Vec<Job<W>>,
+    ) -> Option<(TenantKey, Order)> {
         let mut found = None;
         let mut gone = Vec::new();
-        for (_, key) in &self.ready {
+        for (_, key) in self.ready.iter().filter(|(_, key)| !barred.contains(key)) {
             for (order, job) in &self.tenants[key].jobs {
                 if job.deadline <= now {
                     gone.push(Place { tenant: *key, order: *order });
@@ -294,14 +307,36 @@ impl<W> FairQueue<W> {
                 tenant.typical - tenant.typical / MEMORY + took / MEMORY
             };
         }
-        let (charged, took) = (picked.charged / tenant.weight(), took / tenant.weight());
-        let clock = (tenant.clock + took).saturating_sub(charged);
+        self.shift(key, took, picked.charged);
+        self.forget(key);
+    }
+
+    /// Charges a tenant for a run that goes on, until that is settled.
+    pub(super) fn charge(&mut self, key: TenantKey, time: Duration) {
+        self.shift(key, nanos(time), 0);
+    }
+
+    /// Takes that back, as the run is over and its calls are charged.
+    pub(super) fn settle(&mut self, key: TenantKey, time: Duration) {
+        self.shift(key, 0, nanos(time));
+    }
+
+    /// Moves a tenant's clock on, by lane time that it had, and back.
+    fn shift(&mut self, key: TenantKey, on: u64, back: u64) {
+        let Some(tenant) = self.tenants.get_mut(&key) else { return };
+        let clock = (tenant.clock + on / tenant.weight()).saturating_sub(back / tenant.weight());
         if !tenant.jobs.is_empty() {
             self.ready.remove(&(tenant.clock, key));
             self.ready.insert((clock, key));
         }
         tenant.clock = clock;
-        self.forget(key);
+    }
+
+    /// Whether a call waits for nothing but a lane, and its tenant has none.
+    pub(super) fn is_kept_out(&self, place: Place) -> bool {
+        let tenant = self.tenants.get(&place.tenant).filter(|tenant| tenant.running == 0);
+        let job = tenant.and_then(|tenant| tenant.jobs.get(&place.order));
+        job.is_some_and(|job| job.bucket.as_ref().is_none_or(|bucket| bucket.may_run()))
     }
 
     /// About how long a new call of a tenant waits for a lane: behind its own calls, while the others get their shares.

@@ -1,5 +1,6 @@
 //! The scheduler with lanes of its own, and its queue with a clock made up.
 
+mod beside;
 mod home;
 
 use std::collections::HashMap;
@@ -447,7 +448,7 @@ fn day(
             // Its caller calls again at once.
             push(&mut queue, name, cost);
         }
-        let mut batch = queue.pick(begin, &mut Vec::new()).expect("there is always more");
+        let mut batch = queue.pick(begin, &[], &mut Vec::new()).expect("there is always more");
         let (picked, work) = batch.remove(0);
         busy[lane] = (now + work.1, Some((picked, work)));
     }
@@ -491,7 +492,7 @@ fn nobody_saves_up_while_away() {
     let begin = Instant::now();
     let mut queue = FairQueue::default();
     let run = |queue: &mut FairQueue<&'static str>| {
-        let mut batch = queue.pick(begin, &mut Vec::new()).expect("somebody waits");
+        let mut batch = queue.pick(begin, &[], &mut Vec::new()).expect("somebody waits");
         let (picked, name) = batch.remove(0);
         queue.finished(&picked, Duration::from_millis(1), false);
         name
@@ -536,6 +537,6 @@ fn a_tenants_own_calls_go_by_priority_then_by_arrival() {
         queue.push(&account, job);
     }
     let order: Vec<_> =
-        (0..3).map(|_| queue.pick(begin, &mut Vec::new()).expect("waits").remove(0).1).collect();
+        (0..3).map(|_| queue.pick(begin, &[], &mut Vec::new()).expect("waits").remove(0).1).collect();
     assert_eq!(order, ["first", "second", "third"]);
 }

@@ -394,6 +394,28 @@ async fn runs_that_nobody_waits_for_stop_and_leave_their_lane() {
 }
 
 #[tokio::test]
+async fn a_guest_that_computes_for_minutes_on_every_lane_has_them_not_for_itself() {
+    let agent = Agent::start(&["unix://{}/a", "unix://{}/b"], &["--lanes", "2"]);
+    let clients = [agent.guest(0).await, agent.guest(1).await];
+    let greedy = clients[0].open_session(SessionOptions::default()).await.unwrap();
+    let neighbour = clients[1].open_session(SessionOptions::default()).await.unwrap();
+    let calls: Vec<_> = (0..6)
+        .map(|_| {
+            let session = greedy.clone();
+            tokio::spawn(async move { session.mbench(Duration::from_secs(300)).await })
+        })
+        .collect();
+    until("the runs", async || agent.computes()).await;
+    let deadline = Some(Duration::from_secs(20));
+    let neighbour = neighbour.with(CallOptions { deadline, ..CallOptions::default() });
+    for _ in 0..4 {
+        neighbour.mbench(Duration::from_millis(1)).await.expect("it has its turn");
+    }
+    calls.iter().for_each(tokio::task::JoinHandle::abort);
+    rests(&agent, [&greedy, &neighbour]).await;
+}
+
+#[tokio::test]
 async fn a_long_product_is_the_same_with_one_thread_and_with_many_calls_beside_it() {
     let agent = Agent::unix(&["--lanes", "3"]);
     let (_client, session) = agent.session().await;
