@@ -2,6 +2,7 @@
 //! the agent no more memory than it may, and leave another tenant served.
 
 mod formats;
+mod insides;
 mod models;
 mod requests;
 mod resources;

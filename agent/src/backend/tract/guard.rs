@@ -1,4 +1,5 @@
-//! What keeps a model inside its bounds: sizes are known before anything is computed, and work stops between two nodes.
+//! What keeps the making of a plan inside its bounds: sizes are known before anything is computed, and work stops
+//! between two nodes.
 
 use std::collections::HashMap;
 
@@ -9,8 +10,9 @@ use tract_onnx::prelude::{
 use tract_onnx::tract_core::internal::{
     DimLike, EvalContext, EvalOp, Op, OpState, OutletId, StaticName, TypedNode, TypedOp, format_err,
 };
-use tract_onnx::tract_core::ops::array::Range;
 use tract_onnx::tract_core::ops::cnn::{MaxPool, SumPool};
+use tract_onnx::tract_core::ops::logic::IfThenElse;
+use tract_onnx::tract_core::ops::scan::OptScan;
 use tract_onnx::tract_hir::infer::{Factoid, InferenceModelPatch, InferenceNode, InferenceOp};
 use tract_onnx::tract_hir::ops::dummy::Dummy;
 use tract_onnx::tract_hir::ops::scan::InferenceScan;
@@ -22,7 +24,7 @@ use crate::scheduler::Cancel;
 const TENSOR_BYTES_MAX: usize = 1 << 30;
 
 /// Bytes of all tensors that a run holds at the same time, its model's weights aside.
-const RUN_BYTES_MAX: usize = 2 << 30;
+pub(super) const RUN_BYTES_MAX: usize = 2 << 30;
 
 /// Ends the work when nobody waits for it.
 pub(super) fn stop_if(cancel: &Cancel) -> TractResult<()> {
@@ -31,7 +33,7 @@ pub(super) fn stop_if(cancel: &Cancel) -> TractResult<()> {
 
 /// A size that no guest gets; told apart from what fails inside the engine.
 #[derive(Debug)]
-pub(super) struct TooLarge(String);
+pub(super) struct TooLarge(pub(super) String);
 
 impl std::fmt::Display for TooLarge {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -41,12 +43,12 @@ impl std::fmt::Display for TooLarge {
 
 impl std::error::Error for TooLarge {}
 
-/// Refuses a tensor beyond reason.
-fn check_tensor(dtype: Option<DatumType>, shape: &[usize]) -> TractResult<()> {
+/// How many bytes a tensor has, if it is not beyond reason.
+pub(super) fn check_tensor(dtype: Option<DatumType>, shape: &[usize]) -> TractResult<usize> {
     let element = dtype.map_or(1, |dtype| dtype.size_of());
     let bytes = shape.iter().try_fold(element, |bytes, dim| bytes.checked_mul(*dim));
-    if bytes.is_some_and(|bytes| bytes <= TENSOR_BYTES_MAX) {
-        return Ok(());
+    if let Some(bytes) = bytes.filter(|bytes| *bytes <= TENSOR_BYTES_MAX) {
+        return Ok(bytes);
     }
     let limit = TENSOR_BYTES_MAX >> 20;
     Err(TooLarge(format!("it would make a tensor of shape {shape:?}, more than {limit} MiB")).into())
@@ -75,10 +77,19 @@ pub(super) fn check_facts(model: &TypedModel) -> TractResult<()> {
 
 /// Refuses a plan whose tensors are too much together, however small each is.
 pub(super) fn check_run(model: &TypedModel) -> TractResult<()> {
+    if peak(model)? <= RUN_BYTES_MAX {
+        return Ok(());
+    }
+    let limit = RUN_BYTES_MAX >> 20;
+    Err(TooLarge(format!("it would hold tensors of more than {limit} MiB together")).into())
+}
+
+/// Bytes of all tensors that a run holds at most at the same time. Weights are there already; sizes that depend on the
+/// numbers are checked when those are there.
+fn peak(model: &TypedModel) -> TractResult<usize> {
     let order = model.eval_order()?;
     let bytes = |node: usize| -> usize {
         let facts = model.node(node).outputs.iter().map(|output| &output.fact);
-        // Weights are there already; sizes that depend on the numbers are checked when those are.
         let computed = facts.filter(|fact| fact.konst.is_none()).map(|fact| fact.mem_size().to_usize());
         computed.map(|size| size.unwrap_or(0)).fold(0, usize::saturating_add)
     };
@@ -86,13 +97,14 @@ pub(super) fn check_run(model: &TypedModel) -> TractResult<()> {
     let uses =
         steps.flat_map(|(step, node)| model.node(*node).inputs.iter().map(move |input| (input.node, step)));
     let mut last_use: HashMap<usize, usize> = uses.collect();
-    let mut held = 0_usize;
+    let (mut held, mut most) = (0_usize, 0);
     for (step, node) in order.iter().enumerate() {
         held = held.saturating_add(bytes(*node));
-        if held > RUN_BYTES_MAX {
-            let limit = RUN_BYTES_MAX >> 20;
-            return Err(TooLarge(format!("it would hold tensors of more than {limit} MiB together")).into());
+        let mut inside = 0;
+        for model in models_inside(model.node(*node)) {
+            inside = inside.max(peak(model)?);
         }
+        most = most.max(held.saturating_add(inside));
         for input in &model.node(*node).inputs {
             if last_use.get(&input.node) == Some(&step) {
                 last_use.remove(&input.node);
@@ -100,24 +112,19 @@ pub(super) fn check_run(model: &TypedModel) -> TractResult<()> {
             }
         }
     }
-    Ok(())
+    Ok(most)
 }
 
-/// Refuses what is too large and depends on the numbers in a run.
-pub(super) fn check_step(context: &EvalContext<'_>, node: &TypedNode, inputs: &[TValue]) -> TractResult<()> {
-    if node.op_is::<Range>() {
-        check_range(inputs)?;
+/// The models that a node runs.
+fn models_inside(node: &TypedNode) -> Vec<&TypedModel> {
+    if let Some(scan) = node.op_as::<OptScan>() {
+        return vec![scan.plan.model()];
     }
-    for output in node.outputs.iter().filter(|output| !output.fact.shape.is_concrete()) {
-        if let Ok(shape) = output.fact.shape.eval_to_usize(context.symbols) {
-            check_tensor(Some(output.fact.datum_type), &shape)?;
-        }
-    }
-    Ok(())
+    node.op_as::<IfThenElse>().map_or(Vec::new(), |choice| vec![&choice.then_body, &choice.else_body])
 }
 
 /// Refuses a range from the numbers that say how long it is: shapes are planned with smaller integers.
-fn check_range(inputs: &[TValue]) -> TractResult<()> {
+pub(super) fn check_range(inputs: &[TValue]) -> TractResult<()> {
     let number = |index: usize| inputs[index].cast_to_scalar::<f64>();
     let count = ((number(1)? - number(0)?) / number(2)?).abs().ceil();
     // What is not a number is not below the limit either.

@@ -1,14 +1,15 @@
 //! The built-in engine: tract, pure Rust, always there.
 //!
 //! A model is parsed once; a plan is made for every combination of input shapes it is run with, because tract optimises
-//! best when it knows them. Planning and running stop between two nodes when nobody waits for them any more, and where
-//! a tensor would be beyond reason: a few bytes of model can ask for any size ([`guard`]).
+//! best when it knows them. Planning ([`guard`]) and running ([`steps`]) stop between two nodes when nobody waits for
+//! them any more, and where a tensor would be beyond reason: a few bytes of model can ask for any size.
 //!
 //! ONNX and TensorFlow graphs become the same kind of model in tract, whose shapes are worked out for each plan;
 //! TensorFlow Lite files have all shapes inside ([`lite`]), and are read again for each.
 
 mod guard;
 mod lite;
+mod steps;
 mod tensors;
 
 use std::any::Any;
@@ -22,7 +23,6 @@ use tract_onnx::prelude::{
     TractError, TractResult, TypedModel, TypedSimplePlan,
 };
 use tract_onnx::tract_core::internal::{OutletId, TDim, format_err};
-use tract_onnx::tract_core::plan::eval;
 use tract_onnx::tract_hir::infer::{DimFact, Factoid};
 use vaccel_proto::v1::{EngineInfo, Tensor};
 use vaccel_proto::{Error, Reason};
@@ -31,7 +31,7 @@ use super::file::{Format, Port, refuse};
 use super::{CPU, Engine, ModelFile, Program, TRACT, check_reply, rejected};
 use crate::scheduler::{Cancel, Runner};
 use crate::shared::Mapping;
-use guard::{TooLarge, check_facts, check_run, check_step, guard, stop_if};
+use guard::{TooLarge, check_facts, check_run, guard, stop_if};
 use tensors::{from_tract, to_tract, wire_type};
 
 /// Plans kept for one model. A plan repeats the optimised weights, so each costs about a model's size.
@@ -240,8 +240,9 @@ impl TractProgram {
         stop_if(cancel)?;
         let decluttered = typed.into_decluttered()?;
         stop_if(cancel)?;
-        let optimized = decluttered.into_optimized()?;
+        let mut optimized = decluttered.into_optimized()?;
         check_run(&optimized)?;
+        steps::watch(&mut optimized)?;
         optimized.into_runnable()
     }
 }
@@ -291,13 +292,7 @@ impl Runner for TractProgram {
             None => Error::new(Reason::BackendFailed, "tract failed while running the model")
                 .caused_by(format!("{error:#}")),
         };
-        let mut state = plan.spawn().map_err(failed)?;
-        let results = state.run_plan_with_eval(values, |context, state, node, inputs| {
-            stop_if(cancel)?;
-            check_step(context, node, &inputs)?;
-            eval(context, state, node, inputs)
-        });
-        let results = results.map_err(failed)?;
+        let results = steps::run(&plan, values, cancel).map_err(failed)?;
         check_reply(outputs.iter().map(|&index| results[index].as_bytes().len()), reply_bytes_max)?;
         outputs.iter().map(|&index| from_tract(&results[index]).map_err(failed)?).collect()
     }

@@ -343,12 +343,7 @@ async fn graphs_that_are_traps_are_rejected() {
 async fn endless_orders_and_windows_of_onnx_are_rejected() {
     let shape = [1, 2];
     let ports = || (vec![onnx::port("x", onnx::F32, &shape)], vec![onnx::port("y", onnx::F32, &shape)]);
-    let list = |name: &str, numbers: &[u64]| {
-        numbers
-            .iter()
-            .fold(Message::default().bytes(1, name), |of, number| of.number(8, *number))
-            .number(20, 7)
-    };
+    let list = onnx::numbers_attribute;
     let model = |node: Message| {
         let (x, y) = ports();
         onnx::model(vec![node], vec![], x, y)

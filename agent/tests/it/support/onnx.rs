@@ -79,7 +79,12 @@ pub fn external(name: &str, shape: &[u64], location: &str, offset: usize, length
         .number(14, 1)
 }
 
-/// An attribute of a node: a number, a tensor, or a graph.
+/// An attribute of a node: numbers, a number, a tensor, or a graph.
+pub fn numbers_attribute(name: &str, numbers: &[u64]) -> Message {
+    let attribute = Message::default().bytes(1, name);
+    numbers.iter().fold(attribute, |attribute, number| attribute.number(8, *number)).number(20, 7)
+}
+
 pub fn number_attribute(name: &str, number: u64) -> Message {
     Message::default().bytes(1, name).number(3, number).number(20, 2)
 }
@@ -165,21 +170,16 @@ pub fn slow(side: i64, steps: usize) -> Bytes {
     model(nodes.collect(), vec![], vec![port("x", F32, &shape)], vec![port("y", F32, &shape)])
 }
 
-/// The sum of `count` numbers, added one by one inside a single operator: slow, and unable to stop on the way. `x` is
+/// The greatest of each 256 of `count` numbers, inside a single operator: slow, and unable to stop on the way. `x` is
 /// `[1, 1]`; the model makes the numbers from it.
 pub fn stubborn(count: i64) -> Bytes {
-    let scalar = [1];
-    let add = node("Add", &["before", "item"], &["after"]);
-    let body = graph(
-        vec![add],
-        vec![],
-        vec![port("before", F32, &scalar), port("item", F32, &scalar)],
-        vec![port("after", F32, &scalar)],
-    );
-    let scan = node("Scan", &["zero", "items"], &["y"])
-        .message(5, number_attribute("num_scan_inputs", 1))
-        .message(5, graph_attribute("body", body));
-    let nodes = vec![node("Expand", &["x", "shape"], &["items"]), scan];
-    let initializers = vec![i64s("shape", &[count, 1]), f32s("zero", &[1], &[0.0])];
-    model(nodes, initializers, vec![port("x", F32, &[1, 1])], vec![port("y", F32, &scalar)])
+    let pool =
+        node("MaxPool", &["items"], &["greatest"]).message(5, numbers_attribute("kernel_shape", &[256]));
+    let nodes = vec![
+        node("Expand", &["x", "shape"], &["items"]),
+        pool,
+        node("ReduceMax", &["greatest"], &["y"]).message(5, number_attribute("keepdims", 0)),
+    ];
+    let shape = vec![i64s("shape", &[1, 1, count])];
+    model(nodes, shape, vec![port("x", F32, &[1, 1])], vec![port("y", F32, &[])])
 }
