@@ -400,7 +400,7 @@ impl Session {
             RunRequest { session: self.id(), reply_type, op: Some(op), ..RunRequest::default() };
         let link = self.inner.client.link();
         if let Some(lent) = link.memory().lend(&request, || link.alert()) {
-            let reply = self.operate_whole(&lent.request, kind).await;
+            let reply = self.operate_whole(|| lent.request(), kind).await;
             match lent.finish(reply) {
                 Some(Err(error)) if error.reason() == Reason::MessageTooLarge && self.options.repeatable => {}
                 Some(reply) => return reply,
@@ -411,7 +411,7 @@ impl Session {
         if request.encoded_len() > MESSAGE_BYTES_MAX {
             return self.operate_in_pieces(&request).await;
         }
-        let reply = self.operate_whole(&request, kind).await;
+        let reply = self.operate_whole(|| request.clone(), kind).await;
         match reply {
             // It has run nothing yet, or computed what was too long to be sent.
             Err(error) if error.reason() == Reason::MessageTooLarge && self.options.repeatable => {
@@ -430,11 +430,12 @@ impl Session {
         .await
     }
 
-    async fn operate_whole(&self, request: &RunRequest, kind: u64) -> Result<RunReply, Error> {
+    /// Makes the call with what `request` gives for each attempt.
+    async fn operate_whole(&self, request: impl Fn() -> RunRequest, kind: u64) -> Result<RunReply, Error> {
         let awake = self.options.awake;
         self.call(|wire, time, session| {
             // Ids have one length, so the tensors stay where they were aligned.
-            let request = RunRequest { session, ..request.clone() };
+            let request = RunRequest { session, ..request() };
             let options = unary::Options { time, awake, kind };
             async move { unary::call(wire, "/vaccel.v1.Operations/Run", &request, options).await }
         })
@@ -476,7 +477,7 @@ impl Session {
                 }
                 Err(error) if !recovered && is_lost_session(&error) => {
                     let deadline = deadline();
-                    deadline.bound(DOING, self.recover(epoch, deadline)).await??;
+                    deadline.bound(DOING, self.recover_apart(epoch, deadline)).await??;
                     recovered = true;
                 }
                 Err(error) => return Err(error),
@@ -505,6 +506,15 @@ impl Session {
         Ok((state.id.clone(), state.epoch))
     }
 
+    /// Recovers also if nobody waits for it any more: a session that was opened is there for the next call then, and
+    /// not left to the agent.
+    async fn recover_apart(&self, epoch: u64, deadline: Deadline) -> Result<(), Error> {
+        let session = self.clone();
+        let recovery = tokio::spawn(async move { session.recover(epoch, deadline).await });
+        let ended = |_| Error::new(Reason::Cancelled, "the client's runtime ended");
+        recovery.await.map_err(ended)?
+    }
+
     /// Opens the session again and registers what it holds, unless another call did so since `epoch`.
     async fn recover(&self, epoch: u64, deadline: Deadline) -> Result<(), Error> {
         let _turn = self.inner.recovery.lock().await;
@@ -526,8 +536,8 @@ impl Session {
             if let Err(error) =
                 upload::register(client.link(), &id, &content, &meter, deadline.remaining()).await
             {
-                // The next call opens another one; this one need not wait for its lease.
-                let _ = close(client, &id, deadline).await;
+                // The next call opens another one; this one need not wait for its lease, nor end with the call's time.
+                let _ = close(client, &id, self.deadline()).await;
                 return Err(failed(error));
             }
         }

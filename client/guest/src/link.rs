@@ -92,8 +92,12 @@ impl<T: Transport> Link<T> {
     pub(crate) fn call(&mut self, request: &Request<'_>, reply: &mut dyn Reader) -> Result<()> {
         let mut pause = PAUSE_FIRST_MS;
         self.is_repeated = false;
+        let mut may_have_run = false;
         loop {
-            let Err(miss) = self.attempt(request, reply) else { return Ok(()) };
+            let Err(mut miss) = self.attempt(request, reply) else { return Ok(()) };
+            // Or one before it.
+            may_have_run |= miss.error.may_have_run;
+            miss.error.may_have_run = may_have_run;
             let wait = pause.max(u64::from(miss.error.retry_after_ms));
             let again = self.transport.now().saturating_add(wait);
             if !miss.again || again >= request.until {

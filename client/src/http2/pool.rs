@@ -76,15 +76,24 @@ impl Pool {
         if is_early || self.shared.is_dialing.swap(true, Ordering::Relaxed) {
             return;
         }
-        let shared = Arc::clone(&self.shared);
+        let dialing = Dialing(Arc::clone(&self.shared));
         tokio::spawn(async move {
+            let shared = &dialing.0;
             match timeout(shared.patience, shared.open()).await {
                 Ok(Some(connection)) => shared.connections().push(connection),
                 // Why is told by the way that calls take instead.
                 _ => *shared.not_before() = Some(Instant::now() + PAUSE),
             }
-            shared.is_dialing.store(false, Ordering::Relaxed);
         });
+    }
+}
+
+/// A dial that is under way. It ends also with its runtime, after which another one may go on with the pool.
+struct Dialing(Arc<Shared>);
+
+impl Drop for Dialing {
+    fn drop(&mut self) {
+        self.0.is_dialing.store(false, Ordering::Relaxed);
     }
 }
 

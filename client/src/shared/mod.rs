@@ -199,7 +199,8 @@ impl Memory {
         if request.encoded_len() > MESSAGE_BYTES_MAX {
             return None;
         }
-        Some(Lent { memory: Arc::clone(self), region, request, given, _slots: slots, room, is_over: false })
+        let (memory, attempts) = (Arc::clone(self), AtomicUsize::new(0));
+        Some(Lent { memory, region, request, attempts, given, _slots: slots, room, is_over: false })
     }
 
     /// Gets a region, while calls go on without.
@@ -261,7 +262,9 @@ impl Memory {
 pub(crate) struct Lent {
     memory: Arc<Memory>,
     region: Arc<Region>,
-    pub(crate) request: RunRequest,
+    request: RunRequest,
+    /// How often it was sent, or was about to be.
+    attempts: AtomicUsize,
     /// What lies at the places that the request names.
     given: Vec<Bytes>,
     _slots: Vec<Slot>,
@@ -271,6 +274,12 @@ pub(crate) struct Lent {
 }
 
 impl Lent {
+    /// The request, for an attempt.
+    pub(crate) fn request(&self) -> RunRequest {
+        self.attempts.fetch_add(1, Ordering::Relaxed);
+        self.request.clone()
+    }
+
     /// The reply, with its tensors' data where the agent put it; none if the agent does not know the region, and has
     /// done nothing.
     ///
@@ -285,7 +294,7 @@ impl Lent {
             Err(error) => {
                 // Who has no answer does not know whether the agent is about to write.
                 let without = [Reason::Unreachable, Reason::Deadline, Reason::Cancelled];
-                self.is_over = !without.contains(&error.reason());
+                self.is_over = self.was_asked_once() && !without.contains(&error.reason());
                 if let (Reason::MessageTooLarge, Detail::Limit { used, .. }) =
                     (error.reason(), error.detail())
                 {
@@ -294,10 +303,15 @@ impl Lent {
                 Some(Err(error))
             }
             Ok(reply) => {
-                self.is_over = true;
+                self.is_over = self.was_asked_once();
                 Some(self.receive(reply))
             }
         }
+    }
+
+    /// Whether no earlier attempt can be on its way still.
+    fn was_asked_once(&self) -> bool {
+        self.attempts.load(Ordering::Relaxed) <= 1
     }
 
     /// Takes note of how many bytes the tensors of a reply have.
@@ -322,7 +336,10 @@ impl Lent {
         if places.len() != carriers.len() {
             return Err(wrong());
         }
-        let room = self.room.take().map(Arc::new);
+        let room = self.room.take().map(|mut room| {
+            room.is_lost = !self.is_over;
+            Arc::new(room)
+        });
         for (place, carrier) in places.iter().zip(carriers) {
             let Some(data) = carrier.data_mut().filter(|_| place.bytes > 0) else { continue };
             *data = self.view(place, room.as_ref()).ok_or_else(wrong)?;
@@ -416,6 +433,50 @@ impl DerefMut for Buffer {
                 // no call knows of it before `freeze` takes the buffer away.
                 unsafe { slot.region.mapping.part_mut(range) }
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vaccel_proto::v1::run_request::Op;
+    use vaccel_proto::v1::{ModelRunRequest, NamedTensor, Tensor};
+
+    const BYTES: usize = 1 << 20;
+
+    /// Memory with a region, in which the next reply gets room.
+    fn memory() -> (Arc<Memory>, Arc<Region>) {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(BYTES as u64).unwrap();
+        let region = Arc::new(Region {
+            name: "r".into(),
+            mapping: Mapping::new(&file, BYTES).unwrap(),
+            slots: Mutex::new(Slots::new(BYTES)),
+            lost: AtomicUsize::new(0),
+            reply_bytes: AtomicUsize::new(64 << 10),
+            _connection: Box::new(()),
+        });
+        let memory = Memory::new(&Endpoint::Unix("/s".into()), None, BYTES, Duration::from_secs(1));
+        *memory.region.lock().unwrap() = Some(Arc::clone(&region));
+        (memory, region)
+    }
+
+    fn request() -> RunRequest {
+        let tensor = Tensor::new(&[64 << 10], &vec![7_u8; 64 << 10]).unwrap();
+        let input = NamedTensor { name: "x".into(), tensor: Some(tensor) };
+        let run = ModelRunRequest { inputs: vec![input], ..ModelRunRequest::default() };
+        RunRequest { op: Some(Op::ModelRun(run)), ..RunRequest::default() }
+    }
+
+    #[test]
+    fn nobody_gets_the_room_of_an_attempt_that_may_still_write_to_it() {
+        for (attempts, lost) in [(1, false), (2, true)] {
+            let (memory, region) = memory();
+            let lent = memory.lend(&request(), || ()).expect("there is room");
+            (0..attempts).for_each(|_| drop(lent.request()));
+            lent.finish(Ok(RunReply::default())).expect("it knows the region").expect("a reply");
+            assert_eq!(region.lost.load(Ordering::Relaxed) > 0, lost, "{attempts} attempts");
         }
     }
 }

@@ -174,6 +174,24 @@ async fn calls_that_lose_a_session_together_open_one() {
 }
 
 #[tokio::test]
+async fn a_recovery_that_nobody_waits_for_leaves_no_session_behind() {
+    let fake = Fake::listening();
+    let session = session(&fake).await;
+    session.register(ResourceFiles::model("model", vec![7; 100_000])).await.unwrap();
+    fake.state.forget();
+    let call = tokio::spawn({
+        let session = session.clone();
+        async move { session.noop().await }
+    });
+    while fake.state.opened() < 2 {
+        tokio::task::yield_now().await;
+    }
+    call.abort();
+    session.noop().await.unwrap();
+    assert_eq!(fake.state.opened(), 2);
+}
+
+#[tokio::test]
 async fn a_closed_session_stays_closed() {
     let fake = Fake::listening();
     let session = session(&fake).await;

@@ -269,6 +269,27 @@ fn a_call_that_may_have_run_is_repeated_only_where_that_is_allowed() {
 }
 
 #[test]
+fn a_call_that_may_have_run_says_so_whatever_became_of_its_repetitions() {
+    let mut broken = false;
+    let mut guest = opened(move |peer, event| match event {
+        Event::Asked(_) => {
+            broken = true;
+            peer.end(ECONNRESET);
+            true
+        }
+        Event::Dial if broken => {
+            peer.dial = Some(Fault::Broken(ECONNREFUSED));
+            true
+        }
+        _ => false,
+    });
+    guest.set_repeatable(true);
+    guest.set_deadline_ms(100);
+    let outcome = guest.noop();
+    assert!(fails(&guest, outcome, Reason::Unreachable, "cannot reach the agent").may_have_run);
+}
+
+#[test]
 fn why_a_connection_was_closed_is_seen_although_writing_failed() {
     let mut gone = false;
     let mut guest = opened(move |peer, event| {
