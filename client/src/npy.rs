@@ -8,7 +8,7 @@ use std::io::Read;
 use std::path::Path;
 
 use bytes::Bytes;
-use vaccel_proto::limits::{MESSAGE_BYTES_MAX, TENSOR_RANK_MAX};
+use vaccel_proto::limits::TENSOR_RANK_MAX;
 use vaccel_proto::v1::{DType, Tensor};
 use vaccel_proto::{Error, Reason};
 
@@ -16,6 +16,9 @@ const MAGIC: &[u8] = b"\x93NUMPY";
 
 /// Longest header that is read, in bytes; version 1 cannot have a longer one.
 const HEADER_BYTES_MAX: usize = 64 << 10;
+
+/// Longest file that is read, in bytes: some end never, and no agent takes so much for a call unless it is told to.
+const FILE_BYTES_MAX: u64 = 4 << 30;
 
 /// NumPy aligns the data to this, in bytes.
 const ALIGNMENT: usize = 64;
@@ -39,14 +42,18 @@ const TYPES: [(&str, DType); 12] = [
 ///
 /// # Errors
 /// `BAD_ARGUMENT` for a file that cannot be read or is not such an array, `MESSAGE_TOO_LARGE` for one that no
-/// call could carry.
+/// agent would take.
 pub fn read(path: &Path) -> Result<Tensor, Error> {
     let unreadable = |e| bad(format!("cannot read {}: {e}", path.display()));
     let mut content = Vec::new();
-    let limit = MESSAGE_BYTES_MAX as u64;
-    File::open(path).map_err(unreadable)?.take(limit + 1).read_to_end(&mut content).map_err(unreadable)?;
-    if content.len() as u64 > limit {
-        let message = format!("{} is longer than the {limit} bytes that a call may have", path.display());
+    let file = File::open(path).map_err(unreadable)?;
+    let mut length = file.metadata().map_err(unreadable)?.len();
+    if length <= FILE_BYTES_MAX {
+        file.take(FILE_BYTES_MAX + 1).read_to_end(&mut content).map_err(unreadable)?;
+        length = content.len() as u64;
+    }
+    if length > FILE_BYTES_MAX {
+        let message = format!("{}: expected at most {FILE_BYTES_MAX} bytes", path.display());
         return Err(Error::new(Reason::MessageTooLarge, message));
     }
     parse(&content.into()).map_err(|e| bad(format!("{}: {e}", path.display())))

@@ -2,8 +2,10 @@
 
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use std::sync::atomic::Ordering::SeqCst;
 
 use serde_json::{Value, json};
+use vaccel_client::proto::limits::MESSAGE_BYTES_MAX;
 use vaccel_client::{Error, Tensor, npy};
 
 use crate::fake::{Fake, Step};
@@ -90,6 +92,19 @@ async fn a_model_runs_on_files() {
     let outputs = json!([{"name": "x", "dtype": "f32", "shape": [1, 2], "file": "out/x.npy"}]);
     assert_eq!(run, json!({"outputs": outputs, "timings": {"queue_us": 1, "run_us": 2, "batch_size": 3}}));
     assert_eq!(npy::read(&folder.path().join("out/x.npy")).unwrap(), tensor);
+}
+
+#[tokio::test]
+async fn a_file_longer_than_a_message_goes_in_pieces() {
+    let (fake, folder) = (Fake::listening(), tempfile::tempdir().unwrap());
+    std::fs::write(folder.path().join("m.onnx"), "model").unwrap();
+    let bytes = MESSAGE_BYTES_MAX + 1;
+    let tensor = Tensor::new(&[i64::try_from(bytes).unwrap()], &vec![1_u8; bytes]).unwrap();
+    npy::write(&folder.path().join("x.npy"), &tensor).unwrap();
+    let arguments = ["run", "m.onnx", "--input", "x=x.npy", "--output", "out", "--json"];
+    document(&output(&fake, folder.path(), &arguments).await);
+    assert_eq!(fake.state.large.load(SeqCst), 1);
+    assert!(npy::read(&folder.path().join("out/x.npy")).unwrap() == tensor);
 }
 
 #[tokio::test]
