@@ -9,13 +9,17 @@
  *
  * Settings of a build: DEVICES, MEMORY_MIB, WRONG (products are off by one), FAILS_AFTER (products
  * after so many are illegal accesses), BREAKS_AT (when memory of so many bytes is wanted, an illegal access is found
- * that nobody of these made), NO_REGISTERING (only memory that was made here is pinned).
+ * that nobody of these made), NO_REGISTERING (only memory that was made here is pinned), CONTEXT_REFUSALS and
+ * BLAS_REFUSALS (so many times there is no memory for a context, or for a handle of cuBLAS), BAD_DEVICE (this one has
+ * failed before anybody used it), HANGS_AT (a stream that is to copy so many bytes to the device never ends),
+ * NVML_HANGS_AFTER (asked more often than this for the number of devices, NVML does not answer).
  */
 #include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #ifndef DEVICES
 #define DEVICES 1
@@ -26,6 +30,21 @@
 #ifndef NO_REGISTERING
 #define NO_REGISTERING 0
 #endif
+#ifndef CONTEXT_REFUSALS
+#define CONTEXT_REFUSALS 0
+#endif
+#ifndef BLAS_REFUSALS
+#define BLAS_REFUSALS 0
+#endif
+#ifndef BAD_DEVICE
+#define BAD_DEVICE -1
+#endif
+#ifndef HANGS_AT
+#define HANGS_AT 0
+#endif
+#ifndef NVML_HANGS_AFTER
+#define NVML_HANGS_AFTER 1000000
+#endif
 
 enum {
     OK = 0,
@@ -33,6 +52,7 @@ enum {
     OUT_OF_MEMORY = 2,
     NO_DEVICE = 100,
     NO_CONTEXT = 201,
+    ECC_UNCORRECTABLE = 214,
     ILLEGAL_ADDRESS = 700,
     CAPTURING = 900,
 };
@@ -248,13 +268,19 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
     return attribute == 75 || attribute == 76 ? OK : INVALID;
 }
 int cuGetErrorName(int error, const char **name) {
-    *name = error == OUT_OF_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY"
-        : error == ILLEGAL_ADDRESS ? "CUDA_ERROR_ILLEGAL_ADDRESS"
-        : error == NO_DEVICE ? "CUDA_ERROR_NO_DEVICE"
-                             : "CUDA_ERROR_INVALID_VALUE";
+    *name = error == OUT_OF_MEMORY   ? "CUDA_ERROR_OUT_OF_MEMORY"
+        : error == ILLEGAL_ADDRESS   ? "CUDA_ERROR_ILLEGAL_ADDRESS"
+        : error == ECC_UNCORRECTABLE ? "CUDA_ERROR_ECC_UNCORRECTABLE"
+        : error == NO_DEVICE         ? "CUDA_ERROR_NO_DEVICE"
+                                     : "CUDA_ERROR_INVALID_VALUE";
     return OK;
 }
-int cuDevicePrimaryCtxRetain(void **context, int device) { return *context = &contexts[device], OK; }
+int cuDevicePrimaryCtxRetain(void **context, int device) {
+    static int refusals;
+    if (device == BAD_DEVICE)
+        return ECC_UNCORRECTABLE;
+    return *context = &contexts[device], refusals++ < CONTEXT_REFUSALS ? OUT_OF_MEMORY : OK;
+}
 int cuDevicePrimaryCtxRelease_v2(int device) { return (void)device, OK; }
 int cuCtxSetCurrent(void *context) { return current = (int)((int *)context - contexts), OK; }
 
@@ -281,6 +307,12 @@ int cuMemFree_v2(uint64_t address) {
     UNCAPTURED
     ENTER
     LEAVE(release(DEVICE, (void *)address));
+}
+int cuMemGetInfo_v2(size_t *free_bytes, size_t *total) {
+    ENTER
+    *total = (size_t)MEMORY_MIB << 20;
+    *free_bytes = *total - device_bytes[current];
+    LEAVE(OK);
 }
 int cuMemHostAlloc(void **address, size_t bytes, unsigned flags) {
     UNCAPTURED
@@ -323,8 +355,17 @@ int cuStreamDestroy_v2(struct stream *stream) {
     streams_open--;
     LEAVE(OK);
 }
+static void never(void) {
+    for (;;)
+        pause();
+}
 int cuStreamSynchronize(struct stream *stream) {
     ENTER
+    for (struct step *step = stream->first; HANGS_AT && step; step = step->next)
+        if (step->what == UP && step->bytes == HANGS_AT) {
+            pthread_mutex_unlock(&lock);
+            never();
+        }
     run(stream, NULL, 0);
     LEAVE(poisoned);
 }
@@ -355,7 +396,10 @@ struct blas {
     struct stream *stream;
 };
 int cublasCreate_v2(struct blas **blas) {
+    static int refusals;
     ENTER
+    if (refusals++ < BLAS_REFUSALS)
+        LEAVE(3);
     *blas = calloc(1, sizeof **blas);
     LEAVE(OK);
 }
@@ -390,7 +434,12 @@ struct utilization {
     unsigned gpu, memory;
 };
 int nvmlInit_v2(void) { return OK; }
-int nvmlDeviceGetCount_v2(unsigned *count) { return *count = DEVICES, OK; }
+static int nvml_asked;
+int nvmlDeviceGetCount_v2(unsigned *count) {
+    if (__atomic_add_fetch(&nvml_asked, 1, __ATOMIC_RELAXED) > NVML_HANGS_AFTER)
+        never();
+    return *count = DEVICES, OK;
+}
 int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **device) {
     return *device = &contexts[index], index < DEVICES ? OK : 6;
 }
@@ -413,7 +462,9 @@ int nvmlDeviceGetTotalEnergyConsumption(void *device, unsigned long long *millij
     return (void)device, (void)millijoules, 3;
 }
 
-/* For tests: what was made and not given back. */
+/* For tests: how often NVML was asked, and what was made and not given back. */
+int fake_asked(void) { return nvml_asked; }
+
 int fake_open(void) {
     int open = streams_open + events_open;
     for (int i = 0; i < MEMORY_MAX; i++)

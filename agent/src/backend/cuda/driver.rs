@@ -253,28 +253,33 @@ impl Context {
     /// `BACKEND_FAILED` once the device has failed for good.
     pub(super) fn is_sound(&self) -> Result<(), Error> {
         match self.broken.get() {
-            Some(why) => Err(self.unusable().caused_by(why.clone())),
+            Some(why) => Err(unusable(&self.description.name, why)),
             None => Ok(()),
         }
     }
 
     /// The error of a call that failed; one after which nothing works there any more is remembered.
     pub(super) fn error(&self, failure: &Failure) -> Error {
-        if failure.is_lasting() {
-            tracing::error!(device = self.description.name, %failure, "the device is not used any more");
-            let _ = self.broken.set(failure.to_string());
-            return self.unusable().caused_by(failure.to_string());
+        let (name, why) = (&self.description.name, failure.to_string());
+        if !failure.is_lasting() {
+            return failed(name, &why);
         }
-        let message = format!("device {} failed", self.description.name);
-        Error::new(Reason::BackendFailed, message).caused_by(failure.to_string())
+        tracing::error!(device = name, why, "the device is not used any more");
+        let _ = self.broken.set(why.clone());
+        unusable(name, &why)
     }
+}
 
-    fn unusable(&self) -> Error {
-        let name = &self.description.name;
-        let message =
-            format!("device {name} failed and is not used until the agent starts again; device cpu is there");
-        Error::new(Reason::BackendFailed, message)
-    }
+/// That a device failed once.
+pub(super) fn failed(name: &str, why: &str) -> Error {
+    Error::new(Reason::BackendFailed, format!("device {name} failed")).caused_by(why.to_owned())
+}
+
+/// That a device failed for good.
+pub(super) fn unusable(name: &str, why: &str) -> Error {
+    let message =
+        format!("device {name} failed and is not used until the agent starts again; device cpu is there");
+    Error::new(Reason::BackendFailed, message).caused_by(why.to_owned())
 }
 
 impl Drop for Context {

@@ -2,7 +2,8 @@
 //!
 //! `library` looks for files and tells where it looked, `driver`, `cublas` and `nvml` are what each of them does,
 //! `stream` copies, `pins` lets devices reach shared memory, `product` multiplies, `lane` carries tensors of models,
-//! `toolkit` is what ONNX Runtime needs, `turns` says who is alone with the devices, `memory` counts.
+//! `toolkit` is what ONNX Runtime needs, `turns` says who is alone with the devices, `memory` counts, `made` tries
+//! again what could not be had.
 //! Nothing of CUDA is needed to build the agent, and a host without it has the agent it always had. A device that was
 //! asked for and cannot be had is an error: to guests it says which library is missing, to the host's operator also
 //! where it was looked for (`vaccel-agent self-test --gpu`).
@@ -12,6 +13,7 @@ mod driver;
 mod ends;
 mod lane;
 mod library;
+mod made;
 mod memory;
 mod nvml;
 mod pins;
@@ -48,6 +50,7 @@ pub(crate) use stream::Held;
 use cublas::Cublas;
 use driver::{Context, Driver, Failure, Memory};
 use ends::Ends;
+use made::{Made, Refusal};
 use nvml::Nvml;
 use pins::Pins;
 use product::Bench;
@@ -58,6 +61,9 @@ use turns::{Turn, Turns};
 /// Products at the same time on one device: one computes while another's first rows are on their way. Each has
 /// [`Bench::BYTES`] of the device and 64 MiB of pinned memory for good.
 const BENCHES: usize = 2;
+
+/// What a context takes of a device, about: the driver does not say.
+const CONTEXT_BYTES: u64 = 512 << 20;
 
 /// Why there is no device, for guests: paths of the host are for its operator.
 const ABSENT: &str = "the CUDA driver (libcuda.so.1) is not in the host's library folders, or has no device";
@@ -87,8 +93,8 @@ pub(crate) struct Device {
     index: usize,
     /// Its memory, as far as the agent lets it be used.
     pub(crate) ledger: Arc<Ledger>,
-    context: OnceLock<Result<Arc<Context>, String>>,
-    opened: OnceLock<Result<Opened, String>>,
+    context: Made<Arc<Context>>,
+    opened: Made<Opened>,
     lanes: [Mutex<Option<Stream>>; lane::LANES],
     turn: AtomicUsize,
 }
@@ -106,7 +112,7 @@ impl Device {
         // What is left is for the context, for other libraries' own needs, and for whoever else uses the device.
         let limit = config.bytes_max.unwrap_or(description.bytes / 10 * 9).min(description.bytes);
         let ledger = Ledger::new(&description.name, limit);
-        let (context, opened) = (OnceLock::new(), OnceLock::new());
+        let (context, opened) = Default::default();
         let (lanes, turn) = (Default::default(), AtomicUsize::new(0));
         Self { description, index, ledger, context, opened, lanes, turn }
     }
@@ -273,7 +279,7 @@ impl Cuda {
         let cublas = self.cublas().0.as_ref().err().cloned();
         let devices = self.devices.iter().filter_map(|device| {
             let why = self.open(device).err()?;
-            Some(format!("{}: {why}", device.description.name))
+            Some(format!("{}: {}", device.description.name, told(&why)))
         });
         let devices = if cublas.is_none() { devices.collect() } else { Vec::new() };
         driver.into_iter().chain(cublas).chain(devices).collect()
@@ -286,7 +292,7 @@ impl Cuda {
 
     /// cuBLAS's version, once a device has been used.
     pub(crate) fn cublas_version(&self) -> Option<&str> {
-        let opened = self.devices.iter().find_map(|device| device.opened.get()?.as_ref().ok());
+        let opened = self.devices.iter().find_map(|device| device.opened.get());
         opened.map(|opened| opened.cublas_version.as_str())
     }
 
@@ -308,26 +314,22 @@ impl Cuda {
 
     /// What everything else of a device hangs on.
     fn context<'a>(&self, device: &'a Device) -> Result<&'a Arc<Context>, Error> {
-        let context = device.context.get_or_init(|| {
-            let driver = self.driver.as_ref().map_err(String::clone)?;
-            Context::new(driver, device.index, device.description.clone()).map_err(String::from)
-        });
-        context.as_ref().map_err(|why| {
-            let message = format!("device {} cannot be used", device.description.name);
-            Error::new(Reason::BackendFailed, message).caused_by(why.clone())
+        device.context.get_or_make(|| {
+            let absent = |why: &String| Refusal::Lasting(driver::unusable(&device.description.name, why));
+            let driver = self.driver.as_ref().map_err(absent)?;
+            let made = Context::new(driver, device.index, device.description.clone());
+            made.map_err(|failure| device.without_context(&failure))
         })
     }
 
-    fn open<'a>(&self, device: &'a Device) -> Result<&'a Opened, &'a str> {
-        let opened = device.opened.get_or_init(|| {
-            let cublas = self.cublas().0.as_ref().map_err(String::clone)?;
-            let context = self.context(device).map_err(|error| told(&error))?;
-            let opened = Opened::new(context, cublas, device);
-            opened.inspect_err(|why| {
-                tracing::warn!(device = device.description.name, why, "the device cannot be used");
-            })
-        });
-        opened.as_ref().map_err(String::as_str)
+    /// A device on which products are computed.
+    fn open<'a>(&self, device: &'a Device) -> Result<&'a Opened, Error> {
+        device.opened.get_or_make(|| {
+            let cublas = self.cublas().0.as_ref().map_err(|why| device.cannot_multiply(why))?;
+            let context = self.context(device).map_err(Refusal::ForNow)?;
+            context.is_sound().map_err(Refusal::ForNow)?;
+            Opened::new(context, cublas, device)
+        })
     }
 
     /// What a product of square matrices takes on a device without the agent.
@@ -335,19 +337,8 @@ impl Cuda {
     /// # Errors
     /// `DISABLED` for a device that cannot multiply, `QUOTA_EXCEEDED`, `BACKEND_FAILED`.
     pub(crate) fn alone(&self, device: &Device, side: usize) -> Result<Alone, Error> {
-        let opened = self.open_for_products(device)?;
+        let opened = self.open(device)?;
         opened.with_bench(device, |bench| bench.alone(side, &device.ledger))
-    }
-
-    fn open_for_products<'a>(&self, device: &'a Device) -> Result<&'a Opened, Error> {
-        self.open(device).map_err(|why| {
-            let message = format!(
-                "device {} was asked for and cannot multiply matrices: cuBLAS is not in the host's library \
-                 folders or does not work; device cpu is there",
-                device.description.name
-            );
-            Error::new(Reason::Disabled, message).caused_by(why.to_owned())
-        })
     }
 
     /// Adds a product to `beta` times the sum, on a device.
@@ -368,7 +359,7 @@ impl Cuda {
             let expected = format!("at most {ROW_NUMBERS_MAX} for device {name}; device cpu takes more");
             return Err(Error::field("k, n", expected, longest));
         }
-        let opened = self.open_for_products(device)?;
+        let opened = self.open(device)?;
         opened.with_bench(device, |bench| {
             if asked.cancel.is_set() {
                 return Err(Error::new(Reason::Cancelled, "nobody waits for the product"));
@@ -378,12 +369,41 @@ impl Cuda {
     }
 }
 
+impl Device {
+    /// Why there is no context.
+    fn without_context(&self, failure: &Failure) -> Refusal {
+        let (name, why) = (&self.description.name, failure.to_string());
+        if failure.is_lasting() {
+            tracing::error!(device = name, why, "the device is not used");
+            return Refusal::Lasting(driver::unusable(name, &why));
+        }
+        Refusal::ForNow(match failure.is_out_of_memory() {
+            true => self.ledger.full(CONTEXT_BYTES).caused_by(why),
+            false => driver::failed(name, &why),
+        })
+    }
+
+    /// That there will be no products.
+    fn cannot_multiply(&self, why: &str) -> Refusal {
+        let name = &self.description.name;
+        tracing::warn!(device = name, why, "the device cannot be used for products");
+        let message = format!(
+            "device {name} was asked for and cannot multiply matrices: cuBLAS is not in the host's library folders \
+             or does not work; device cpu is there"
+        );
+        Refusal::Lasting(Error::new(Reason::Disabled, message).caused_by(why.to_owned()))
+    }
+}
+
 impl Opened {
-    fn new(context: &Arc<Context>, cublas: &Arc<Cublas>, device: &Device) -> Result<Self, String> {
-        let charge = device.ledger.charge(None, Bench::BYTES).map_err(|error| error.to_string())?;
-        let mut bench = Bench::new(context, cublas, charge)?;
-        let cublas_version = bench.version()?;
-        check(&mut bench, &device.ledger)?;
+    fn new(context: &Arc<Context>, cublas: &Arc<Cublas>, device: &Device) -> Result<Self, Refusal> {
+        let failed = |failure: Failure| Refusal::ForNow(device.failed(context, &failure, Bench::BYTES));
+        let charge = device.ledger.charge(None, Bench::BYTES).map_err(Refusal::ForNow)?;
+        let mut bench = Bench::new(context, cublas, charge).map_err(failed)?;
+        let cublas_version = bench.version().map_err(failed)?;
+        if let Some(why) = differs(&mut bench, &device.ledger).map_err(Refusal::ForNow)? {
+            return Err(device.cannot_multiply(&why));
+        }
         let benches = [Mutex::new(Some(bench)), Mutex::default()];
         Ok(Self { context: Arc::clone(context), cublas: Arc::clone(cublas), cublas_version, benches })
     }
@@ -409,9 +429,9 @@ fn told(error: &Error) -> String {
     std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
 }
 
-/// Compares a product with the processor's: a device or library that computes something else must not be used. The
+/// Where a product differs from the processor's: a device or library that computes something else must not be used. The
 /// numbers are small integers, for which all orders of adding give the same.
-fn check(bench: &mut Bench, ledger: &Arc<Ledger>) -> Result<(), String> {
+fn differs(bench: &mut Bench, ledger: &Arc<Ledger>) -> Result<Option<String>, Error> {
     const SIDE: usize = 48;
     let numbers = |factor: usize| -> Vec<f32> {
         (0..SIDE * SIDE)
@@ -429,18 +449,15 @@ fn check(bench: &mut Bench, ledger: &Arc<Ledger>) -> Result<(), String> {
     let mut found = vec![f32::NAN; SIDE * SIDE];
     let gather = |part: Factor<'_>, stage: &mut [f32]| stage.copy_from_slice(&part.numbers[..stage.len()]);
     let asked = Asked { account: None, gather: &gather, cancel: &Cancel::default() };
-    bench
-        .multiply(Sum::Here(&mut found), &factors, &asked, ledger, &Pins::default())
-        .map_err(|error| told(&error))?;
+    bench.multiply(Sum::Here(&mut found), &factors, &asked, ledger, &Pins::default())?;
     for (index, found) in found.iter().enumerate() {
         let (row, column) = (index / SIDE, index % SIDE);
         let terms = (0..SIDE).map(|depth| a[row * SIDE + depth] * b[depth * SIDE + column]);
         let expected: f32 = terms.sum();
         if *found != expected {
-            return Err(format!(
-                "its product of known matrices has {found} where the processor has {expected}"
-            ));
+            let why = format!("its product of known matrices has {found} where the processor has {expected}");
+            return Ok(Some(why));
         }
     }
-    Ok(())
+    Ok(None)
 }

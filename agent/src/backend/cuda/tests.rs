@@ -361,6 +361,49 @@ fn a_device_that_fails_for_good_is_refused_from_then_on() {
 }
 
 #[test]
+fn a_device_that_could_not_be_had_for_a_moment_is_tried_again() {
+    let case = Case::new([4, 4, 4], 0.0);
+    let again = |cuda: &Cuda| loop {
+        // Not at once: it takes its time to find out.
+        if let Ok(found) = case.run(cuda, &account(u64::MAX), &Cancel::default()) {
+            break found;
+        }
+        std::thread::yield_now();
+    };
+    for (setting, needed) in
+        [("-DCONTEXT_REFUSALS=1", CONTEXT_BYTES), ("-DBLAS_REFUSALS=1", Bench::BYTES), ("", Bench::BYTES)]
+    {
+        let folder = tempfile::tempdir().expect("a folder");
+        let cuda = if setting.is_empty() {
+            cuda(folder.path(), &[], Some(Bench::BYTES + (1 << 20)))
+        } else {
+            cuda(folder.path(), &[setting], None)
+        };
+        let ledger = &cuda.devices()[0].ledger;
+        let others = setting.is_empty().then(|| ledger.charge(None, 2 << 20).expect("room"));
+        let refusal = case.run(&cuda, &account(u64::MAX), &Cancel::default()).expect_err("no memory");
+        assert_eq!(refusal.reason(), Reason::QuotaExceeded, "{refusal}");
+        assert!(refusal.message().contains(&needed.to_string()) && ledger.is_full(&refusal), "{refusal}");
+        drop(others);
+        assert_eq!(again(&cuda)[0], case.expected(0, 0), "{setting}");
+        assert_eq!(ledger.used(), Bench::BYTES, "{setting}");
+    }
+}
+
+#[test]
+fn a_device_that_had_failed_before_anybody_used_it_is_not_tried_again() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cuda = cuda(folder.path(), &["-DBAD_DEVICE=0"], None);
+    let case = Case::new([4, 4, 4], 0.0);
+    for _ in 0..2 {
+        let refusal = case.run(&cuda, &account(u64::MAX), &Cancel::default()).expect_err("failed");
+        assert_eq!(refusal.reason(), Reason::BackendFailed);
+        assert!(refusal.message().contains("not used until the agent starts again"), "{refusal}");
+    }
+    assert!(cuda.missing()[0].contains("CUDA_ERROR_ECC_UNCORRECTABLE"), "{:?}", cuda.missing());
+}
+
+#[test]
 fn what_is_missing_is_told_to_guests_without_paths_and_to_the_operator_with_them() {
     let folder = tempfile::tempdir().expect("a folder");
     let shown = folder.path().display().to_string();
