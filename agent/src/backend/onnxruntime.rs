@@ -211,7 +211,7 @@ impl OnnxRuntime {
     ///
     /// # Errors
     /// `DISABLED` where the library cannot use the device, `QUOTA_EXCEEDED` where there is not the memory,
-    /// `MODEL_REJECTED` with the library's message.
+    /// `BACKEND_FAILED` where the device has failed, `MODEL_REJECTED` with the library's message.
     pub(super) fn load_on(
         &self,
         request: &OnDevice<'_>,
@@ -234,21 +234,18 @@ impl OnnxRuntime {
         }
         let bytes = workspace_bytes.saturating_add(model.bytes.len() as u64);
         let (engine, place) = (self.clone(), (Arc::clone(cuda), device.index(), account.cloned()));
-        let (file, name) = (model.bytes.clone(), name.to_owned());
+        let file = model.bytes.clone();
         let load = move |has_graphs: bool, cancel: &Cancel| {
             let (cuda, device, account) = (&place.0, &place.0.devices()[place.1], place.2.as_ref());
+            cuda.is_sound(device)?;
             if has_graphs {
                 device.ledger.leaves_half(bytes)?;
             }
             let charge = device.ledger.charge(account, bytes)?;
             let builder = engine.on_cuda(cuda, device, bytes, has_graphs)?;
             let _loading = Device::loading();
-            let session = commit(builder, &file, cancel).map_err(|error| {
-                rejected(
-                    &format!("ONNX Runtime on device {name} (nothing of it may run on another one)"),
-                    error,
-                )
-            })?;
+            let session = commit(builder, &file, cancel)
+                .map_err(|error| device::load_refusal(cuda, device, bytes, &error))?;
             Ok::<_, Error>(Loaded { session, charge })
         };
         let first = load(false, cancel)?;
@@ -284,6 +281,9 @@ impl OnnxRuntime {
             Ok(self.builder()?.with_disable_cpu_fallback()?.with_execution_providers([provider])?)
         };
         build().map_err(|error| {
+            if let Some(failure) = cuda.failure(device) {
+                return failure;
+            }
             let absent: Vec<_> = toolkit.iter().filter(|sought| sought.loaded.is_none()).collect();
             let names: Vec<_> = absent.iter().map(|sought| sought.names[0]).collect();
             let names = if names.is_empty() {

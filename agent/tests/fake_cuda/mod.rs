@@ -1,4 +1,4 @@
-//! Builds the driver of `cuda.c` in a folder, under the names that the agent looks for.
+//! Builds the driver of `cuda.c` in a folder, under the names that the agent looks for; what else a host with it has.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -20,4 +20,14 @@ pub(crate) fn build(folder: &Path, settings: &[&str]) -> PathBuf {
         std::fs::hard_link(&library, folder.join(name)).unwrap();
     }
     folder.to_owned()
+}
+
+/// Puts ONNX Runtime's library in a folder, beside what it needs for devices, of which it will say that it is nothing.
+pub(crate) fn copy_onnxruntime(from: &Path, folder: &Path) -> PathBuf {
+    let library = folder.join("libonnxruntime.so");
+    std::fs::copy(from, &library).unwrap();
+    for name in ["shared", "cuda"] {
+        std::fs::write(folder.join(format!("libonnxruntime_providers_{name}.so")), "").unwrap();
+    }
+    library
 }

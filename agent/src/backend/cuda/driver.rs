@@ -50,6 +50,7 @@ functions! {
         capture_mode = "cuThreadExchangeStreamCaptureMode": (*mut c_int);
         memory_alloc = "cuMemAlloc_v2": (*mut u64, usize);
         memory_free = "cuMemFree_v2": (u64);
+        memory_info = "cuMemGetInfo_v2": (*mut usize, *mut usize);
         host_alloc = "cuMemHostAlloc": (*mut Raw, usize, c_uint);
         host_free = "cuMemFreeHost": (Raw);
         host_register = "cuMemHostRegister_v2": (Raw, usize, c_uint);
@@ -247,6 +248,16 @@ impl Context {
 
     pub(super) fn check(&self, call: &'static str, status: c_int) -> Result<(), Failure> {
         self.driver.check(call, status)
+    }
+
+    /// Bytes that nobody has, in this process or another one.
+    #[allow(unsafe_code, reason = "a call of the driver")]
+    pub(super) fn free_bytes(&self) -> Result<u64, Failure> {
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: the call fills both integers.
+        let told = unsafe { (self.enter()?.memory_info)(&raw mut free, &raw mut total) };
+        self.check("cuMemGetInfo", told)?;
+        Ok(free as u64)
     }
 
     /// # Errors

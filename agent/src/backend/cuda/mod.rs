@@ -273,6 +273,21 @@ impl Cuda {
         Some(context.error(&failure))
     }
 
+    /// That a device can be used, before an engine takes it.
+    ///
+    /// # Errors
+    /// `QUOTA_EXCEEDED` where it has no memory, `BACKEND_FAILED`.
+    pub(crate) fn is_sound(&self, device: &Device) -> Result<(), Error> {
+        self.context(device)?.is_sound()
+    }
+
+    /// The error of an engine that lacked memory where it was to have so much, if the device has no more of it: others
+    /// may have some that nobody here counted. The driver is asked, as for a [failure](Self::failure).
+    pub(crate) fn full(&self, device: &Device, bytes: u64) -> Option<Error> {
+        let free = self.context(device).ok()?.free_bytes().ok()?;
+        (free < bytes).then(|| device.ledger.full(bytes))
+    }
+
     /// Why no product can be computed on any device, with all that was looked for; none when one can.
     pub(crate) fn missing(&self) -> Vec<String> {
         let driver = self.driver.as_ref().err().cloned();

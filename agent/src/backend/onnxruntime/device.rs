@@ -29,7 +29,7 @@ use vaccel_proto::v1::{DType, Tensor};
 use vaccel_proto::{Error, Reason};
 
 use super::super::cuda::{Buffer, Cuda, Device};
-use super::super::{Port, Program, check_reply};
+use super::super::{Port, Program, check_reply, rejected};
 use super::{failed, from_ort, misfit};
 use crate::quota::Account;
 use crate::scheduler::{Cancel, Home, Runner};
@@ -71,6 +71,37 @@ const HOST_DECIDES: &[&str] = &[
 /// Whether runs of the same shapes launch the same kernels.
 pub(super) fn fits_a_graph(operators: &BTreeSet<String>) -> bool {
     !operators.iter().any(|operator| HOST_DECIDES.contains(&operator.as_str()))
+}
+
+/// Whether the library says that the model's memory is used up, or the device's.
+fn lacks_memory(text: &str) -> bool {
+    const SIGNS: &[&str] =
+        &["BFCArena", "out of memory", "Failed to allocate memory", "Available memory of", "ALLOC_FAILED"];
+    SIGNS.iter().any(|sign| text.contains(sign))
+}
+
+/// What loading a model that may have so much of a device ended in: the device's failure, too little memory, or what
+/// the library does not like about the model.
+pub(super) fn load_refusal(cuda: &Cuda, device: &Device, bytes: u64, error: &ort::Error) -> Error {
+    let (text, name) = (error.to_string(), &device.description.name);
+    if let Some(error) = cuda.failure(device) {
+        return error;
+    }
+    if !lacks_memory(&text) {
+        return rejected(
+            &format!("ONNX Runtime on device {name} (nothing of it may run on another one)"),
+            text,
+        );
+    }
+    // Others' models give way for a device that is full: a text with names that a guest chose says too little.
+    let full = cuda.full(device, bytes).unwrap_or_else(|| {
+        let message = format!(
+            "this model needs more memory of device {name} than it may have: {bytes} bytes with its weights; use a \
+             smaller one, or ask for device cpu"
+        );
+        Error::new(Reason::QuotaExceeded, message)
+    });
+    full.caused_by(text)
 }
 
 /// Where a model computes.
@@ -338,14 +369,11 @@ impl DeviceProgram {
 
     /// What a run ended in: the device's failure, too little memory, or shapes that do not fit.
     fn refusal(&self, inputs: &[Tensor], error: &ort::Error) -> Error {
-        /// What the library says when the model's memory or the device's is used up.
-        const OUT_OF_MEMORY: &[&str] =
-            &["BFCArena", "out of memory", "Failed to allocate memory", "Available memory of"];
         let (text, device) = (error.to_string(), self.place.device());
         if let Some(error) = self.place.cuda.failure(device) {
             return error;
         }
-        if OUT_OF_MEMORY.iter().any(|sign| text.contains(sign)) {
+        if lacks_memory(&text) {
             let (name, limit) = (&device.description.name, self.place.bytes);
             let message = format!(
                 "this run needs more memory of device {name} than its model may have: {limit} bytes with its weights; \

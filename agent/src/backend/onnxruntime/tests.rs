@@ -280,6 +280,40 @@ fn outputs_whose_size_depends_on_numbers_come_as_they_are() {
 }
 
 #[test]
+fn what_a_model_has_no_part_in_is_not_held_against_it() {
+    const MIB: u64 = 1 << 20;
+    const BREAKS_AT: usize = 12_345;
+    let folder = tempfile::tempdir().expect("a folder");
+    let settings = ["-DMEMORY_MIB=64".to_owned(), format!("-DBREAKS_AT={BREAKS_AT}")];
+    let libraries = vec![fake_cuda::build(folder.path(), &settings.each_ref().map(String::as_str))];
+    let cuda = Arc::new(Cuda::find(&DeviceConfig { libraries, ..DeviceConfig::default() }));
+    let beside = tempfile::tempdir().expect("a folder");
+    let copy = fake_cuda::copy_onnxruntime(&library(), beside.path());
+    let engine =
+        OnnxRuntime::load(&copy, Share { threads: 1, bytes: 1 << 30 }).expect("the library is there");
+    let device = &cuda.devices()[0];
+    let refused = |bytes, text: &str| device::load_refusal(&cuda, device, bytes, &ort::Error::new(text));
+    assert_eq!(refused(65 * MIB, "no operator called Memory").reason(), Reason::ModelRejected);
+    let larger = refused(MIB, "Available memory of 1048576 is smaller than requested bytes of 2097152");
+    assert_eq!(larger.reason(), Reason::QuotaExceeded);
+    assert!(!device.ledger.is_full(&larger) && larger.message().contains("1048576 bytes"), "{larger}");
+    let full = refused(65 * MIB, "CUDA failure 2: out of memory ; GPU=0 ; expr=cudaMalloc");
+    assert!(device.ledger.is_full(&full), "others have 0, and there is too little: {full}");
+    let file = ModelFile::scan(&[("model.onnx", onnx::add())], Origin::Guest).expect("a model");
+    let on = OnDevice { cuda: &cuda, device: "cuda:0", account: None, workspace_bytes: MIB };
+    let load = || engine.load_on(&on, &file, &Cancel::default()).map(drop).expect_err("no provider");
+    assert_eq!(load().reason(), Reason::Disabled);
+    drop(cuda.buffer(device, None, BREAKS_AT).expect("memory"));
+    for _ in 0..2 {
+        let failed = load();
+        assert_eq!(failed.reason(), Reason::BackendFailed, "{failed}");
+        assert!(failed.message().contains("not used until the agent starts again"), "{failed}");
+    }
+    assert_eq!(refused(MIB, "no operator called Memory").reason(), Reason::BackendFailed);
+    assert_eq!(device.ledger.used(), 0);
+}
+
+#[test]
 fn what_does_not_fit_is_refused_and_the_next_call_goes_on() {
     let folder = tempfile::tempdir().expect("a folder");
     let cuda = cuda(folder.path(), Some(CHARGE + 1000));
