@@ -234,14 +234,15 @@ impl OnnxRuntime {
         }
         let bytes = workspace_bytes.saturating_add(model.bytes.len() as u64);
         let (engine, place) = (self.clone(), (Arc::clone(cuda), device.index(), account.cloned()));
-        let file = model.bytes.clone();
+        let (file, counted) = (model.bytes.clone(), Arc::default());
+        let of_model = Arc::clone(&counted);
         let load = move |has_graphs: bool, cancel: &Cancel| {
             let (cuda, device, account) = (&place.0, &place.0.devices()[place.1], place.2.as_ref());
             cuda.is_sound(device)?;
             if has_graphs {
                 device.ledger.leaves_half(bytes)?;
             }
-            let charge = device.ledger.charge(account, bytes)?;
+            let charge = device.ledger.charge(account, bytes)?.of(&of_model);
             let builder = engine.on_cuda(cuda, device, bytes, has_graphs)?;
             let _loading = Device::loading();
             let session = commit(builder, &file, cancel)
@@ -252,7 +253,7 @@ impl OnnxRuntime {
         let again: Load = Arc::new(move |cancel| load(true, cancel));
         let again = device::fits_a_graph(&model.operators).then_some(again);
         let (cuda, device, account) = (Arc::clone(cuda), device.index(), account.cloned());
-        let place = Where { cuda, device, account, bytes, memory: AllocationDevice::CUDA };
+        let place = Where { cuda, device, account, bytes, counted, memory: AllocationDevice::CUDA };
         let program = DeviceProgram::new(first, place, again, [&model.inputs, &model.outputs])?;
         Ok(Arc::new(program))
     }

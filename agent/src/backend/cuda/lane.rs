@@ -3,6 +3,7 @@
 
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use vaccel_proto::Error;
 
@@ -22,7 +23,7 @@ pub(crate) struct Buffer {
     memory: Memory,
     /// What was asked for; the memory is at least that.
     bytes: usize,
-    _charge: Charge,
+    charge: Charge,
 }
 
 impl Buffer {
@@ -33,6 +34,11 @@ impl Buffer {
 
     pub(crate) fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    /// Counts it among what a model has.
+    pub(crate) fn of(self, model: &Arc<AtomicU64>) -> Self {
+        Self { charge: self.charge.of(model), ..self }
     }
 }
 
@@ -51,7 +57,7 @@ impl Cuda {
         let charge = device.ledger.charge(account, bytes as u64)?;
         let memory =
             Memory::new(context, bytes).map_err(|failure| device.failed(context, &failure, bytes as u64))?;
-        Ok(Buffer { memory, bytes, _charge: charge })
+        Ok(Buffer { memory, bytes, charge })
     }
 
     /// Copies bytes to the device, each to the beginning of its buffer, and waits until they are there.

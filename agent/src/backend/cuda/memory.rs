@@ -21,6 +21,7 @@ pub(crate) struct Ledger {
 pub(crate) struct Charge {
     ledger: Arc<Ledger>,
     bytes: u64,
+    model: Option<Arc<AtomicU64>>,
     _tenant: Option<Hold>,
 }
 
@@ -41,7 +42,7 @@ impl Ledger {
         let tenant = account.map(|account| account.hold(Unit::DeviceBytes, bytes)).transpose()?;
         let fits = |used: u64| used.checked_add(bytes).filter(|total| *total <= self.limit);
         match self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits) {
-            Ok(_) => Ok(Charge { ledger: Arc::clone(self), bytes, _tenant: tenant }),
+            Ok(_) => Ok(Charge { ledger: Arc::clone(self), bytes, model: None, _tenant: tenant }),
             Err(_) => Err(self.full(bytes)),
         }
     }
@@ -78,8 +79,20 @@ impl Ledger {
     }
 }
 
+impl Charge {
+    /// Counts it among what a model has, too.
+    pub(crate) fn of(mut self, model: &Arc<AtomicU64>) -> Self {
+        model.fetch_add(self.bytes, Ordering::Relaxed);
+        self.model = Some(Arc::clone(model));
+        self
+    }
+}
+
 impl Drop for Charge {
     fn drop(&mut self) {
+        if let Some(model) = &self.model {
+            model.fetch_sub(self.bytes, Ordering::Relaxed);
+        }
         self.ledger.used.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }

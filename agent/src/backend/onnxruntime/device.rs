@@ -20,6 +20,7 @@ mod binding;
 mod sessions;
 
 use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
@@ -113,6 +114,8 @@ pub(super) struct Where {
     pub(super) account: Option<Arc<Account>>,
     /// Bytes of the device that the library may have for the model.
     pub(super) bytes: u64,
+    /// Those that are counted for all its sessions and tensors.
+    pub(super) counted: Arc<AtomicU64>,
     /// What the library takes the device's addresses for.
     pub(super) memory: AllocationDevice<'static>,
 }
@@ -291,7 +294,8 @@ impl DeviceProgram {
     }
 
     fn buffer(&self, bytes: usize) -> Result<Buffer, Error> {
-        self.place.cuda.buffer(self.place.device(), self.place.account.as_ref(), bytes)
+        let buffer = self.place.cuda.buffer(self.place.device(), self.place.account.as_ref(), bytes)?;
+        Ok(buffer.of(&self.place.counted))
     }
 
     /// Gives outputs of these sizes memory of their own.
@@ -481,7 +485,7 @@ impl Program for DeviceProgram {
     }
 
     fn device_bytes(&self) -> u64 {
-        self.place.bytes
+        self.place.counted.load(Ordering::Relaxed)
     }
 
     fn takes_from(&self, memory: &Arc<Mapping>) -> bool {

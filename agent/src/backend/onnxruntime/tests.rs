@@ -51,15 +51,16 @@ fn program_of(
 ) -> Result<DeviceProgram, Error> {
     let file = ModelFile::scan(&[("model.onnx", model)], Origin::Guest)?;
     let ledger: Arc<Ledger> = Arc::clone(&cuda.devices()[0].ledger);
-    let (bytes, owner) = (file.bytes.clone(), account.cloned());
+    let (bytes, owner, counted) = (file.bytes.clone(), account.cloned(), Arc::default());
+    let of_model = Arc::clone(&counted);
     let load: Load = Arc::new(move |cancel| {
         let session = engine().session(&bytes, cancel).expect("a session");
-        Ok(Loaded { session, charge: ledger.charge(owner.as_ref(), CHARGE)? })
+        Ok(Loaded { session, charge: ledger.charge(owner.as_ref(), CHARGE)?.of(&of_model) })
     });
     let first = load(&Cancel::default())?;
     let again = device::fits_a_graph(&file.operators).then_some(load);
     let (cuda, account) = (Arc::clone(cuda), account.cloned());
-    let place = Where { cuda, device: 0, account, bytes: CHARGE, memory: AllocationDevice::CPU };
+    let place = Where { cuda, device: 0, account, bytes: CHARGE, counted, memory: AllocationDevice::CPU };
     DeviceProgram::new(first, place, again, [&file.inputs, &file.outputs])
 }
 
@@ -146,6 +147,7 @@ fn shapes_that_come_often_get_a_session_of_their_own() {
         check(2, round);
     }
     assert_eq!(ledger.used(), 2 * CHARGE + places(&[2, 3]));
+    assert_eq!(program.device_bytes(), ledger.used(), "what the model has is all that is counted");
     // As many as there may be, and then no more.
     for count in 4..14 {
         for round in 0..device::RUNS_MIN + 3 {
