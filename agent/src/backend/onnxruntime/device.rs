@@ -253,8 +253,9 @@ impl DeviceProgram {
         match self.place_for(&session, &signature, inputs, graph) {
             // What other shapes have is not worth as much as a call.
             Err(error) if error.reason() == Reason::QuotaExceeded => {
-                self.places().free.clear();
+                // In this order: a call that ends in between finds that its session was let go.
                 self.sessions.let_go();
+                self.places().free.clear();
                 Cuda::await_ends();
                 self.place_for(&session, &signature, inputs, graph)
             }
@@ -262,8 +263,12 @@ impl DeviceProgram {
         }
     }
 
+    /// Keeps a place for the next call, unless its session was let go meanwhile, or another one takes its shapes.
     fn give_back(&self, place: Place) {
-        self.places().free.push(place);
+        let mut places = self.places();
+        if Arc::ptr_eq(&self.sessions.of(&place.signature).0, &place.session) {
+            places.free.push(place);
+        }
     }
 
     fn place_for(
@@ -504,6 +509,13 @@ fn data(tensor: &Tensor) -> Bytes {
 
 #[cfg(test)]
 impl DeviceProgram {
+    /// Does something while a call with these inputs goes on.
+    pub(super) fn during_a_call(&self, inputs: &[Tensor], work: impl FnOnce()) {
+        let place = self.take(inputs).expect("a place");
+        work();
+        self.give_back(place);
+    }
+
     /// Waits until shapes that came often have what they get.
     pub(super) fn settle(&self) {
         self.sessions.settle();

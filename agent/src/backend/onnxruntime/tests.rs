@@ -282,6 +282,26 @@ fn outputs_whose_size_depends_on_numbers_come_as_they_are() {
 }
 
 #[test]
+fn a_call_that_ends_after_its_session_was_let_go_keeps_nothing_of_it() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cuda = cuda(folder.path(), Some(2 * CHARGE + 64));
+    let ledger = Arc::clone(&cuda.devices()[0].ledger);
+    let program = program(&cuda, onnx::add()).expect("loaded");
+    for _ in 0..device::RUNS_MIN + 1 {
+        run(&program, vec![rows(1, 1.0)]).expect("ran");
+        program.settle();
+    }
+    assert_eq!(ledger.used(), 2 * CHARGE + 16, "a session of its own, with a place");
+    program.during_a_call(&[rows(1, 1.0)], || {
+        let refusal = run(&program, vec![rows(12, 1.0)]).expect_err("the other one has its memory still");
+        assert_eq!(refusal.reason(), Reason::QuotaExceeded);
+    });
+    Cuda::await_ends();
+    assert_eq!(ledger.used(), CHARGE);
+    assert_eq!(program.device_bytes(), CHARGE);
+}
+
+#[test]
 fn what_a_model_has_no_part_in_is_not_held_against_it() {
     const MIB: u64 = 1 << 20;
     const BREAKS_AT: usize = 12_345;
