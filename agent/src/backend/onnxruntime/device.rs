@@ -158,8 +158,7 @@ struct Place {
     inputs: Vec<Buffer>,
     /// Once it is known how large they are, if that is the same in every run.
     outputs: Option<Vec<Output>>,
-    /// Whether outputs were found to be of other sizes than before.
-    varies: bool,
+    sizes: Sizes,
     binding: IoBinding,
     /// Its number, where the session is of these shapes alone.
     graph: Option<u64>,
@@ -167,6 +166,38 @@ struct Place {
     stage: Stage,
     // After the binding, which is the session's.
     session: Arc<SessionThread>,
+}
+
+/// Whether outputs are of the same sizes in every run.
+struct Sizes {
+    last: Vec<Vec<i64>>,
+    /// Runs in a row that had those.
+    runs: u32,
+    /// So many of them make a rule.
+    runs_min: u32,
+}
+
+impl Sizes {
+    /// How many more runs make a rule each time that one was broken, which costs a run: it becomes rare.
+    const GROWTH: u32 = 8;
+
+    fn new() -> Self {
+        Self { last: Vec::new(), runs: 0, runs_min: 1 }
+    }
+
+    /// Takes note of a run's outputs; whether the next one's are likely to be of the same sizes.
+    fn are_a_rule(&mut self, outputs: &[Tensor]) -> bool {
+        if outputs.iter().map(|output| &output.shape).ne(&self.last) {
+            (self.last, self.runs) = (outputs.iter().map(|output| output.shape.clone()).collect(), 0);
+        }
+        self.runs = self.runs.saturating_add(1);
+        self.runs >= self.runs_min
+    }
+
+    /// They were others.
+    fn are_broken(&mut self) {
+        (self.runs, self.runs_min) = (0, self.runs_min.saturating_mul(Self::GROWTH));
+    }
 }
 
 /// What a place's next run does for its graph.
@@ -293,9 +324,9 @@ impl DeviceProgram {
             Ok(binding)
         };
         let binding = session.run(bind)?.map_err(|error| misfit(inputs, &error))?;
-        let (outputs, varies, stage) = (None, false, Stage::WarmUp);
+        let (outputs, sizes, stage) = (None, Sizes::new(), Stage::WarmUp);
         let (signature, session, inputs) = (signature.clone(), Arc::clone(session), buffers);
-        Ok(Place { signature, session, inputs, outputs, varies, binding, graph, stage })
+        Ok(Place { signature, session, inputs, outputs, sizes, binding, graph, stage })
     }
 
     fn buffer(&self, bytes: usize) -> Result<Buffer, Error> {
@@ -422,7 +453,7 @@ impl DeviceProgram {
                     wanted.outputs.iter().map(|&index| all[index].data.len()),
                     wanted.reply_bytes_max,
                 )?;
-                if !place.varies && self.fix_outputs(&mut place, &all).is_err() {
+                if place.sizes.are_a_rule(&all) && self.fix_outputs(&mut place, &all).is_err() {
                     // A device without room for them lets them come to the host, as they just did.
                     tracing::debug!("no memory on the device for a model's outputs");
                 }
@@ -454,8 +485,9 @@ impl Runner for DeviceProgram {
         let wanted = Wanted { outputs, reply_bytes_max };
         let (mut place, mut result) = self.run_once(place, &inputs, &wanted, cancel);
         if was_fixed && result.as_ref().is_err_and(|error| error.reason() == Reason::BadArgument) {
-            // Outputs that were not of the sizes they had before: from now on they come as they are.
-            (place.outputs, place.varies) = (None, true);
+            // Outputs that were not of the sizes they had before: for now they come as they are.
+            place.outputs = None;
+            place.sizes.are_broken();
             (place, result) = self.run_once(place, &inputs, &wanted, cancel);
         } else if was_to_capture
             && result.as_ref().is_err_and(|error| error.reason() == Reason::BackendFailed)

@@ -279,6 +279,19 @@ fn outputs_whose_size_depends_on_numbers_come_as_they_are() {
         let outputs = run(&program, vec![Tensor::new(&[4], &given).expect("valid")]).expect("ran");
         assert_eq!(outputs[0].elements::<i64>().expect("indices").as_ref(), expected);
     }
+    // When they have been of one size for long they are believed to stay so.
+    let before = cuda.devices()[0].ledger.used();
+    let mut runs = 0;
+    while cuda.devices()[0].ledger.used() == before {
+        let outputs = run(&program, vec![Tensor::new(&[4], &[1.0_f32; 4]).expect("valid")]).expect("ran");
+        assert_eq!(outputs[0].elements::<i64>().expect("indices").as_ref(), [0, 1, 2, 3]);
+        runs += 1;
+        assert!(runs < 1000, "outputs that stay the same come to their place");
+    }
+    assert_eq!(cuda.devices()[0].ledger.used(), before + 4 * 8);
+    let outputs = run(&program, vec![Tensor::new(&[4], &[0.0_f32, 0.0, 2.0, 0.0]).expect("valid")]);
+    assert_eq!(outputs.expect("ran")[0].elements::<i64>().expect("indices").as_ref(), [2], "and were not");
+    assert_eq!(cuda.devices()[0].ledger.used(), before);
 }
 
 #[test]
