@@ -90,6 +90,8 @@ pub struct Accelerator {
     pub memory_bytes: u64,
     /// What it can do, as CUDA numbers it.
     pub compute_capability: String,
+    /// Why it is not used; empty where it can be.
+    pub unusable_because: String,
 }
 
 /// What was found beside the processor, and what was not.
@@ -149,6 +151,7 @@ impl Direct {
                 product: of.product.clone(),
                 memory_bytes: of.bytes,
                 compute_capability: format!("{}.{}", of.capability.0, of.capability.1),
+                unusable_because: cuda.refusal(device).unwrap_or_default(),
             }
         });
         Accelerators {

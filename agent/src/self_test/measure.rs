@@ -10,6 +10,7 @@ use vaccel_proto::Error;
 use super::models::{Measured, models};
 use super::products::{containment, product};
 use super::{Check, EmptyCall, Engine, Goal, Options, Record, SelfTestError, Transfer};
+use crate::direct::Accelerators;
 use crate::networks::{SIDE, mobilenet, resnet};
 use crate::{Agent, Config, Direct};
 
@@ -107,7 +108,7 @@ async fn with_agent(
     for endpoint in agent.endpoints() {
         clients.push(Client::builder(endpoint.clone()).shared_bytes(SHARED_BYTES).connect().await?);
     }
-    record.engines = engines(direct);
+    record.engines = engines(direct, &record.accelerators);
     for client in &clients {
         let call = empty_call(client, amounts).await?;
         tracing::info!(?call, "measured");
@@ -116,7 +117,8 @@ async fn with_agent(
     record.transfers.push(in_memory(amounts));
     let mut devices = vec![CPU.to_owned()];
     if record.accelerators.cublas.is_some() {
-        devices.extend(record.accelerators.devices.iter().map(|device| device.name.clone()));
+        let usable = record.accelerators.devices.iter().filter(|device| device.unusable_because.is_empty());
+        devices.extend(usable.map(|device| device.name.clone()));
     }
     for device in &devices {
         if let Err(error) = on_device(record, config, direct, &clients[0], device, amounts).await {
@@ -184,12 +186,17 @@ fn write_models(folder: &Path, network: &Measured) -> std::io::Result<()> {
     std::fs::write(folder.join(network.alone()).join("config.pbtxt"), "max_batch_size: 64\n")
 }
 
-/// The engines as this process sees them, in which finding out what is missing has loaded them.
-fn engines(direct: &Direct) -> Vec<Engine> {
+/// The engines as this process sees them, in which finding out what is missing has loaded them, and what they can
+/// compute on.
+fn engines(direct: &Direct, accelerators: &Accelerators) -> Vec<Engine> {
+    let is_usable = |name: &String| {
+        let mut devices = accelerators.devices.iter();
+        devices.all(|device| device.name != *name || device.unusable_because.is_empty())
+    };
     let engines = direct.engines().into_iter().map(|engine| Engine {
         name: engine.name,
         version: engine.version,
-        devices: engine.devices,
+        devices: engine.devices.into_iter().filter(is_usable).collect(),
         absent_because: engine.absent_because,
     });
     engines.collect()

@@ -38,11 +38,15 @@ fn found(out: &mut String, record: &Record) -> fmt::Result {
     }
     for device in &record.accelerators.devices {
         let gib = device.memory_bytes >> 30;
-        writeln!(
+        write!(
             out,
             "device   {}: {}, {gib} GiB, compute capability {}",
             device.name, device.product, device.compute_capability
         )?;
+        match device.unusable_because.as_str() {
+            "" => writeln!(out)?,
+            why => writeln!(out, ", not used: {why}")?,
+        }
     }
     for why in &record.accelerators.missing {
         writeln!(out, "missing  {why}")?;

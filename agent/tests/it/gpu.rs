@@ -109,6 +109,27 @@ fn a_self_test_measures_what_it_finds_and_sees_a_device_fail() {
 }
 
 #[test]
+fn a_self_test_that_needs_a_gpu_is_content_with_one_that_works_and_tells_of_the_other() {
+    let folder = tempfile::tempdir().unwrap();
+    fake_cuda::build(folder.path(), &["-DDEVICES=2", "-DBAD_DEVICE=0"]);
+    // Libraries that nobody calls here.
+    for name in ["cudart.so.13", "cublasLt.so.13", "curand.so.10", "cufft.so.12", "nvrtc.so.13", "cudnn.so.9"]
+    {
+        std::fs::hard_link(folder.path().join("libfake.so"), folder.path().join(format!("lib{name}")))
+            .unwrap();
+    }
+    let library = fake_cuda::copy_onnxruntime(&onnxruntime(), folder.path());
+    let flags = ["--gpu", "--quick", "--onnxruntime", library.to_str().unwrap()];
+    let output = self_test(&flags, folder.path());
+    let text = output_text(&output);
+    assert_ne!(output.status.code(), Some(EXIT_ABSENT), "{text}");
+    let told = text.lines().find(|line| line.starts_with("device   cuda:0")).unwrap();
+    assert!(told.contains("not used: ") && told.contains("CUDA_ERROR_ECC_UNCORRECTABLE"), "{told}");
+    assert!(text.contains("ok       sgemm 256 on cuda:1"), "{text}");
+    assert!(!text.contains("on cuda:0"), "it is not measured: {text}");
+}
+
+#[test]
 fn an_agent_for_a_device_that_is_absent_does_not_start() {
     let folder = tempfile::tempdir().unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_vaccel-agent"));

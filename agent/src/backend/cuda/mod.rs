@@ -292,12 +292,20 @@ impl Cuda {
     pub(crate) fn missing(&self) -> Vec<String> {
         let driver = self.driver.as_ref().err().cloned();
         let cublas = self.cublas().0.as_ref().err().cloned();
-        let devices = self.devices.iter().filter_map(|device| {
-            let why = self.open(device).err()?;
-            Some(format!("{}: {}", device.description.name, told(&why)))
-        });
-        let devices = if cublas.is_none() { devices.collect() } else { Vec::new() };
-        driver.into_iter().chain(cublas).chain(devices).collect()
+        let devices = self.devices.iter();
+        let why = devices.filter_map(|device| Some((&device.description.name, self.refusal(device)?)));
+        let mut why: Vec<String> = why.map(|(name, why)| format!("{name}: {why}")).collect();
+        // One that works is enough.
+        if why.len() < self.devices.len() {
+            why.clear();
+        }
+        driver.into_iter().chain(cublas).chain(why).collect()
+    }
+
+    /// Why a device cannot be used although the libraries are there.
+    pub(crate) fn refusal(&self, device: &Device) -> Option<String> {
+        self.cublas().0.as_ref().ok()?;
+        self.open(device).err().map(|why| told(&why))
     }
 
     /// The driver's version, as in 13.0.

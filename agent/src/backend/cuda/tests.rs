@@ -404,6 +404,16 @@ fn a_device_that_had_failed_before_anybody_used_it_is_not_tried_again() {
 }
 
 #[test]
+fn one_device_that_works_is_enough() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cuda = cuda(folder.path(), &["-DDEVICES=2", "-DBAD_DEVICE=1"], None);
+    assert_eq!(cuda.missing(), Vec::<String>::new());
+    let [good, bad] = cuda.devices() else { panic!("two devices") };
+    assert_eq!(cuda.refusal(good), None);
+    assert!(cuda.refusal(bad).expect("failed").contains("CUDA_ERROR_ECC_UNCORRECTABLE"));
+}
+
+#[test]
 fn what_is_missing_is_told_to_guests_without_paths_and_to_the_operator_with_them() {
     let folder = tempfile::tempdir().expect("a folder");
     let shown = folder.path().display().to_string();
