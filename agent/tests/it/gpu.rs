@@ -8,10 +8,13 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Output};
+use std::time::Duration;
 
 use serde_json::Value;
 use vaccel_client::hints;
-use vaccel_client::{Client, Error, Reason, ResourceFiles, Session, SessionOptions, Sgemm, Tensor, named};
+use vaccel_client::{
+    CallOptions, Client, Error, Reason, ResourceFiles, Session, SessionOptions, Sgemm, Tensor, named,
+};
 
 use crate::support::{Agent, onnx, onnxruntime, output_text, socket_path};
 
@@ -209,6 +212,30 @@ async fn a_product_that_nobody_asked_a_device_for_survives_its_failure() {
     assert_eq!(refusal.reason(), Reason::BackendFailed);
     assert!(refusal.message().contains("device cuda:0 failed"), "the large one was there: {refusal:?}");
     assert!(!refusal.message().contains("CUDA_ERROR"), "{refusal:?}");
+}
+
+#[tokio::test]
+async fn a_device_that_does_not_come_back_takes_callers_their_deadline_and_nothing_else() {
+    let folder = tempfile::tempdir().unwrap();
+    // The second factor of 64 times 64.
+    let libraries = fake_cuda::build(folder.path(), &["-DHANGS_AT=16384"]);
+    let agent = Agent::unix(&["--cuda-libraries", libraries.to_str().unwrap()]);
+    let client = agent.guest(0).await;
+    let (cpu, gpu) = (on(&client, "cpu").await.unwrap(), on(&client, "cuda:0").await.unwrap());
+    let expected = multiply(&cpu, [1, 64, 64]).await.unwrap();
+    assert_eq!(multiply(&gpu, [1, 32, 32]).await.unwrap(), multiply(&cpu, [1, 32, 32]).await.unwrap());
+    let soon = gpu.with(CallOptions { deadline: Some(Duration::from_millis(300)), ..CallOptions::default() });
+    let mut refusals = Vec::new();
+    // The tenant's runs that nobody waits for are counted until there are too many.
+    while refusals.last() != Some(&Reason::QuotaExceeded) {
+        if refusals.len() < 2 {
+            assert_eq!(multiply(&cpu, [1, 64, 64]).await.unwrap(), expected, "others have the lanes");
+        }
+        refusals.push(multiply(&soon, [1, 64, 64]).await.unwrap_err().reason());
+    }
+    assert!(refusals.len() >= 3 && refusals.starts_with(&[Reason::Deadline; 2]), "{refusals:?}");
+    let (status, _) = agent.terminate();
+    assert!(status.success(), "{status}");
 }
 
 #[tokio::test]

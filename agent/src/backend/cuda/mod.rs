@@ -51,7 +51,6 @@ use cublas::Cublas;
 use driver::{Context, Driver, Failure, Memory};
 use ends::Ends;
 use made::{Made, Refusal};
-use nvml::Nvml;
 use pins::Pins;
 use product::Bench;
 use stream::Stream;
@@ -75,7 +74,7 @@ pub(crate) struct Cuda {
     driver_sought: Sought,
     devices: Vec<Device>,
     cublas: OnceLock<(Result<Arc<Cublas>, String>, Sought)>,
-    nvml: OnceLock<(Result<Nvml, String>, Sought)>,
+    nvml: Arc<nvml::Watch>,
     toolkit: OnceLock<Toolkit>,
     pins: Pins,
     _last: Last,
@@ -205,7 +204,7 @@ impl Cuda {
             driver_sought,
             devices: devices.collect(),
             cublas: OnceLock::new(),
-            nvml: OnceLock::new(),
+            nvml: nvml::Watch::new(&config.libraries),
             toolkit: OnceLock::new(),
             pins: Pins::default(),
             _last: Last,
@@ -255,7 +254,7 @@ impl Cuda {
 
     /// What was looked for, where, and why it was not loaded. Loads what has not been needed yet.
     pub(crate) fn record(&self) -> Vec<Sought> {
-        let (cublas, nvml) = (&self.cublas().1, &self.nvml().1);
+        let (cublas, nvml) = (&self.cublas().1, self.nvml.sought());
         let first = [self.driver_sought.clone(), cublas.clone(), nvml.clone()];
         first.into_iter().chain(self.toolkit().iter().cloned()).collect()
     }
@@ -323,16 +322,10 @@ impl Cuda {
         self.cublas.get_or_init(|| Cublas::load(&self.folders))
     }
 
-    fn nvml(&self) -> &(Result<Nvml, String>, Sought) {
-        self.nvml.get_or_init(|| Nvml::load(&self.folders))
-    }
-
-    /// What the devices are doing; nothing where that cannot be told. Takes as long as the driver takes.
+    /// What the devices are doing, or did when they told the last time; nothing where that cannot be told. Takes a
+    /// moment.
     pub(crate) fn figures(&self) -> Vec<Figures> {
-        if self.devices.is_empty() {
-            return Vec::new();
-        }
-        self.nvml().0.as_ref().map(Nvml::figures).unwrap_or_default()
+        if self.devices.is_empty() { Vec::new() } else { self.nvml.figures() }
     }
 
     /// What everything else of a device hangs on.

@@ -1,11 +1,19 @@
 //! NVML: what the devices of the host are doing, for metrics.
 //!
+//! The library takes its time, and does not answer at all where a device is in trouble. So a thread of its own asks it,
+//! one at a time, and nobody waits for long.
+//!
 //! *Source:* `nvml.h`.
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_ulonglong, c_void};
 use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use super::library::{Library, Sought, Wanted, functions};
+
+/// How long whoever wants figures waits for them: they take some milliseconds. After that they are the last there are.
+pub(super) const WAIT_MAX: Duration = Duration::from_secs(1);
 
 const NVML: Wanted = Wanted { purpose: "NVML, for metrics", names: &["libnvidia-ml.so.1"] };
 
@@ -57,13 +65,68 @@ pub(crate) struct Figures {
     pub(crate) energy_joules: Option<f64>,
 }
 
+/// Who asks the library, which is loaded when somebody does.
+pub(super) struct Watch {
+    folders: Vec<PathBuf>,
+    nvml: OnceLock<(Result<Nvml, String>, Sought)>,
+    seen: Mutex<Seen>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Seen {
+    last: Vec<Figures>,
+    /// Since when a thread asks, if one does.
+    asking: Option<Instant>,
+}
+
+impl Watch {
+    pub(super) fn new(folders: &[PathBuf]) -> Arc<Self> {
+        let (nvml, seen, changed) = Default::default();
+        Arc::new(Self { folders: folders.to_vec(), nvml, seen, changed })
+    }
+
+    fn nvml(&self) -> &(Result<Nvml, String>, Sought) {
+        self.nvml.get_or_init(|| Nvml::load(&self.folders))
+    }
+
+    /// What was looked for.
+    pub(super) fn sought(&self) -> &Sought {
+        &self.nvml().1
+    }
+
+    /// What the devices are doing, or did when they told the last time; nothing where that cannot be told.
+    pub(super) fn figures(self: &Arc<Self>) -> Vec<Figures> {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        if seen.asking.is_none() {
+            let watch = Arc::clone(self);
+            let thread = std::thread::Builder::new().name("nvml".into()).spawn(move || watch.ask());
+            // Without a thread nobody asks now, and the figures stay as they are.
+            seen.asking = thread.is_ok().then(Instant::now);
+        }
+        let Some(since) = seen.asking else { return seen.last.clone() };
+        let wait = WAIT_MAX.saturating_sub(since.elapsed());
+        let waited = self.changed.wait_timeout_while(seen, wait, |seen| seen.asking == Some(since));
+        seen = waited.unwrap_or_else(PoisonError::into_inner).0;
+        seen.last.clone()
+    }
+
+    fn ask(&self) {
+        let told = self.nvml().0.as_ref().map(Nvml::figures).unwrap_or_default();
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        *seen = Seen { last: told, asking: None };
+        drop(seen);
+        self.changed.notify_all();
+    }
+}
+
 /// The loaded library.
-pub(super) struct Nvml(Functions);
+struct Nvml(Functions);
 
 impl Nvml {
     /// # Errors
     /// What was looked for, where, and why it is not loaded.
-    pub(super) fn load(folders: &[PathBuf]) -> (Result<Self, String>, Sought) {
+    fn load(folders: &[PathBuf]) -> (Result<Self, String>, Sought) {
         let (library, sought) = Library::look(NVML, folders);
         let loaded = library.ok_or_else(|| sought.told()).and_then(|library| {
             Functions::of(library).and_then(Self::start).map_err(|why| format!("{}: {why}", sought.told()))
@@ -82,7 +145,7 @@ impl Nvml {
 
     /// All devices of the host, in the order of their buses.
     #[allow(unsafe_code, reason = "calls of the library")]
-    pub(super) fn figures(&self) -> Vec<Figures> {
+    fn figures(&self) -> Vec<Figures> {
         let mut count = 0;
         // SAFETY: the call fills the integer.
         let counted = unsafe { (self.0.count)(&raw mut count) } == 0;

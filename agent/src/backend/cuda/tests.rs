@@ -155,10 +155,19 @@ impl Open {
         Self(unsafe { libloading::Library::new(folder.join("libcuda.so.1")) }.expect("loaded"))
     }
 
-    #[allow(unsafe_code, reason = "what the driver counts")]
     fn count(&self) -> i32 {
-        // SAFETY: the function takes nothing and returns an int.
-        unsafe { self.0.get::<unsafe extern "C" fn() -> i32>(b"fake_open").expect("there")() }
+        self.told(b"fake_open")
+    }
+
+    /// How often NVML was asked.
+    fn asked(&self) -> i32 {
+        self.told(b"fake_asked")
+    }
+
+    #[allow(unsafe_code, reason = "what the driver counts")]
+    fn told(&self, name: &[u8]) -> i32 {
+        // SAFETY: the functions of these names take nothing and return an int.
+        unsafe { self.0.get::<unsafe extern "C" fn() -> i32>(name).expect("there")() }
     }
 }
 
@@ -468,4 +477,18 @@ fn figures_are_those_that_the_device_tells() {
         energy_joules: None,
     };
     assert_eq!(figures, [expected]);
+}
+
+#[test]
+fn a_driver_that_does_not_answer_is_asked_once_and_what_it_told_before_is_shown() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cuda = cuda(folder.path(), &["-DNVML_HANGS_AFTER=1"], None);
+    let told = cuda.figures();
+    assert_eq!(told.len(), 1);
+    let begun = std::time::Instant::now();
+    for _ in 0..20 {
+        assert_eq!(cuda.figures(), told);
+    }
+    assert!(begun.elapsed() < 20 * nvml::WAIT_MAX, "they do not each wait");
+    assert_eq!(Open::of(folder.path()).asked(), 2, "the one that told, and the one that waits for ever");
 }

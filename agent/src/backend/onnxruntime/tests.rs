@@ -5,7 +5,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::task::Waker;
+use std::time::Duration;
 
+use tokio::time::Instant;
 use vaccel_proto::v1::Tensor;
 
 use super::super::cuda::Ledger;
@@ -15,6 +17,7 @@ use crate::config::{Config, DeviceConfig, EngineConfig, Settings, TenantLimits};
 use crate::identity::Tenant;
 use crate::onward::Listener;
 use crate::quota::{Accounts, Unit};
+use crate::scheduler::{Asker, Batcher, Batching, Call, Scheduler};
 use crate::shared::Mapping;
 
 #[allow(dead_code, unreachable_pub, clippy::unwrap_used, reason = "shared with other tests")]
@@ -439,6 +442,46 @@ fn a_device_that_fails_under_the_library_is_not_used_any_more() {
     assert_eq!(failed.reason(), Reason::BackendFailed);
     let refusal = cuda.upload(device, &[]).expect_err("refused from now on");
     assert!(refusal.message().contains("not used until the agent starts again"), "{refusal}");
+}
+
+#[tokio::test]
+async fn a_device_that_does_not_come_back_takes_callers_their_deadline_and_nothing_else() {
+    let folder = tempfile::tempdir().expect("a folder");
+    const PARALLEL_RUNS: usize = 2;
+    // An input of 5 rows.
+    let libraries = vec![fake_cuda::build(folder.path(), &["-DHANGS_AT=40"])];
+    let cuda = Arc::new(Cuda::find(&DeviceConfig { libraries, ..DeviceConfig::default() }));
+    let program = Arc::new(program(&cuda, onnx::add()).expect("loaded"));
+    let batching = Batching {
+        parallel: PARALLEL_RUNS,
+        rows_max: 0,
+        sizes_are_dear: true,
+        mixes_tenants: false,
+        delay: Duration::ZERO,
+    };
+    let batcher = Batcher::new(program, batching);
+    let scheduler = Scheduler::new(1).expect("threads");
+    let limits = Config::new(Settings::default()).expect("valid").tenant;
+    let account = Accounts::new(limits, |_| 1).of(&Tenant::new("a"));
+    let call = |count, within| {
+        let asker = Asker::new(&account, Instant::now() + within);
+        let call = Call { inputs: vec![rows(count, 1.0)], outputs: vec![0], reply_bytes_max: u64::MAX };
+        let (scheduler, batcher) = (&scheduler, &batcher);
+        async move { scheduler.run_model(&asker, batcher, call).await }
+    };
+    const LONG: Duration = Duration::from_secs(60);
+    assert_eq!(numbers(&call(2, LONG).await.expect("ran").value[0]), [2.0, 3.0, 2.0, 3.0]);
+    let late = async || {
+        let late = call(5, Duration::from_millis(50)).await.expect_err("it never comes");
+        assert_eq!(late.reason(), Reason::Deadline, "{late}");
+        account.used(Unit::AbandonedRuns)
+    };
+    // Those beyond what a model runs at once wait, and are no runs that somebody left.
+    let most = PARALLEL_RUNS as u64;
+    while late().await < most {}
+    assert_eq!(late().await, most);
+    let asker = Asker::new(&account, Instant::now() + LONG);
+    scheduler.run(&asker, |_| Ok(())).await.expect("others have the lane");
 }
 
 #[test]
