@@ -313,7 +313,7 @@ impl Repository {
     ) -> Result<Arc<Served>, Error> {
         let was_loaded = version.is_loaded();
         let mut served = version.served(&self.workshop, asker, choice).await;
-        while served.as_ref().is_err_and(|error| self.give_way(version, choice, error)) {
+        while served.as_ref().is_err_and(|error| self.give_way(tenant, version, choice, error)) {
             // A runtime that ends needs no memory.
             let _ = tokio::task::spawn_blocking(Cuda::await_ends).await;
             served = version.served(&self.workshop, asker, choice).await;

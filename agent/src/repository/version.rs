@@ -2,9 +2,9 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::OnceCell;
 use vaccel_proto::inference::ModelConfig;
@@ -20,6 +20,13 @@ use crate::backend::{Choice, Cost, Load, Model, Origin, Port, Workshop, identity
 use crate::quota::{Hold, Unit};
 use crate::resource::Resource;
 use crate::scheduler::{Asker, Scheduler};
+
+/// How long what was loaded again stays where others want its memory, as a multiple of what loading took, at most:
+/// models that do not fit together then take turns, and a tenth of the time is lost to loading.
+const STAY_MAX: u32 = 10;
+
+/// Longest such time: a load may have waited long for its turn.
+const STAY_TIME_MAX: Duration = Duration::from_secs(60);
 
 /// What the files of a version are.
 #[derive(Clone, Debug)]
@@ -43,6 +50,8 @@ pub(crate) struct Version {
     made: Mutex<HashMap<Choice, Arc<OnceCell<Arc<Served>>>>>,
     /// When it was last asked for, by the repository's clock.
     pub(super) used: AtomicU64,
+    /// How often it was loaded.
+    loads: AtomicU32,
     /// Why it could not be loaded the last time.
     failed: Mutex<Option<String>>,
     /// What its runs took, when it is a session's; others' outlive them and are the repository's.
@@ -78,6 +87,8 @@ pub(crate) struct Served {
     pub(crate) outputs: Vec<Tensors>,
     /// Rows of one call at most; 0 for a model without.
     pub(crate) rows_max: usize,
+    /// Until when it does not give way to what others load.
+    stays_until: Instant,
     /// Lanes of a device of its own.
     pub(crate) lanes: Option<Scheduler>,
     /// What those are counted as, for who brought the model.
@@ -100,9 +111,9 @@ impl Version {
         labels: BTreeMap<String, Vec<String>>,
     ) -> Self {
         let name = name.to_owned();
-        let (made, used, failed) = (Mutex::default(), AtomicU64::new(0), Mutex::default());
-        let stats = Arc::default();
-        Self { name, number, origin, files, given, labels, made, used, failed, stats }
+        let (made, used, loads) = (Mutex::default(), AtomicU64::new(0), AtomicU32::new(0));
+        let (failed, stats) = Default::default();
+        Self { name, number, origin, files, given, labels, made, used, loads, failed, stats }
     }
 
     /// Whether it is made of the same files in the same way.
@@ -167,12 +178,26 @@ impl Version {
         self.made().iter().any(|(choice, slot)| choice.device == device && slot.initialized())
     }
 
-    /// Makes it one that is in memory for a device.
+    /// Whether it is there for so long that it can give way to what others load on a device.
+    pub(super) fn has_stayed(&self, device: &str) -> bool {
+        let (made, now) = (self.made(), Instant::now());
+        let there = made.iter().filter(|(choice, _)| choice.device == device);
+        there.filter_map(|(_, slot)| slot.get()).all(|served| served.stays_until <= now)
+    }
+
+    /// Until when what took so long to load stays: not at all when it is loaded first, longer each time after that.
+    fn stays_until(&self, took: Duration) -> Instant {
+        let before = self.loads.fetch_add(1, Ordering::Relaxed);
+        Instant::now() + took.saturating_mul(before.min(STAY_MAX)).min(STAY_TIME_MAX)
+    }
+
+    /// Makes it one that is in memory for a device, where loading took so long.
     #[cfg(test)]
-    pub(super) fn load_on(&self, device: &str) {
+    pub(super) fn load_on(&self, device: &str, took: Duration) {
         let rules = config::rules(None, self.origin);
         let model = identity(Vec::new(), Vec::new(), Cost::default(), &rules).expect("a model");
         let served = Served::new(ModelConfig::default(), model, &self.labels, None);
+        let served = Served { stays_until: self.stays_until(took), ..served };
         let choice = Choice { engine: String::new(), device: device.into() };
         self.made().insert(choice, Arc::new(OnceCell::new_with(Some(Arc::new(served)))));
     }
@@ -211,6 +236,7 @@ impl Version {
         choice: &Choice,
     ) -> Result<Arc<Served>, Error> {
         let rejected = |why: String| Error::new(Reason::ModelRejected, why);
+        let begun = Instant::now();
         let rules = config::rules(self.given.as_ref(), self.origin);
         let (mut lanes, mut counted) = (None, None);
         let model = match self.given.as_ref().map(config::engine).transpose().map_err(rejected)? {
@@ -242,8 +268,9 @@ impl Version {
             }
         };
         let config = config::complete(&self.name, self.given.as_ref(), &model).map_err(rejected)?;
-        let served = Served { _counted: counted, ..Served::new(config, model, &self.labels, lanes) };
+        let mut served = Served { _counted: counted, ..Served::new(config, model, &self.labels, lanes) };
         warmup::run(&served, workshop, asker).await?;
+        served.stays_until = self.stays_until(begun.elapsed());
         Ok(Arc::new(served))
     }
 }
@@ -318,7 +345,8 @@ impl Served {
         let (inputs, outputs) = (inputs.collect(), outputs.collect());
         static LOADED: AtomicU64 = AtomicU64::new(0);
         let id = LOADED.fetch_add(1, Ordering::Relaxed);
-        Self { id, config, model, inputs, outputs, rows_max, lanes, _counted: None }
+        let stays_until = Instant::now();
+        Self { id, config, model, inputs, outputs, rows_max, stays_until, lanes, _counted: None }
     }
 }
 

@@ -392,6 +392,7 @@ fn what_a_tenants_model_takes_is_the_tenants() {
     let another = program_of(&cuda, onnx::add(), Some(&account)).map(drop).expect_err("twice as much");
     assert_eq!(another.reason(), Reason::QuotaExceeded);
     drop(program);
+    Cuda::await_ends();
     assert_eq!(used(), 0);
 }
 
