@@ -12,6 +12,7 @@
  * that nobody of these made), NO_REGISTERING (only memory that was made here is pinned), CONTEXT_REFUSALS and
  * BLAS_REFUSALS (so many times there is no memory for a context, or for a handle of cuBLAS), BAD_DEVICE (this one has
  * failed before anybody used it), HANGS_AT (a stream that is to copy so many bytes to the device never ends),
+ * FREE_HANGS_AT (to free memory of so many bytes never ends),
  * NVML_HANGS_AFTER (asked more often than this for the number of devices, NVML does not answer).
  */
 #include <pthread.h>
@@ -41,6 +42,9 @@
 #endif
 #ifndef HANGS_AT
 #define HANGS_AT 0
+#endif
+#ifndef FREE_HANGS_AT
+#define FREE_HANGS_AT 0
 #endif
 #ifndef NVML_HANGS_AFTER
 #define NVML_HANGS_AFTER 1000000
@@ -240,6 +244,11 @@ static int later(struct stream *stream, struct step step) {
     return OK;
 }
 
+static void never(void) {
+    for (;;)
+        pause();
+}
+
 /* Everything below is an entry of the libraries; each begins with the checks of a real one. */
 #define ENTER                                                                                                          \
     if (current < 0)                                                                                                   \
@@ -306,6 +315,11 @@ int cuMemAlloc_v2(uint64_t *address, size_t bytes) {
 int cuMemFree_v2(uint64_t address) {
     UNCAPTURED
     ENTER
+    for (int i = 0; FREE_HANGS_AT && i < MEMORY_MAX; i++)
+        if (all[i].kind == DEVICE && all[i].address == (char *)address && all[i].bytes == FREE_HANGS_AT) {
+            pthread_mutex_unlock(&lock);
+            never();
+        }
     LEAVE(release(DEVICE, (void *)address));
 }
 int cuMemGetInfo_v2(size_t *free_bytes, size_t *total) {
@@ -354,10 +368,6 @@ int cuStreamDestroy_v2(struct stream *stream) {
     free(stream);
     streams_open--;
     LEAVE(OK);
-}
-static void never(void) {
-    for (;;)
-        pause();
 }
 int cuStreamSynchronize(struct stream *stream) {
     ENTER

@@ -464,6 +464,21 @@ impl DeviceProgram {
     }
 }
 
+impl Drop for DeviceProgram {
+    fn drop(&mut self) {
+        let places = std::mem::take(&mut *self.places());
+        // To free memory waits for whatever the device does, and for ever where it does not come back.
+        let alive = Device::alive();
+        Device::let_go(&Arc::downgrade(&alive));
+        let free = move || {
+            drop(places);
+            drop(alive);
+        };
+        // Without a thread it is freed here.
+        let _ = std::thread::Builder::new().name("device-free".into()).spawn(free);
+    }
+}
+
 impl Runner for DeviceProgram {
     fn run(
         &self,

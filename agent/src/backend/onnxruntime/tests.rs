@@ -253,6 +253,18 @@ fn who_lets_a_model_go_waits_for_nobody() {
 }
 
 #[test]
+fn who_lets_a_model_go_does_not_wait_for_a_device_that_does_not_come_back() {
+    let folder = tempfile::tempdir().expect("a folder");
+    // What 5 rows take.
+    let libraries = vec![fake_cuda::build(folder.path(), &["-DFREE_HANGS_AT=40"])];
+    let cuda = Arc::new(Cuda::find(&DeviceConfig { libraries, ..DeviceConfig::default() }));
+    let program = program(&cuda, onnx::add()).expect("loaded");
+    run(&program, vec![rows(5, 1.0)]).expect("ran");
+    drop(program);
+    assert!(cuda.devices()[0].ledger.used() >= 40, "nobody else gets it");
+}
+
+#[test]
 fn shapes_beyond_what_is_kept_take_the_place_of_the_oldest() {
     let folder = tempfile::tempdir().expect("a folder");
     let cuda = cuda(folder.path(), None);
