@@ -1,5 +1,7 @@
 //! Flags to configuration, configuration to a running agent, signals to its end, all of it to an exit code.
 
+mod logs;
+
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -7,12 +9,14 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::Layer;
-use tracing_subscriber::filter::Targets;
+use tracing_subscriber::filter::{FilterExt, Targets};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use vaccel_agent::config::LogFormat;
 use vaccel_agent::self_test::{self, SelfTestError, Verdict};
 use vaccel_agent::{Agent, Config, ConfigError, Settings, StartError, demo};
+
+use crate::logs::Bounded;
 
 /// Serves vAccel operations to guests over vsock, unix sockets, TCP and TLS.
 #[derive(Debug, Parser)]
@@ -117,13 +121,13 @@ fn run() -> Result<ExitCode, Failure> {
         }
         Command::Demo => {
             let settings = Settings { log: settings.log.or_else(|| Some("warn".into())), ..settings };
-            start_logs(&Config::new(settings.clone())?)?;
+            start_logs(&Config::new(settings.clone())?, Bounded::all())?;
             runtime.block_on(demo::run(settings, &mut std::io::stdout())).map_err(failed)?;
             Ok(ExitCode::SUCCESS)
         }
         Command::SelfTest { gpu, quick, json } => {
             let settings = Settings { log: settings.log.or_else(|| Some("error".into())), ..settings };
-            start_logs(&Config::new(settings.clone())?)?;
+            start_logs(&Config::new(settings.clone())?, Bounded::all())?;
             let options = self_test::Options { gpu, quick, json };
             let verdict = runtime.block_on(self_test::run(settings, options, &mut std::io::stdout()))?;
             Ok(match verdict {
@@ -153,7 +157,7 @@ fn print(text: &str) -> Result<ExitCode, Failure> {
     }
 }
 
-fn start_logs(config: &Config) -> Result<(), ConfigError> {
+fn start_logs(config: &Config, bounded: Bounded) -> Result<(), ConfigError> {
     let filter: Targets =
         config.log.parse().map_err(|error| ConfigError::new(format!("--log {:?}: {error}", config.log)))?;
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
@@ -161,12 +165,15 @@ fn start_logs(config: &Config) -> Result<(), ConfigError> {
         LogFormat::Text => lines.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).boxed(),
         LogFormat::Json => lines.json().boxed(),
     };
-    tracing_subscriber::registry().with(lines.with_filter(filter)).init();
+    tracing_subscriber::registry().with(lines.with_filter(filter.and(bounded))).init();
+    logs::take_panics();
     Ok(())
 }
 
 async fn serve(config: Config) -> Result<ExitCode, Failure> {
-    start_logs(&config)?;
+    let bounded = Bounded::new();
+    start_logs(&config, bounded.clone())?;
+    tokio::spawn(bounded.tell());
     // From here on a signal is not lost, however early it comes.
     let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;

@@ -18,6 +18,9 @@ pub const ERROR_DOMAIN: &str = "vaccel.v1";
 /// peers accept some 16 KiB of them and end the whole connection for more.
 const TEXT_BYTES_MAX: usize = 2048;
 
+/// Longest text of an error in a log, in bytes, with its causes: those may have a guest's text in them, of any length.
+const LOGGED_BYTES_MAX: usize = 4096;
+
 /// What a caller may do about an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Retry {
@@ -236,7 +239,7 @@ impl Error {
 
     /// The status that carries this error.
     pub fn to_status(&self) -> Status {
-        let message = clipped(&self.message);
+        let message = clipped(&self.message, TEXT_BYTES_MAX);
         let mut details = ErrorDetails::with_error_info(self.reason.name(), ERROR_DOMAIN, []);
         match &self.detail {
             Detail::None => {}
@@ -303,12 +306,12 @@ fn detail_of(details: &ErrorDetails) -> Detail {
     Detail::None
 }
 
-/// The beginning of a text that is too long for the wire.
-fn clipped(text: &str) -> Cow<'_, str> {
-    if text.len() <= TEXT_BYTES_MAX {
+/// The beginning of a text that is too long.
+fn clipped(text: &str, bytes_max: usize) -> Cow<'_, str> {
+    if text.len() <= bytes_max {
         return text.into();
     }
-    format!("{}…", &text[..text.floor_char_boundary(TEXT_BYTES_MAX)]).into()
+    format!("{}…", &text[..text.floor_char_boundary(bytes_max)]).into()
 }
 
 /// A guest's text as it may be repeated to it and written to a log: without control characters and not longer than
@@ -331,15 +334,16 @@ impl fmt::Display for Error {
     }
 }
 
+/// As a log has it: in one line, with all causes.
 impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.reason, self.message)?;
+        let mut text = format!("{}: {}", self.reason, self.message);
         let mut source = std::error::Error::source(self);
         while let Some(cause) = source {
-            write!(f, ": {cause}")?;
+            text = format!("{text}: {cause}");
             source = cause.source();
         }
-        Ok(())
+        f.write_str(&clipped(&text, LOGGED_BYTES_MAX).replace(char::is_control, " "))
     }
 }
 
@@ -384,6 +388,14 @@ mod tests {
         assert!(back.message().len() <= TEXT_BYTES_MAX + '…'.len_utf8());
         assert!(back.message().ends_with("é…"), "{back}");
         assert_eq!(back.detail(), &Detail::Field("f".into()));
+    }
+
+    #[test]
+    fn what_is_logged_is_one_line_of_bounded_length() {
+        let error = Error::new(Reason::BackendFailed, "failed").caused_by("node\nERROR é".repeat(1 << 16));
+        let logged = format!("{error:?}");
+        assert!(logged.starts_with("BACKEND_FAILED: failed: node ERROR é"), "{logged}");
+        assert!(logged.len() <= LOGGED_BYTES_MAX + '…'.len_utf8() && !logged.contains('\n'));
     }
 
     #[test]

@@ -268,10 +268,10 @@ impl Dispatch {
         let begun = Instant::now();
         let outcome = self.admitted(caller, begun, time_max, work).await;
         let outcome = outcome.map_err(|error| match error.reason() {
-            // What the guest can say to whoever reads the log.
+            // What the guest can say to whoever reads the log. Models that guests bring can make engines fail.
             Reason::BackendFailed => {
                 let id = caller.request_id();
-                tracing::error!(request = %id, tenant = %caller.tenant, call = name, ?error, "call failed");
+                tracing::warn!(request = %id, tenant = %caller.tenant, call = name, ?error, "call failed");
                 error.with(Detail::Request(id))
             }
             _ => error,

@@ -120,16 +120,16 @@ impl Entrance {
         connections: &mut JoinSet<()>,
     ) {
         let endpoint = listener.endpoint().clone();
-        let Ok(slot) = Arc::clone(&self.slots).try_acquire_owned() else {
-            tracing::warn!(listener = %endpoint, ?peer, "connection refused: the agent has as many as it may have");
-            return;
-        };
         // A TLS peer has no certificate yet; until its handshake it counts by its address.
         let tenant = identity::of_connection(&endpoint, &peer);
+        let Ok(slot) = Arc::clone(&self.slots).try_acquire_owned() else {
+            tracing::warn!(%tenant, ?peer, "connection refused: the agent has as many as it may have");
+            return;
+        };
         let counted = match self.dispatch.accounts().of(&tenant).hold(Unit::Connections, 1) {
             Ok(counted) => counted,
             Err(refusal) => {
-                tracing::warn!(listener = %endpoint, ?peer, %refusal, "connection refused");
+                tracing::warn!(%tenant, ?peer, %refusal, "connection refused");
                 return;
             }
         };

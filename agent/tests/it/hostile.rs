@@ -3,6 +3,7 @@
 
 mod formats;
 mod insides;
+mod logs;
 mod models;
 mod requests;
 mod resources;

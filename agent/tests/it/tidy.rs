@@ -32,7 +32,7 @@ const BANNED: &[(&str, &str)] = &[
 
 /// Rooms from top to bottom, and what each must not name. A room may use itself and what is below it.
 const LAYERS: &[&[&str]] = &[
-    &["main", "demo", "self_test"],
+    &["main", "demo", "logs", "self_test"],
     &["lib"],
     &["transport"],
     &["service"],
