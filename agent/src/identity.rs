@@ -8,11 +8,11 @@
 //! | unix | `unix:PATH:UID` | the kernel |
 //! | tls, client certificates on | `cert:NAME` (URI or DNS name, else fingerprint) | the authority |
 //! | tcp or tls, tokens on | `token:NAME`, with a certificate `cert:…+token:NAME` | the secret |
-//! | tcp or tls, neither | `tcp:LISTENER:IP` | nobody: for loopback and trusted networks |
+//! | tcp or tls, neither | `tcp:LISTENER:IP`, of this machine `127.0.0.1` | nobody: for loopback and trusted networks |
 
 use std::collections::HashMap;
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -122,6 +122,8 @@ pub(crate) fn of_connection(listener: &Endpoint, peer: &Peer) -> Tenant {
         Peer::Unix { uid } => format!("unix:{}:{uid}", listener.to_string().trim_start_matches("unix://")),
         Peer::Tls { certificate: Some(name), .. } => format!("cert:{}", name.0),
         Peer::Tcp { ip } | Peer::Tls { ip, certificate: None } => {
+            // A process calls from any of the addresses that this machine has for itself: they are all one's.
+            let ip = if ip.is_loopback() { Ipv4Addr::LOCALHOST.into() } else { *ip };
             format!("tcp:{}:{ip}", listener.to_string().split_once("://").map_or("", |(_, host)| host))
         }
     })
@@ -271,7 +273,10 @@ mod tests {
         assert!(seen.starts_with("hvsock:") && !seen.contains('/'), "{seen}");
         assert_eq!(Tenant::new("cert:edge").public(), "cert:edge");
         assert_eq!(tenant("vsock://any:1", &Peer::Vsock { cid: 9 }), "vsock:9");
-        let peer = Peer::Tcp { ip: IpAddr::from([127, 0, 0, 1]) };
-        assert_eq!(tenant("tcp://127.0.0.1:80", &peer), "tcp:127.0.0.1:80:127.0.0.1");
+        let tcp = |ip: &str| Peer::Tcp { ip: ip.parse().expect("an address") };
+        for near in ["127.0.0.1", "127.0.0.2", "127.255.1.9", "::1"] {
+            assert_eq!(tenant("tcp://127.0.0.1:80", &tcp(near)), "tcp:127.0.0.1:80:127.0.0.1", "{near}");
+        }
+        assert_eq!(tenant("tcp://0.0.0.0:80", &tcp("10.0.0.7")), "tcp:0.0.0.0:80:10.0.0.7");
     }
 }

@@ -11,7 +11,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use http_body::{Body as HttpBody, Frame};
 use prost::Message;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::{TcpSocket, TcpStream, UnixStream};
 use tokio::task::JoinSet;
 use tonic::body::Body;
 use tonic::{Code, Status};
@@ -435,4 +435,26 @@ async fn silent_connections_fill_one_tenants_places_only() {
         ended.unwrap();
     }
     site.attacker().await.session.noop().await.unwrap();
+}
+
+/// A process is one tenant, from whichever of the addresses it calls that this machine has for itself.
+#[tokio::test]
+async fn this_machine_is_one_tenant_over_tcp() {
+    let flags = ["--engine", "tract", "--tenant-connections-max", "1"];
+    let agent = Agent::start(&["tcp://127.0.0.1:0"], &flags);
+    let client = agent.guest(0).await;
+    client.info().await.unwrap();
+    let address = agent.address().strip_prefix("tcp://").unwrap().parse().unwrap();
+    for from in [[127, 0, 0, 1], [127, 0, 0, 2], [127, 200, 0, 1]] {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind((from, 0).into()).unwrap();
+        let mut stream = socket.connect(address).await.unwrap();
+        // It may be closed before it says anything.
+        let _ =
+            stream.write_all(b"GET /v2/health/live HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").await;
+        let mut answer = Vec::new();
+        let _ = stream.read_to_end(&mut answer).await;
+        assert!(answer.is_empty(), "{from:?}: {}", String::from_utf8_lossy(&answer));
+    }
+    client.info().await.unwrap();
 }
