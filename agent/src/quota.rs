@@ -32,6 +32,8 @@ pub(crate) enum Unit {
     DeviceBytes,
     /// Lanes that models have which the tenant brought.
     Lanes,
+    /// Streams that tell of changes of health.
+    Watches,
 }
 
 /// Computations of one tenant that nobody waits for and that have not stopped yet. An engine cannot be interrupted
@@ -44,6 +46,10 @@ pub(crate) const OBJECTS_MAX: u64 = 1000;
 
 /// Lanes of all models that one tenant brought: each is a thread, which other tenants' work shares the processors with.
 pub(crate) const LANES_MAX: u64 = 64;
+
+/// Watches of one tenant: one for each connection that it may have, as clients have that look at the health of all they
+/// are connected to, and at least so many.
+pub(crate) const WATCHES_MIN: u64 = 64;
 
 /// The use of one tenant.
 #[derive(Debug)]
@@ -61,6 +67,7 @@ pub(crate) struct Account {
     shared_bytes: AtomicU64,
     device_bytes: AtomicU64,
     lanes: AtomicU64,
+    watches: AtomicU64,
 }
 
 impl Account {
@@ -78,6 +85,7 @@ impl Account {
             shared_bytes: AtomicU64::new(0),
             device_bytes: AtomicU64::new(0),
             lanes: AtomicU64::new(0),
+            watches: AtomicU64::new(0),
         }
     }
 
@@ -112,6 +120,10 @@ impl Account {
                 (&self.device_bytes, self.limits.device_bytes, "devices' memory of this tenant", "bytes")
             }
             Unit::Lanes => (&self.lanes, LANES_MAX, "lanes of models that this tenant brought", "lanes"),
+            Unit::Watches => {
+                let limit = self.limits.connections.max(WATCHES_MIN);
+                (&self.watches, limit, "watches of this tenant", "watches")
+            }
         }
     }
 

@@ -11,10 +11,12 @@ use tonic::{Request, Response, Status};
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_server::Health;
 use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
+use vaccel_proto::limits::NAME_BYTES_MAX;
 use vaccel_proto::{Error, Reason};
 
 use super::caller;
 use crate::dispatch::{Caller, Dispatch};
+use crate::quota::Unit;
 
 /// Services whose health is the agent's.
 pub(super) const SERVICES: [&str; 6] = [
@@ -76,8 +78,17 @@ impl Health for Door {
         request: Request<HealthCheckRequest>,
     ) -> Result<Response<Self::WatchStream>, Status> {
         let (caller, name) = (caller(&request)?, request.into_inner().service);
+        if name.len() > NAME_BYTES_MAX {
+            // It would be kept for as long as somebody watches.
+            return Err(Error::field("service", format!("at most {NAME_BYTES_MAX} bytes"), name.len()).into());
+        }
+        let counted = caller.account().hold(Unit::Watches, 1)?;
         let (sender, receiver) = tokio::sync::mpsc::channel(1);
-        tokio::spawn(follow(Arc::clone(&self.dispatch), caller, name, sender));
+        let dispatch = Arc::clone(&self.dispatch);
+        tokio::spawn(async move {
+            let _counted = counted;
+            follow(dispatch, caller, name, sender).await;
+        });
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 }

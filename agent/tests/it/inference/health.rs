@@ -12,7 +12,7 @@ use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
 use vaccel_client::proto::inference::{RepositoryModelLoadRequest, RepositoryModelUnloadRequest};
 
 use super::{inference, start};
-use crate::support::connect;
+use crate::support::{connect, until};
 
 fn asked(service: &str) -> HealthCheckRequest {
     HealthCheckRequest { service: service.into() }
@@ -53,6 +53,36 @@ async fn health_is_told_by_service_and_by_model_and_changes_are_told_too() {
     for watch in [&mut watch, &mut theirs, &mut absent] {
         assert_eq!(watch.message().await.unwrap().unwrap().status(), ServingStatus::NotServing);
     }
+}
+
+/// A watch lasts as long as its connection, and is no call: a tenant has so many.
+#[tokio::test]
+async fn watches_are_counted_and_names_are_short() {
+    let agent = start(|_| {}, &["--tenant-connections-max", "4"]);
+    let mut health = HealthClient::new(connect(agent.address()).await.link().clone());
+    let mut watches = Vec::new();
+    let refusal = loop {
+        match health.watch(asked("nope")).await {
+            Ok(watch) => watches.push(watch.into_inner()),
+            Err(refusal) => break refusal,
+        }
+        assert!(watches.len() <= 64, "{} watches", watches.len());
+    };
+    assert_eq!((watches.len(), refusal.code()), (64, Code::ResourceExhausted), "{refusal}");
+    let mut other = HealthClient::new(connect(&agent.addresses[1]).await.link().clone());
+    other.watch(asked("")).await.expect("another tenant has its own");
+    for watch in &mut watches {
+        assert_eq!(watch.message().await.unwrap().unwrap().status(), ServingStatus::ServiceUnknown);
+    }
+    watches.pop();
+    until("room for a watch", async || health.watch(asked("")).await.is_ok()).await;
+    watches.clear();
+    let long = "x".repeat(257);
+    until("an end", async || {
+        health.watch(asked(&long)).await.is_err_and(|refusal| refusal.code() == Code::InvalidArgument)
+    })
+    .await;
+    assert_eq!(health.check(asked(&long)).await.expect_err("no model").code(), Code::NotFound);
 }
 
 #[tokio::test]
