@@ -69,6 +69,17 @@ pub fn check<M: Name>(bytes: &[u8]) -> Result<(), Error> {
     }
 }
 
+/// A request, whose parts are counted before it is decoded. It is in one piece.
+///
+/// # Errors
+/// `BAD_ARGUMENT` for bytes that are no such message, and those of [`check`].
+pub fn decode<M: Message + Name + Default>(bytes: impl Buf) -> Result<M, Error> {
+    check::<M>(bytes.chunk())?;
+    M::decode(bytes).map_err(|error| {
+        Error::field("message", format!("a {}", M::NAME), format!("no message of the contract: {error}"))
+    })
+}
+
 /// Counts, then decodes.
 #[derive(Debug)]
 pub struct BoundedDecoder<U> {
@@ -81,10 +92,10 @@ impl<U: Message + Default + Name> Decoder for BoundedDecoder<U> {
 
     fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<U>, Status> {
         // What an agent answers, its guest has asked for.
-        if !U::NAME.ends_with("Reply") {
-            check::<U>(buffer.chunk())?;
+        if ["Reply", "Response"].iter().any(|end| U::NAME.ends_with(end)) {
+            return self.inner.decode(buffer);
         }
-        self.inner.decode(buffer)
+        Ok(Some(decode(buffer)?))
     }
 
     fn buffer_settings(&self) -> BufferSettings {

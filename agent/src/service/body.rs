@@ -101,6 +101,41 @@ impl Body for CountedBody {
     }
 }
 
+/// That a message is what it says before its length: one that is not compressed.
+///
+/// # Errors
+/// `BAD_ARGUMENT`.
+pub(super) fn check_flag(framed: &[u8]) -> Result<(), Error> {
+    if framed.first() == Some(&0) {
+        return Ok(());
+    }
+    Err(Error::field("message", "one that is not compressed, as the call says", "another"))
+}
+
+/// A body of messages for the routes, which know errors as statuses and have other words for a flag that is none.
+pub(super) struct Messages<B>(pub(super) B);
+
+impl<B: Body<Data = Bytes, Error = Error> + Unpin> Body for Messages<B> {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let frame = ready!(Pin::new(&mut self.0).poll_frame(context));
+        Poll::Ready(frame.map(|frame| {
+            let frame = frame?;
+            frame.data_ref().map_or(Ok(()), |framed| check_flag(framed))?;
+            Ok(frame)
+        }))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.0.is_end_stream()
+    }
+}
+
 fn lost(error: hyper::Error) -> Error {
     Error::new(Reason::Cancelled, "the request ended before it was whole").caused_by(error)
 }

@@ -22,7 +22,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use http::header::AUTHORIZATION;
-use http::{HeaderMap, HeaderValue, Request, Response};
+use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
 use http_body_util::BodyExt;
 use tokio::time::Instant;
 use tonic::Status;
@@ -39,7 +39,7 @@ use vaccel_proto::v1::sessions_server::SessionsServer;
 use vaccel_proto::{Error, Reason};
 
 pub(crate) use self::body::KeptBody;
-use self::body::{CountedBody, HeldBytes, Kept};
+use self::body::{CountedBody, HeldBytes, Kept, Messages};
 use self::compression::{Coding, Expanded, GRPC_ENCODING};
 use crate::dispatch::{Caller, Dispatch};
 use crate::http2::{self, is_grpc};
@@ -207,7 +207,7 @@ impl ConnectionService {
                 Ok(reply) => reply,
                 Err(error) => match error {},
             };
-            reply.map(|body| KeptBody::new(Body::new(body), kept))
+            worded(reply).map(|body| KeptBody::new(Body::new(body), kept))
         }
     }
 
@@ -229,7 +229,7 @@ impl ConnectionService {
                 Box::pin(call.answer(dispatch, caller, held, body, of_reply))
             }
             None => {
-                let mut request = head.request.clone().map(|()| Body::new(body.map_err(Status::from)));
+                let mut request = head.request.clone().map(|()| Body::new(Messages(body)));
                 request.headers_mut().remove(GRPC_ENCODING);
                 Box::pin(self.route(request, caller, held))
             }
@@ -282,10 +282,12 @@ impl http2::Service for ConnectionService {
                 let dispatch = Arc::clone(&self.gate.dispatch);
                 Box::pin(call.answer(dispatch, caller, held, body, None))
             }
-            // The routes know errors as statuses.
             None => {
-                let request = head.request.clone().map(|()| Body::new(body.map_err(Status::from)));
-                Box::pin(self.route(request, caller, held))
+                let body = match head.is_grpc {
+                    true => Body::new(Messages(body)),
+                    false => Body::new(body.map_err(Status::from)),
+                };
+                Box::pin(self.route(head.request.clone().map(|()| body), caller, held))
             }
         }
     }
@@ -314,9 +316,26 @@ impl hyper::service::Service<Request<hyper::body::Incoming>> for ConnectionServi
     }
 }
 
+/// A reply of the routes. What tonic itself says instead of one has no details, and `INTERNAL` it says of what is no
+/// request.
+fn worded(reply: Response<Body>) -> Response<Body> {
+    let is_internal = reply.headers().get(GRPC_STATUS).is_some_and(|status| status == INTERNAL);
+    if !is_internal || reply.headers().contains_key(GRPC_DETAILS) {
+        return reply;
+    }
+    grpc_refusal(&Error::field("message", "one message of the contract", "another"))
+}
+
 fn grpc_refusal(error: &Error) -> Response<Body> {
     error.to_status().into_http()
 }
+
+/// How a call ended, in the head of a reply without messages.
+const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
+const GRPC_DETAILS: HeaderName = HeaderName::from_static("grpc-status-details-bin");
+
+/// The number of [`tonic::Code::Internal`].
+const INTERNAL: &str = "13";
 
 /// Where the paths of the health service begin.
 const HEALTH: &str = "/grpc.health.";

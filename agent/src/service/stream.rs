@@ -11,11 +11,11 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tonic::codegen::tokio_stream::{Stream, StreamExt};
 use tonic::{Status, Streaming};
-use vaccel_proto::Error;
 use vaccel_proto::inference::infer_parameter::ParameterChoice;
 use vaccel_proto::inference::{
     InferParameter, ModelInferRequest, ModelInferResponse, ModelStreamInferResponse,
 };
+use vaccel_proto::{Error, Reason};
 
 use crate::dispatch::{Caller, Dispatch};
 use crate::quota::{Hold, Unit};
@@ -47,7 +47,8 @@ pub(super) fn runs(
     let reading = Reading(tokio::spawn(read(dispatch, caller, requests, sender)));
     Ordered(answers, reading).then(|pending| async {
         let mut pending = pending?;
-        let (answer, _counted) = (&mut pending.0).await.map_err(|_| Status::internal("the run failed"))?;
+        let failed = |error| Error::new(Reason::BackendFailed, "the run failed").caused_by(error);
+        let (answer, _counted) = (&mut pending.0).await.map_err(failed)?;
         Ok(answer)
     })
 }

@@ -8,21 +8,20 @@ use std::sync::{Arc, LazyLock};
 
 use bytes::Bytes;
 use http::header::CONTENT_TYPE;
-use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
+use http::{HeaderMap, HeaderValue, Request, Response};
 use http_body::Body;
-use prost::{Message, Name};
+use prost::Message;
 use vaccel_proto::carrier::Aligned;
 use vaccel_proto::inference::ModelInferRequest;
 use vaccel_proto::tensor::GRPC_HEADER_BYTES;
 use vaccel_proto::v1::RunRequest;
 use vaccel_proto::{Error, codec, gather};
 
-use super::body::{HeldBytes, Kept, KeptBody};
+use super::GRPC_STATUS;
+use super::body::{HeldBytes, Kept, KeptBody, check_flag};
 use super::compression::{self, Coding, GRPC_ENCODING};
 use crate::dispatch::{Caller, Dispatch};
 use crate::http2::{Blocks, is_grpc};
-
-const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 
 /// What every reply says that is not compressed.
 static BLOCKS: LazyLock<Blocks> = LazyLock::new(|| Blocks::new(&head(), &trailers()));
@@ -106,13 +105,13 @@ impl Call {
         let message = message(body).await?;
         match self {
             Self::Run => {
-                let mut reply = dispatch.run(caller, decode::<RunRequest>(message)?).await?;
+                let mut reply = dispatch.run(caller, codec::decode::<RunRequest>(message)?).await?;
                 reply.align();
                 pieces(&reply, held)
             }
             Self::ModelInfer => {
                 // In a place of its own: calls of the other kind are a quarter of its size.
-                let infer = Box::pin(dispatch.infer(caller, decode::<ModelInferRequest>(message)?));
+                let infer = Box::pin(dispatch.infer(caller, codec::decode::<ModelInferRequest>(message)?));
                 pieces(&infer.await?, held)
             }
         }
@@ -124,18 +123,9 @@ async fn message(mut body: impl Body<Data = Bytes, Error = Error> + Unpin) -> Re
     let frame = std::future::poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await;
     let framed = frame.transpose()?.and_then(|frame| frame.into_data().ok());
     let framed = framed.ok_or_else(|| Error::field("message", "one message", "none"))?;
-    if framed.first() != Some(&0) {
-        return Err(Error::field("message", "one that is not compressed, as the call says", "another"));
-    }
+    check_flag(&framed)?;
     // It came whole, with what is before it.
     Ok(framed.slice(GRPC_HEADER_BYTES..))
-}
-
-fn decode<M: Message + Name + Default>(message: Bytes) -> Result<M, Error> {
-    codec::check::<M>(&message)?;
-    M::decode(message).map_err(|error| {
-        Error::field("message", format!("a {}", M::NAME), format!("no message of the contract: {error}"))
-    })
 }
 
 fn pieces(reply: &impl Message, held: &HeldBytes) -> Result<Vec<Bytes>, Error> {

@@ -18,13 +18,17 @@ use tonic::{Code, Status};
 use tower_service::Service;
 use vaccel_client::proto::inference::model_infer_request::InferInputTensor;
 use vaccel_client::proto::inference::{InferTensorContents, ModelInferRequest};
-use vaccel_client::proto::v1::{ModelRunRequest, NamedTensor, NoopRequest, RunRequest, run_request::Op};
+use vaccel_client::proto::v1::{
+    ModelRunRequest, NamedTensor, NoopRequest, RunPiece, RunRequest, run_request::Op,
+};
 use vaccel_client::{Endpoint, Error, Link, Reason, SessionOptions};
 
 use super::{ATTACK_BYTES_MAX, Site, refused};
 use crate::support::{Agent, endpoint, socket_path, until};
 
 const RUN: &str = "/vaccel.v1.Operations/Run";
+const INFER: &str = "/inference.GRPCInferenceService/ModelInfer";
+const STREAM: &str = "/inference.GRPCInferenceService/ModelStreamInfer";
 
 /// A request body sent frame by frame.
 struct Frames {
@@ -153,13 +157,12 @@ async fn messages_of_endless_empty_parts_are_refused_before_they_are_decoded() {
     let numbers = InferTensorContents { int64_contents: vec![0; 1 << 20], ..Default::default() };
     let in_a_tensor = InferInputTensor { contents: Some(strings), ..Default::default() };
     let of_numbers = InferInputTensor { contents: Some(numbers), ..Default::default() };
-    let infer = "/inference.GRPCInferenceService/ModelInfer";
     // The numbers of their fields: `model_run` of a run, `inputs` of an inference.
     for (attack, path, message) in [
         ("tensors of a run", RUN, endless_inside(18, &tensors)),
-        ("inputs", infer, endless(&inputs)),
-        ("strings in inputs", infer, endless_inside(5, &in_a_tensor)),
-        ("numbers in inputs", infer, endless_inside(5, &of_numbers)),
+        ("inputs", INFER, endless(&inputs)),
+        ("strings in inputs", INFER, endless_inside(5, &in_a_tensor)),
+        ("numbers in inputs", INFER, endless_inside(5, &of_numbers)),
     ] {
         too_large(attack, &sent(&attacker.link(), request(path, &[], body([message]))).await);
         site.serves_others().await;
@@ -262,13 +265,52 @@ async fn claims_beyond_the_limit_are_told_by_their_reason_everywhere() {
     attacker.session.noop().await.unwrap();
 }
 
+/// What is no message of the contract is told so by every call, wherever in it that comes.
+#[tokio::test]
+async fn requests_that_are_no_messages_are_told_so_everywhere() {
+    let site = Site::start(&[]).await;
+    let attacker = site.attacker().await;
+    let refuse = async |attack: &str, path: &str, frames: &[Bytes]| {
+        let status = sent(&attacker.link(), request(path, &[], body(frames.iter().cloned()))).await;
+        refused(
+            &format!("{attack} to {path}"),
+            Err::<(), _>(Error::from_status(&status)),
+            Reason::BadArgument,
+            "",
+        );
+    };
+    let (noise, flag) = (framed(0, &[0xff; 12]), framed(7, &[]));
+    for path in [
+        RUN,
+        "/vaccel.v1.Operations/RunLarge",
+        "/vaccel.v1.Resources/Upload",
+        "/vaccel.v1.Resources/Read",
+        "/vaccel.v1.Sessions/Open",
+        INFER,
+        STREAM,
+        "/inference.GRPCInferenceService/ModelMetadata",
+        "/grpc.health.v1.Health/Check",
+        "/grpc.health.v1.Health/Watch",
+    ] {
+        refuse("noise", path, std::slice::from_ref(&noise)).await;
+        refuse("a flag that is none", path, std::slice::from_ref(&flag)).await;
+    }
+    refuse("nothing", "/vaccel.v1.Sessions/Open", &[]).await;
+    let piece = framed(0, &RunPiece { total: 1000, data: vec![0; 10].into() }.encode_to_vec());
+    for second in [noise, flag] {
+        refuse("a second piece", "/vaccel.v1.Operations/RunLarge", &[piece.clone(), second]).await;
+    }
+    attacker.session.noop().await.unwrap();
+    site.serves_others().await;
+}
+
 /// A body that is no gRPC's has no framing, whatever its path says, and is answered as any other path of HTTP.
 #[tokio::test]
 async fn paths_of_calls_with_bodies_of_anything_are_no_calls() {
     let site = Site::start(&[]).await;
     let attacker = site.attacker().await;
     let link = attacker.link();
-    for path in [RUN, "/inference.GRPCInferenceService/ModelInfer"] {
+    for path in [RUN, INFER] {
         for content in [&[0][..], &[0; 4], &[0; 5], b"{}"] {
             let request = http::Request::post(path).header("content-type", "text/plain");
             let request = request.body(Body::new(body([Bytes::copy_from_slice(content)]))).unwrap();
