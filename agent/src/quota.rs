@@ -208,11 +208,6 @@ impl Hold {
         }
     }
 
-    /// What is held.
-    pub(crate) fn amount(&self) -> u64 {
-        self.amount
-    }
-
     /// Gives so much back.
     pub(crate) fn shrink(&mut self, amount: u64) {
         let amount = amount.min(self.amount);

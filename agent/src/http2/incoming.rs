@@ -1,8 +1,8 @@
 //! A request's body: from the connection, which receives it, to the service, which takes it.
 //!
 //! gRPC's messages arrive whole: each is gathered in one aligned buffer, for which its sender is charged as soon as it
-//! says how long the message is, and into which the connection reads it from the socket. Other bodies arrive in the
-//! pieces in which they come.
+//! says how long the message is, and into which the connection reads it from the socket. Of other bodies arrives what
+//! has come, in however many pieces that was.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -17,6 +17,10 @@ use vaccel_proto::{Error, Reason};
 
 use super::bell::Place;
 use crate::pool::{Buffer, Pool};
+
+/// What a message takes beside its bytes until it is taken, in bytes: its place in the queue, its buffer's boundaries,
+/// and what the allocator has for each. A message may have no bytes of its own.
+pub(crate) const BESIDE_MESSAGE_BYTES: u64 = 512;
 
 /// Who is charged for what arrives.
 pub(crate) trait Meter: Send + Sync {
@@ -39,7 +43,10 @@ struct Inbox {
 
 #[derive(Default)]
 struct State {
+    /// Messages that are whole.
     ready: VecDeque<Bytes>,
+    /// What has come of another body. One piece for all: each of its own may be a single byte.
+    gathered: Vec<u8>,
     /// How the body ended.
     end: Option<Result<(), Error>>,
     /// The service waits.
@@ -52,6 +59,19 @@ struct State {
     is_awaited: bool,
     /// Nobody is going to take anything.
     is_abandoned: bool,
+}
+
+impl State {
+    fn is_empty(&self) -> bool {
+        self.ready.is_empty() && self.gathered.is_empty()
+    }
+
+    fn next(&mut self) -> Option<Bytes> {
+        let message = self.ready.pop_front();
+        message.or_else(|| {
+            Some(std::mem::take(&mut self.gathered).into()).filter(|piece: &Bytes| !piece.is_empty())
+        })
+    }
 }
 
 impl Inbox {
@@ -89,7 +109,7 @@ impl Body for Incoming {
     type Data = Bytes;
     type Error = Error;
 
-    /// The next message with its five bytes of framing, or of other bodies the next piece.
+    /// The next message with its five bytes of framing, or of other bodies what has come.
     fn poll_frame(
         self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -99,9 +119,9 @@ impl Body for Incoming {
         if let Some(meter) = state.meter.as_ref().filter(|_| taken > 0) {
             meter.give_back(taken);
         }
-        if let Some(bytes) = state.ready.pop_front() {
+        if let Some(bytes) = state.next() {
             state.taken = if self.is_messages { bytes.len() } else { 0 };
-            let is_awaited = state.ready.is_empty() && std::mem::take(&mut state.is_awaited);
+            let is_awaited = state.is_empty() && std::mem::take(&mut state.is_awaited);
             drop(state);
             if is_awaited {
                 Wake::wake_by_ref(&self.inbox.connection);
@@ -126,7 +146,7 @@ impl Body for Incoming {
 
     fn is_end_stream(&self) -> bool {
         let state = self.inbox.state();
-        state.ready.is_empty() && matches!(state.end, Some(Ok(())))
+        state.is_empty() && matches!(state.end, Some(Ok(())))
     }
 }
 
@@ -135,6 +155,7 @@ impl Drop for Incoming {
         let mut state = self.inbox.state();
         state.is_abandoned = true;
         state.ready.clear();
+        state.gathered = Vec::new();
         let is_awaited = std::mem::take(&mut state.is_awaited);
         drop(state);
         if is_awaited {
@@ -195,7 +216,7 @@ impl Delivery {
         while !bytes.is_empty() && !self.is_over {
             if !self.is_messages {
                 if self.claim(bytes.len()) {
-                    self.deliver(Bytes::copy_from_slice(bytes));
+                    self.deliver(|state| state.gathered.extend_from_slice(bytes));
                 }
                 return;
             }
@@ -262,17 +283,18 @@ impl Delivery {
     /// Hands the message over when it is whole.
     fn hand_over(&mut self) {
         if let Some(message) = self.message.take_if(|message| message.is_full()) {
-            self.deliver(message.freeze());
+            let message = message.freeze();
+            self.deliver(|state| state.ready.push_back(message));
         }
     }
 
-    fn deliver(&mut self, bytes: Bytes) {
+    fn deliver(&mut self, put: impl FnOnce(&mut State)) {
         let mut state = self.inbox.state();
         if state.is_abandoned {
             self.is_over = true;
             return;
         }
-        state.ready.push_back(bytes);
+        put(&mut state);
         self.is_prompt = state.reader.is_some();
         drop(state);
         self.tell();
@@ -325,7 +347,7 @@ impl Delivery {
     /// Whether everything that arrived was taken; if not, the connection is woken when it is.
     pub(super) fn is_taken(&self) -> bool {
         let mut state = self.inbox.state();
-        state.is_awaited = !state.ready.is_empty();
+        state.is_awaited = !state.is_empty();
         !state.is_awaited
     }
 }
@@ -466,6 +488,12 @@ mod tests {
             assert_eq!(taken(&mut incoming), piece);
         }
         assert_eq!(purse.held.load(Ordering::Relaxed), 6);
+        for byte in b"in pieces of one" {
+            delivery.receive(&[*byte], &Pool::default());
+        }
+        assert!(!delivery.is_taken());
+        assert_eq!(taken(&mut incoming), &b"in pieces of one"[..], "what nobody took is one piece");
+        assert!(delivery.is_taken());
         delivery.receive(&vec![0; LIMIT], &Pool::default());
         assert!(matches!(next(&mut incoming), Poll::Ready(Some(Err(_)))));
     }

@@ -42,7 +42,7 @@ use vaccel_proto::{Error, Reason};
 use crate::onward::Listener;
 
 pub(crate) use connection::Connection;
-pub(crate) use incoming::{Incoming, Meter};
+pub(crate) use incoming::{BESIDE_MESSAGE_BYTES, Incoming, Meter};
 pub(crate) use input::{Wire, poll_read};
 
 /// Pause between looks at a peer that is silent: at the first it is sent a PING, at the second it is given up. vsock

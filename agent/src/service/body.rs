@@ -5,8 +5,9 @@
 //! flight than its limit however many calls it spreads them over.
 
 use std::collections::VecDeque;
+use std::io::{self, Write};
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
@@ -18,20 +19,35 @@ use vaccel_proto::tensor::GRPC_HEADER_BYTES;
 use vaccel_proto::{Error, Reason};
 
 use crate::dispatch::Caller;
-use crate::http2::{Blocks, Meter, Reply};
+use crate::http2::{BESIDE_MESSAGE_BYTES, Blocks, Meter, Reply};
 use crate::quota::Hold;
 
 /// The count, shared by the body and the call.
 pub(super) struct HeldBytes {
-    hold: Mutex<Hold>,
+    counted: Mutex<Counted>,
     is_messages: bool,
+}
+
+struct Counted {
+    hold: Hold,
+    /// Bytes that have come of a body of anything.
+    came: u64,
 }
 
 impl HeldBytes {
     /// A count for a body of gRPC's messages, each of which may be as long as one may be, or for one of anything, which
     /// may be so long as a whole.
     pub(super) fn new(hold: Hold, is_messages: bool) -> Arc<Self> {
-        Arc::new(Self { hold: Mutex::new(hold), is_messages })
+        Arc::new(Self { counted: Mutex::new(Counted { hold, came: 0 }), is_messages })
+    }
+
+    fn counted(&self) -> MutexGuard<'_, Counted> {
+        self.counted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is counted for a message, or a piece, of so many bytes.
+    fn whole(&self, bytes: usize) -> u64 {
+        bytes as u64 + if self.is_messages { BESIDE_MESSAGE_BYTES } else { 0 }
     }
 
     /// Counts so many more.
@@ -39,27 +55,76 @@ impl HeldBytes {
     /// # Errors
     /// `QUOTA_EXCEEDED`.
     pub(super) fn grow(&self, bytes: u64) -> Result<(), Error> {
-        self.hold.lock().unwrap_or_else(PoisonError::into_inner).grow(bytes)
+        self.counted().hold.grow(bytes)
     }
 }
 
 impl Meter for HeldBytes {
     fn claim(&self, bytes: usize) -> Result<(), Error> {
-        let mut hold = self.hold.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut counted = self.counted();
         let (what, length) = if self.is_messages {
             ("message", bytes.saturating_sub(GRPC_HEADER_BYTES) as u64)
         } else {
-            ("body", hold.amount() + bytes as u64)
+            ("body", counted.came + bytes as u64)
         };
         let limit = MESSAGE_BYTES_MAX as u64;
         if length > limit {
             return Err(Error::limit(Reason::MessageTooLarge, what, limit, length, "bytes"));
         }
-        hold.grow(bytes as u64)
+        counted.hold.grow(self.whole(bytes))?;
+        counted.came += bytes as u64;
+        Ok(())
     }
 
     fn give_back(&self, bytes: usize) {
-        self.hold.lock().unwrap_or_else(PoisonError::into_inner).shrink(bytes as u64);
+        self.counted().hold.shrink(self.whole(bytes));
+    }
+}
+
+/// What a buffer begins with, in bytes: most need no more.
+const FIRST_BYTES: usize = 1024;
+
+/// A buffer that counts against its call before it grows.
+pub(super) struct CountedBuffer<'a> {
+    pub(super) bytes: Vec<u8>,
+    held: &'a HeldBytes,
+    /// Why a write failed.
+    pub(super) refusal: Option<Error>,
+}
+
+impl<'a> CountedBuffer<'a> {
+    pub(super) fn new(held: &'a HeldBytes) -> Self {
+        Self { bytes: Vec::new(), held, refusal: None }
+    }
+
+    /// Makes room for so many more.
+    ///
+    /// # Errors
+    /// `QUOTA_EXCEEDED`.
+    pub(super) fn reserve(&mut self, more: usize) -> Result<(), Error> {
+        let (need, capacity) = (self.bytes.len() + more, self.bytes.capacity());
+        if need <= capacity {
+            return Ok(());
+        }
+        let grown = need.max(capacity + capacity / 4).max(FIRST_BYTES);
+        self.held.grow((grown - capacity) as u64)?;
+        self.bytes.reserve_exact(grown - self.bytes.len());
+        Ok(())
+    }
+}
+
+impl Write for CountedBuffer<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if let Err(refusal) = self.reserve(bytes.len()) {
+            self.refusal = Some(refusal);
+            return Err(io::ErrorKind::OutOfMemory.into());
+        }
+        self.bytes.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 

@@ -179,12 +179,12 @@ pub(super) struct Expanded {
     /// The message that is being expanded.
     current: Option<(Expansion, Hold)>,
     /// Bytes of the message that was taken last.
-    taken: usize,
+    taken: Option<usize>,
 }
 
 impl Expanded {
     pub(super) fn new(inner: Incoming, coding: Coding, account: Arc<Account>, held: Arc<HeldBytes>) -> Self {
-        Self { inner, coding, account, held, current: None, taken: 0 }
+        Self { inner, coding, account, held, current: None, taken: None }
     }
 
     fn expansion(&self, framed: Bytes) -> Result<(Expansion, Hold), Error> {
@@ -211,15 +211,16 @@ impl Body for Expanded {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
-        let taken = std::mem::take(&mut self.taken);
-        self.held.give_back(taken);
+        if let Some(taken) = self.taken.take() {
+            self.held.give_back(taken);
+        }
         loop {
             if let Some((expansion, _)) = &mut self.current {
                 let message = ready!(expansion.as_mut().poll(context));
                 self.current = None;
                 return Poll::Ready(Some(message.and_then(|message| {
                     self.held.claim(message.len())?;
-                    self.taken = message.len();
+                    self.taken = Some(message.len());
                     Ok(Frame::data(message.into()))
                 })));
             }

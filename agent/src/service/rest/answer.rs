@@ -2,7 +2,6 @@
 //! long as they are: it counts against its call as it is written.
 
 use std::collections::HashMap;
-use std::io::{self, Write};
 
 use bytes::Bytes;
 use serde::ser::Error as _;
@@ -14,12 +13,9 @@ use vaccel_proto::tensor::strings;
 use vaccel_proto::v1::{DType, Tensor};
 use vaccel_proto::{Error, Reason};
 
-use super::super::body::HeldBytes;
+use super::super::body::{CountedBuffer, HeldBytes};
 use super::json::{BINARY, BINARY_SIZE, Wishes, wrong};
 use crate::dispatch::{type_name, type_named};
-
-/// What a text begins with, in bytes: most need no more.
-const FIRST_BYTES: usize = 1024;
 
 /// A response's body, and where its tensors begin when there are any behind the JSON.
 pub(super) struct Written {
@@ -46,41 +42,6 @@ struct OutputRow<'a> {
     parameters: serde_json::Map<String, Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     data: Option<Elements>,
-}
-
-/// A body that counts against its call before it grows.
-struct Counted<'a> {
-    body: Vec<u8>,
-    held: &'a HeldBytes,
-    refusal: Option<Error>,
-}
-
-impl Counted<'_> {
-    fn reserve(&mut self, more: usize) -> Result<(), Error> {
-        let (need, capacity) = (self.body.len() + more, self.body.capacity());
-        if need <= capacity {
-            return Ok(());
-        }
-        let grown = need.max(capacity + capacity / 4).max(FIRST_BYTES);
-        self.held.grow((grown - capacity) as u64)?;
-        self.body.reserve_exact(grown - self.body.len());
-        Ok(())
-    }
-}
-
-impl Write for Counted<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if let Err(refusal) = self.reserve(bytes.len()) {
-            self.refusal = Some(refusal);
-            return Err(io::ErrorKind::OutOfMemory.into());
-        }
-        self.body.extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
 }
 
 /// A response in the form its caller wishes.
@@ -110,18 +71,18 @@ pub(super) fn response(
         outputs.push(OutputRow { name, datatype, shape, parameters, data: elements });
     }
     let (model_name, model_version, id) = (&*response.model_name, &*response.model_version, &*response.id);
-    let mut counted = Counted { body: Vec::new(), held, refusal: None };
+    let mut counted = CountedBuffer::new(held);
     let written = serde_json::to_writer(&mut counted, &Response { model_name, model_version, id, outputs });
     if let Err(error) = written {
         let failed =
             || Error::new(Reason::BackendFailed, "the response has no words in JSON").caused_by(error);
         return Err(counted.refusal.unwrap_or_else(failed));
     }
-    let header = counted.body.len();
+    let header = counted.bytes.len();
     counted.reserve(behind.iter().map(|data| data.len()).sum())?;
     let has_tensors = wishes.are_binary() || !behind.is_empty();
-    behind.iter().for_each(|data| counted.body.extend_from_slice(data));
-    Ok(Written { body: counted.body.into(), header: has_tensors.then_some(header) })
+    behind.iter().for_each(|data| counted.bytes.extend_from_slice(data));
+    Ok(Written { body: counted.bytes.into(), header: has_tensors.then_some(header) })
 }
 
 fn values(parameters: &HashMap<String, InferParameter>) -> serde_json::Map<String, Value> {

@@ -20,6 +20,7 @@ use bytes::Bytes;
 use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, ORIGIN, RETRY_AFTER};
 use http::request::Parts;
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode};
+use http_body::Body as _;
 use http_body_util::BodyExt;
 use prost::Message;
 use serde::Deserialize;
@@ -33,7 +34,7 @@ use vaccel_proto::inference::{
 use vaccel_proto::limits::MESSAGE_BYTES_MAX;
 use vaccel_proto::{Error, Reason};
 
-use super::body::HeldBytes;
+use super::body::{CountedBuffer, HeldBytes};
 use super::compression;
 use super::inference::{log_settings, read_only, server_metadata, trace_settings};
 use crate::aside::aside;
@@ -106,15 +107,19 @@ pub(super) fn refusal(error: &Error) -> Response<Body> {
 /// # Errors
 /// `DENIED` for a call that a page makes, `MESSAGE_TOO_LARGE`.
 pub(super) fn check_headers(headers: &HeaderMap) -> Result<(), Error> {
-    let length = headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
     let limit = MESSAGE_BYTES_MAX as u64;
-    if let Some(length) = length.filter(|length| *length > limit) {
-        return Err(Error::limit(Reason::MessageTooLarge, "body", limit, length, "bytes"));
+    if let Some(length) = announced(headers).filter(|length| *length > MESSAGE_BYTES_MAX) {
+        return Err(Error::limit(Reason::MessageTooLarge, "body", limit, length as u64, "bytes"));
     }
     if headers.contains_key(ORIGIN) || headers.contains_key(FETCH_SITE) {
         return Err(Error::new(Reason::Denied, "this agent does not take calls from pages in browsers"));
     }
     Ok(())
+}
+
+/// How long a body says it is.
+fn announced(headers: &HeaderMap) -> Option<usize> {
+    headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
 /// All paths.
@@ -194,6 +199,38 @@ struct Whole {
     _counted: Option<Hold>,
 }
 
+/// The whole body. What comes in pieces, however small they are, is copied to one place, which counts before it grows;
+/// a piece counts as long as it is there.
+async fn gathered(mut body: axum::body::Body, headers: &HeaderMap, held: &HeldBytes) -> Result<Bytes, Error> {
+    let mut whole = CountedBuffer::new(held);
+    while let Some(frame) = body.frame().await {
+        let Ok(piece) = frame.map_err(|error| cut(&error))?.into_data() else { continue };
+        if whole.bytes.is_empty() {
+            if body.is_end_stream() {
+                return Ok(piece);
+            }
+            whole.reserve(announced(headers).unwrap_or(0))?;
+        }
+        whole.reserve(piece.len())?;
+        whole.bytes.extend_from_slice(&piece);
+        held.give_back(piece.len());
+    }
+    Ok(whole.bytes.into())
+}
+
+/// Why a body ended before it was whole.
+fn cut(error: &axum::Error) -> Error {
+    // The error that the gate's body ended in, where it was that.
+    let mut source = std::error::Error::source(error);
+    while let Some(inner) = source {
+        if let Some(status) = inner.downcast_ref::<tonic::Status>() {
+            return Error::from_status(status);
+        }
+        source = inner.source();
+    }
+    Error::new(Reason::Cancelled, "the request ended before it was whole").caused_by(error.to_string())
+}
+
 /// What the gate found out, and the whole body, as it was before it was compressed.
 async fn received(request: Request<axum::body::Body>) -> Result<(Caller, HeaderMap, Whole), Error> {
     let (mut parts, body) = request.into_parts();
@@ -201,18 +238,8 @@ async fn received(request: Request<axum::body::Body>) -> Result<(Caller, HeaderM
     let (caller, held) = caller
         .zip(parts.extensions.remove::<Arc<HeldBytes>>())
         .ok_or_else(|| Error::new(Reason::Unauthenticated, "the call did not come through the gate"))?;
-    let body = body.collect().await.map_err(|error| {
-        // The error that the gate's body ended in, where it was that.
-        let mut source = std::error::Error::source(&error);
-        while let Some(inner) = source {
-            if let Some(status) = inner.downcast_ref::<tonic::Status>() {
-                return Error::from_status(status);
-            }
-            source = inner.source();
-        }
-        Error::new(Reason::Cancelled, "the request ended before it was whole").caused_by(error.to_string())
-    })?;
-    let (bytes, counted) = compression::expand(caller.account(), &parts.headers, body.to_bytes()).await?;
+    let body = gathered(body, &parts.headers, &held).await?;
+    let (bytes, counted) = compression::expand(caller.account(), &parts.headers, body).await?;
     Ok((caller, parts.headers, Whole { bytes, held, _counted: counted }))
 }
 

@@ -16,8 +16,12 @@ use tokio::task::JoinSet;
 use tonic::body::Body;
 use tonic::{Code, Status};
 use tower_service::Service;
+use vaccel_client::proto::inference::grpc_inference_service_client::GrpcInferenceServiceClient;
 use vaccel_client::proto::inference::model_infer_request::InferInputTensor;
-use vaccel_client::proto::inference::{InferTensorContents, ModelInferRequest};
+use vaccel_client::proto::inference::model_repository_parameter::ParameterChoice;
+use vaccel_client::proto::inference::{
+    InferTensorContents, ModelInferRequest, ModelRepositoryParameter, RepositoryModelLoadRequest,
+};
 use vaccel_client::proto::v1::{
     ModelRunRequest, NamedTensor, NoopRequest, RunPiece, RunRequest, run_request::Op,
 };
@@ -301,6 +305,76 @@ async fn requests_that_are_no_messages_are_told_so_everywhere() {
         refuse("a second piece", "/vaccel.v1.Operations/RunLarge", &[piece.clone(), second]).await;
     }
     attacker.session.noop().await.unwrap();
+    site.serves_others().await;
+}
+
+/// A model whose runs take three seconds each, as many at a time as one stream has.
+async fn bring_slow(link: &Link) {
+    let tensor = r#"[ { "name": "x", "data_type": "TYPE_UINT8", "dims": [ 1 ] } ]"#;
+    let config = format!(
+        r#"{{ "backend": "identity", "input": {tensor}, "output": {tensor},
+            "instance_group": [ {{ "count": 32 }} ],
+            "parameters": {{ "run_us": {{ "string_value": "3000000" }} }} }}"#
+    );
+    let parameter = |choice| ModelRepositoryParameter { parameter_choice: Some(choice) };
+    let parameters = [
+        ("config".to_owned(), parameter(ParameterChoice::StringParam(config))),
+        ("file:1/m".to_owned(), parameter(ParameterChoice::BytesParam(Bytes::from_static(b"x")))),
+    ]
+    .into();
+    let load = RepositoryModelLoadRequest { model_name: "slow".into(), parameters, ..Default::default() };
+    GrpcInferenceServiceClient::new(link.clone()).repository_model_load(load).await.unwrap();
+}
+
+/// Messages without anything in them take room, too: behind runs that take their time, only so many are kept.
+#[tokio::test]
+async fn messages_without_bytes_are_not_kept_without_end() {
+    let site = Site::start(&["--tenant-in-flight-mib", "64"]).await;
+    let link = site.attacker().await.link();
+    bring_slow(&link).await;
+    // A long message widens the windows of all streams.
+    sent(&link, request(RUN, &[], body([framed(0, &vec![0xff; 31 << 20])]))).await;
+    let before = site.agent.peak();
+    let input =
+        InferInputTensor { name: "x".into(), datatype: "UINT8".into(), shape: vec![1], ..Default::default() };
+    let run = ModelInferRequest {
+        model_name: "slow".into(),
+        inputs: vec![input],
+        raw_input_contents: vec![Bytes::from_static(&[0])],
+        ..Default::default()
+    };
+    let runs = std::iter::repeat_n(framed(0, &run.encode_to_vec()), 33);
+    let empty = std::iter::repeat_n(Bytes::from(vec![0; 5 << 16]), 32);
+    sent(&link, request(STREAM, &[], body(runs.chain(empty)))).await;
+    let grown = site.agent.peak() - before;
+    assert!(grown <= ATTACK_BYTES_MAX, "{grown} bytes");
+    site.serves_others().await;
+}
+
+/// What a body of two million pieces may add to the agent's memory, in bytes.
+const PIECES_BYTES_MAX: u64 = 32 << 20;
+
+/// A body over HTTP takes no more for coming byte by byte.
+#[tokio::test]
+async fn bodies_in_pieces_of_one_byte_take_what_they_are_long() {
+    const PIECES: usize = 2_000_000;
+    let site = Site::start(&[]).await;
+    let attacker = site.attacker().await;
+    let before = site.agent.peak();
+    let pieces = body(std::iter::repeat_n(Bytes::from_static(b" "), PIECES));
+    let request = http::Request::post("/v2/models/x/infer").header("content-type", "application/json");
+    let answered = attacker.link().call(request.body(Body::new(pieces)).unwrap()).await.unwrap();
+    assert!(answered.status().is_client_error(), "{answered:?}");
+    let mut stream = dial(site.agent.address()).await;
+    let head = "POST /v2/models/x/infer HTTP/1.1\r\nhost: a\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n";
+    stream.write_all(head.as_bytes()).await.unwrap();
+    stream.write_all("1\r\n \r\n".repeat(PIECES).as_bytes()).await.unwrap();
+    stream.write_all(b"0\r\n\r\n").await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 4"), "{answer}");
+    let grown = site.agent.peak() - before;
+    assert!(grown <= PIECES_BYTES_MAX, "{grown} bytes");
     site.serves_others().await;
 }
 
