@@ -1,9 +1,9 @@
 //! Bodies and messages in gzip or deflate: what comes is expanded within the limit of a message, and counted before;
 //! what goes is compressed for callers that ask for it.
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
@@ -72,13 +72,14 @@ impl Coding {
         taken.split(',').any(|one| one.trim() == own.name()).then_some(own)
     }
 
-    /// What bytes were before they were compressed, behind so many bytes of nothing.
-    fn expand(self, bytes: &[u8], before: usize) -> Result<Vec<u8>, Error> {
+    /// What bytes were before they were compressed, behind so many bytes of nothing, unless nobody waits for it.
+    fn expand(self, bytes: &[u8], before: usize, waiting: &Weak<()>) -> Result<Vec<u8>, Error> {
         let reader: Box<dyn Read + '_> = match self {
             Self::Gzip => Box::new(GzDecoder::new(bytes)),
             Self::Deflate => Box::new(ZlibDecoder::new(bytes)),
         };
         let mut expanded = vec![0; before];
+        let reader = Awaited { reader, waiting };
         let read = reader.take(MESSAGE_BYTES_MAX as u64 + 1).read_to_end(&mut expanded);
         read.map_err(|error| {
             let message = format!("what came is not in {}, as its header says", self.name());
@@ -111,6 +112,43 @@ impl Coding {
     }
 }
 
+/// Ends when nobody waits for what is read.
+struct Awaited<'a, R> {
+    reader: R,
+    waiting: &'a Weak<()>,
+}
+
+impl<R: Read> Read for Awaited<'_, R> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        if self.waiting.strong_count() == 0 {
+            return Err(io::Error::other("nobody waits for it"));
+        }
+        self.reader.read(into)
+    }
+}
+
+/// Expands on a thread. A caller that leaves does not stop a thread at once: until it has ended, what it holds counts,
+/// as much as it can become with what the call held when it began.
+async fn expanded(
+    coding: Coding,
+    account: &Arc<Account>,
+    held: &Arc<HeldBytes>,
+    compressed: Bytes,
+    before: usize,
+) -> Result<Vec<u8>, Error> {
+    let most = account.hold(Unit::InFlightBytes, MESSAGE_BYTES_MAX as u64)?;
+    let counted = (most, Arc::clone(held));
+    let waiting = Arc::new(());
+    let waits = Arc::downgrade(&waiting);
+    on_a_thread(move || {
+        let expanded = coding.expand(&compressed, before, &waits);
+        drop(compressed);
+        drop(counted);
+        expanded
+    })
+    .await
+}
+
 /// A body as it was before it was compressed, and what its size is counted as.
 ///
 /// # Errors
@@ -119,6 +157,7 @@ pub(super) async fn expand(
     account: &Arc<Account>,
     headers: &HeaderMap,
     body: Bytes,
+    held: &Arc<HeldBytes>,
 ) -> Result<(Bytes, Option<Hold>), Error> {
     let coding = match headers.get(CONTENT_ENCODING).map(http::HeaderValue::as_bytes) {
         None | Some(b"identity") => return Ok((body, None)),
@@ -130,22 +169,35 @@ pub(super) async fn expand(
             )
         })?,
     };
-    // As much as it can become, until it is known.
-    let most = account.hold(Unit::InFlightBytes, MESSAGE_BYTES_MAX as u64)?;
-    let expanded = on_a_thread(move || coding.expand(&body, 0)).await?;
-    drop(most);
+    let expanded = expanded(coding, account, held, body, 0).await?;
     let counted = account.hold(Unit::InFlightBytes, expanded.len() as u64)?;
     Ok((expanded.into(), Some(counted)))
+}
+
+/// Compresses on a thread, until whose end what the call holds counts, whoever waits for it.
+async fn shrunk(coding: Coding, pieces: Vec<Bytes>, held: &Arc<HeldBytes>) -> Result<Vec<u8>, Error> {
+    let counted = Arc::clone(held);
+    on_a_thread(move || {
+        let shrunk = coding.shrink(&pieces);
+        drop(pieces);
+        drop(counted);
+        shrunk
+    })
+    .await
 }
 
 /// An answer in the coding that its caller asks for, if there is one, and the coding's name.
 ///
 /// # Errors
 /// Nothing that depends on the answer.
-pub(super) async fn shrink(headers: &HeaderMap, body: Bytes) -> Result<(Bytes, Option<&'static str>), Error> {
+pub(super) async fn shrink(
+    headers: &HeaderMap,
+    body: Bytes,
+    held: &Arc<HeldBytes>,
+) -> Result<(Bytes, Option<&'static str>), Error> {
     let coding = Coding::listed(headers, ACCEPT_ENCODING).filter(|_| body.len() >= WORTH_IT_BYTES);
     let Some(coding) = coding else { return Ok((body, None)) };
-    let shrunk = on_a_thread(move || coding.shrink(&[body])).await?;
+    let shrunk = shrunk(coding, vec![body], held).await?;
     Ok((shrunk.into(), Some(coding.name())))
 }
 
@@ -153,7 +205,11 @@ pub(super) async fn shrink(headers: &HeaderMap, body: Bytes) -> Result<(Bytes, O
 ///
 /// # Errors
 /// Nothing that depends on the message.
-pub(super) async fn shrink_message(coding: Coding, mut pieces: Vec<Bytes>) -> Result<Vec<Bytes>, Error> {
+pub(super) async fn shrink_message(
+    coding: Coding,
+    mut pieces: Vec<Bytes>,
+    held: &Arc<HeldBytes>,
+) -> Result<Vec<Bytes>, Error> {
     let length: usize = pieces.iter().map(Bytes::len).sum();
     if length < GRPC_HEADER_BYTES + WORTH_IT_BYTES {
         return Ok(pieces);
@@ -162,7 +218,7 @@ pub(super) async fn shrink_message(coding: Coding, mut pieces: Vec<Bytes>) -> Re
     if let Some(first) = pieces.first_mut() {
         *first = first.slice(GRPC_HEADER_BYTES.min(first.len())..);
     }
-    let shrunk = on_a_thread(move || coding.shrink(&pieces)).await?;
+    let shrunk = shrunk(coding, pieces, held).await?;
     let length = u32::try_from(shrunk.len()).unwrap_or(u32::MAX);
     let framing = [&[1][..], &length.to_be_bytes()].concat();
     Ok(vec![framing.into(), shrunk.into()])
@@ -177,7 +233,7 @@ pub(super) struct Expanded {
     account: Arc<Account>,
     held: Arc<HeldBytes>,
     /// The message that is being expanded.
-    current: Option<(Expansion, Hold)>,
+    current: Option<Expansion>,
     /// Bytes of the message that was taken last.
     taken: Option<usize>,
 }
@@ -187,19 +243,16 @@ impl Expanded {
         Self { inner, coding, account, held, current: None, taken: None }
     }
 
-    fn expansion(&self, framed: Bytes) -> Result<(Expansion, Hold), Error> {
-        // As much as it can become, until it is known.
-        let most = self.account.hold(Unit::InFlightBytes, MESSAGE_BYTES_MAX as u64)?;
-        let coding = self.coding;
-        let work = move || {
-            let compressed = framed.get(GRPC_HEADER_BYTES..).unwrap_or_default();
-            let mut message = coding.expand(compressed, GRPC_HEADER_BYTES)?;
+    fn expansion(&self, mut framed: Bytes) -> Expansion {
+        let (coding, account, held) = (self.coding, Arc::clone(&self.account), Arc::clone(&self.held));
+        let compressed = framed.split_off(GRPC_HEADER_BYTES.min(framed.len()));
+        Box::pin(async move {
+            let mut message = expanded(coding, &account, &held, compressed, GRPC_HEADER_BYTES).await?;
             // Within the limit, so within 32 bits.
             let length = u32::try_from(message.len() - GRPC_HEADER_BYTES).unwrap_or(u32::MAX);
             message[1..GRPC_HEADER_BYTES].copy_from_slice(&length.to_be_bytes());
             Ok(message)
-        };
-        Ok((Box::pin(on_a_thread(work)), most))
+        })
     }
 }
 
@@ -215,7 +268,7 @@ impl Body for Expanded {
             self.held.give_back(taken);
         }
         loop {
-            if let Some((expansion, _)) = &mut self.current {
+            if let Some(expansion) = &mut self.current {
                 let message = ready!(expansion.as_mut().poll(context));
                 self.current = None;
                 return Poll::Ready(Some(message.and_then(|message| {
@@ -227,10 +280,66 @@ impl Body for Expanded {
             let frame = ready!(Pin::new(&mut self.inner).poll_frame(context)).transpose()?;
             let Some(frame) = frame else { return Poll::Ready(None) };
             match frame.into_data() {
-                Ok(framed) if framed.first() == Some(&1) => self.current = Some(self.expansion(framed)?),
+                Ok(framed) if framed.first() == Some(&1) => self.current = Some(self.expansion(framed)),
                 Ok(framed) => return Poll::Ready(Some(Ok(Frame::data(framed)))),
                 Err(other) => return Poll::Ready(Some(Ok(other))),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::TenantLimits;
+    use crate::identity::Tenant;
+    use crate::quota::Accounts;
+
+    fn account() -> Arc<Account> {
+        let limits = TenantLimits {
+            connections: 0,
+            sessions: 0,
+            calls: 0,
+            resource_bytes: 0,
+            in_flight_bytes: u64::MAX,
+            shared_bytes: 0,
+            device_bytes: 0,
+        };
+        Accounts::new(limits, |_| 1).of(&Tenant::new("a"))
+    }
+
+    fn zeros(count: usize) -> Bytes {
+        Coding::Gzip.shrink(&[vec![0; count].into()]).expect("compressed").into()
+    }
+
+    #[test]
+    fn nothing_is_expanded_that_nobody_waits_for() {
+        let waiting = Arc::new(());
+        let here = Coding::Gzip.expand(&zeros(1000), 5, &Arc::downgrade(&waiting)).expect("expanded");
+        assert_eq!(here, vec![0; 1005]);
+        assert!(Coding::Gzip.expand(&zeros(1000), 5, &Weak::new()).is_err());
+    }
+
+    /// A thread that has not ended holds what its caller gave it, whether that is there or not.
+    #[test]
+    fn what_is_expanded_counts_until_its_thread_has_ended() {
+        let runtime = tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).build();
+        runtime.expect("a runtime").block_on(async {
+            let account = account();
+            let used = || account.used(Unit::InFlightBytes);
+            let (let_on, wait) = std::sync::mpsc::channel::<()>();
+            let busy = tokio::task::spawn_blocking(move || wait.recv());
+            let held = HeldBytes::new(account.hold(Unit::InFlightBytes, 7).expect("room"), true);
+            let mut call = Box::pin(expanded(Coding::Gzip, &account, &held, zeros(1 << 20), 0));
+            let polled = std::future::poll_fn(|context| Poll::Ready(call.as_mut().poll(context))).await;
+            assert!(polled.is_pending());
+            drop(call);
+            drop(held);
+            assert_eq!(used(), 7 + MESSAGE_BYTES_MAX as u64);
+            drop(let_on);
+            let _ = busy.await;
+            tokio::task::spawn_blocking(|| ()).await.expect("all before it have ended");
+            assert_eq!(used(), 0);
+        });
     }
 }

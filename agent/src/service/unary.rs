@@ -74,7 +74,7 @@ impl Call {
         let answered = async {
             let pieces = self.pieces(&dispatch, &caller, &held, body).await?;
             match coding {
-                Some(coding) => compression::shrink_message(coding, pieces).await,
+                Some(coding) => compression::shrink_message(coding, pieces, &held).await,
                 None => Ok(pieces),
             }
         };

@@ -239,7 +239,7 @@ async fn received(request: Request<axum::body::Body>) -> Result<(Caller, HeaderM
         .zip(parts.extensions.remove::<Arc<HeldBytes>>())
         .ok_or_else(|| Error::new(Reason::Unauthenticated, "the call did not come through the gate"))?;
     let body = gathered(body, &parts.headers, &held).await?;
-    let (bytes, counted) = compression::expand(caller.account(), &parts.headers, body).await?;
+    let (bytes, counted) = compression::expand(caller.account(), &parts.headers, body, &held).await?;
     Ok((caller, parts.headers, Whole { bytes, held, _counted: counted }))
 }
 
@@ -377,7 +377,7 @@ async fn infer(State(dispatch): Shared, Names(path): Names, request: Request<axu
         written
     };
     let answer = aside(bytes, write).await?;
-    let (body, coding) = compression::shrink(&headers, answer.body).await?;
+    let (body, coding) = compression::shrink(&headers, answer.body, &whole.held).await?;
     let mut response = Response::new(axum::body::Body::from(body));
     let headers = response.headers_mut();
     if let Some(coding) = coding {
