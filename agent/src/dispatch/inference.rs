@@ -188,7 +188,7 @@ impl Dispatch {
         .await
     }
 
-    /// Loads a model of the host's, or one whose files are in the parameters.
+    /// Loads a model of the host's, as it is or with the configuration in the parameters, or one whose files are there.
     pub(crate) async fn repository_load(
         &self,
         caller: &Caller,
@@ -200,8 +200,14 @@ impl Dispatch {
             let who = self.who(caller, account, deadline);
             let choice = |version: &_| self.inference.choice(&caller.tenant, version);
             let (config, versions) = brought(parameters)?;
+            let (repository, asker) = (&self.inference.repository, who.asker());
             if versions.is_empty() {
-                return self.inference.repository.load(&caller.tenant, name, choice, &who.asker()).await;
+                return match config {
+                    None => repository.load(&caller.tenant, name, choice, &asker).await,
+                    Some(config) => {
+                        repository.load_configured(&caller.tenant, name, &config, choice, &asker).await
+                    }
+                };
             }
             let config = config.ok_or_else(|| {
                 Error::new(
@@ -213,8 +219,7 @@ impl Dispatch {
             for (number, files) in versions {
                 resources.insert(number, self.keep(caller, account, files).await?);
             }
-            let repository = &self.inference.repository;
-            repository.bring(&caller.tenant, name, &config, resources, choice, &who.asker()).await
+            repository.bring(&caller.tenant, name, &config, resources, choice, &asker).await
         })
         .await
     }

@@ -55,24 +55,26 @@ pub(super) fn is_model(folder: &Path) -> bool {
         .is_ok_and(|files| files.iter().any(|file| ENDINGS.iter().any(|end| file.name.ends_with(end))))
 }
 
-/// Looks at a model. Its versions are folders with numbers; without any, its own files are version 1.
+/// Reads the configuration that is written in a model's folder, if there is one.
+fn written(folder: &Path) -> Result<Option<ModelConfig>, String> {
+    match fs::read_to_string(folder.join(CONFIG)) {
+        Ok(text) if text.len() > config::TEXT_BYTES_MAX => {
+            let (limit, length) = (config::TEXT_BYTES_MAX, text.len());
+            Err(format!("{CONFIG}: expected at most {limit} bytes, it has {length}"))
+        }
+        Ok(text) => Ok(Some(config::read_text(&text)?)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(format!("{CONFIG} cannot be read: {}", error.kind())),
+    }
+}
+
+/// Looks at a model. Its versions are folders with numbers; without any, its own files are version 1. Its configuration
+/// is the one that is `given`, or the one that is written there.
 ///
 /// # Errors
 /// Why it is none, in words for the host's people and for guests: without the folder.
-pub(super) fn look(folder: &Path, name: &str) -> Result<OnDisk, String> {
-    let written = folder.join(CONFIG);
-    let config = match fs::read_to_string(&written) {
-        Ok(text) if text.len() > config::TEXT_BYTES_MAX => {
-            return Err(format!(
-                "{CONFIG}: expected at most {} bytes, it has {}",
-                config::TEXT_BYTES_MAX,
-                text.len()
-            ));
-        }
-        Ok(text) => Some(config::read_text(&text)?),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
-        Err(error) => return Err(format!("{CONFIG} cannot be read: {}", error.kind())),
-    };
+pub(super) fn look(folder: &Path, name: &str, given: Option<&ModelConfig>) -> Result<OnDisk, String> {
+    let config = given.cloned().map_or_else(|| written(folder), |given| Ok(Some(given)))?;
     if let Some(config) = &config {
         config::check(name, config)?;
     }
@@ -92,19 +94,34 @@ pub(super) fn look(folder: &Path, name: &str) -> Result<OnDisk, String> {
     if versions.is_empty() && needs_no_file {
         versions.insert(1, Vec::new());
     }
+    // One whose files are still to come is none yet.
+    versions.retain(|_, files| needs_no_file || files.iter().any(|file| file.bytes > 0));
     if versions.is_empty() {
         return Err("it has no version: expected a folder with a number, with a model file in it".into());
     }
     keep_served(config.as_ref(), &mut versions);
     let labels = labels(folder, config.as_ref())?;
-    if let Some(named) =
-        config.as_ref().map(|config| &config.default_model_filename).filter(|name| !name.is_empty())
-    {
-        for files in versions.values_mut() {
-            files.retain(|file| file.name == *named || !ENDINGS.iter().any(|end| file.name.ends_with(end)));
-        }
+    if let Some(config) = &config {
+        keep_named(&config.default_model_filename, &mut versions)?;
     }
     Ok(OnDisk { config, labels, versions })
+}
+
+/// Leaves the file that a configuration names as the model, and those that are none.
+///
+/// # Errors
+/// A version without it.
+fn keep_named(named: &str, versions: &mut BTreeMap<u64, Vec<FileMark>>) -> Result<(), String> {
+    if named.is_empty() {
+        return Ok(());
+    }
+    for (number, files) in versions {
+        if !files.iter().any(|file| file.name == *named) {
+            return Err(format!("default_model_filename: version {number} has no file {named:?}"));
+        }
+        files.retain(|file| file.name == *named || !ENDINGS.iter().any(|end| file.name.ends_with(end)));
+    }
+    Ok(())
 }
 
 /// Leaves the versions that the policy serves: the newest, where there is none.

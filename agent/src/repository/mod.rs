@@ -6,12 +6,14 @@
 //! memory; the next call loads it again.
 //!
 //! `folder` is the disk, `config` what a person wrote, `version` what was made of both, `stats` what its runs took,
-//! `room` what gives way.
+//! `entry` which versions are served, `loading` what tenants load, bring and unload, `room` what gives way.
 //!
 //! **Invariant:** a look-up takes a tenant; another tenant's model answers exactly as an absent one.
 
 mod config;
+mod entry;
 mod folder;
+mod loading;
 mod room;
 mod stats;
 mod version;
@@ -19,13 +21,14 @@ mod warmup;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::Instant;
+use vaccel_proto::inference::ModelConfig;
 use vaccel_proto::inference::repository_index_response::ModelIndex;
 use vaccel_proto::v1::ResourceKind;
 use vaccel_proto::{Error, Reason};
@@ -35,6 +38,7 @@ use crate::config::{ConfigError, RepositoryConfig};
 use crate::identity::Tenant;
 use crate::resource::{self, Resource};
 use crate::scheduler::Asker;
+use entry::{Entry, Versions};
 use version::Files;
 
 pub(crate) use config::{dtype_of, to_json, type_name, type_named};
@@ -43,17 +47,6 @@ pub(crate) use version::{Served, Tensors, Version};
 
 /// How often a name that is not there lets the folders be looked through.
 const LOOK_AGAIN_AFTER: Duration = Duration::from_secs(1);
-
-/// Models that a tenant may have brought at the same time.
-const OWN_MODELS_MAX: usize = 64;
-
-/// A model with the versions that are served.
-#[derive(Debug)]
-struct Entry {
-    versions: BTreeMap<u64, Arc<Version>>,
-    /// Why there are none, or not all.
-    failed: Option<String>,
-}
 
 #[derive(Default)]
 struct Table {
@@ -77,6 +70,13 @@ impl Table {
         let own = own.filter_map(|(_, models)| models.get(model));
         let host = self.host.get(model).filter(|_| tenant.is_none());
         own.chain(host).filter_map(|entry| entry.versions.get(&version)).map(|one| one.device_bytes()).sum()
+    }
+
+    /// Makes `entry` the host's model of this name, if that is still as it was `before`.
+    fn replace(&mut self, name: &str, before: Option<&Arc<Entry>>, entry: Entry) {
+        if self.host.get(name).map(Arc::as_ptr) == before.map(Arc::as_ptr) {
+            self.host.insert(name.into(), Arc::new(entry));
+        }
     }
 }
 
@@ -106,6 +106,25 @@ impl fmt::Debug for Repository {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Repository").field("folders", &self.folders).finish_non_exhaustive()
     }
+}
+
+/// The number of a version that a call means; none for whichever is newest.
+///
+/// # Errors
+/// `BAD_ARGUMENT` for one that is no number.
+fn number(version: &str) -> Result<Option<u64>, Error> {
+    if version.is_empty() {
+        return Ok(None);
+    }
+    let number = version.parse::<u64>().ok().filter(|number| *number > 0);
+    number.map(Some).ok_or_else(|| {
+        let version = vaccel_proto::error::shown(version);
+        let version = version.trim_matches('"');
+        Error::new(Reason::BadArgument, format!(
+            "failed to get model version from specified version string '{version}' (details: stol), version should be \
+             an integral value > 0"
+        ))
+    })
 }
 
 fn unknown(name: &str) -> Error {
@@ -160,42 +179,64 @@ impl Repository {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Names and folders of the host's models as they are on the disk.
-    fn on_disk(&self) -> BTreeMap<String, PathBuf> {
-        let mut found = BTreeMap::new();
+    /// Names and folders of the host's models as they are on the disk, and whether all of them could be looked for.
+    fn on_disk(&self) -> (BTreeMap<String, PathBuf>, bool) {
+        let (mut found, mut are_all) = (BTreeMap::new(), true);
         for folder in &self.folders {
             if folder::is_model(folder) {
                 found.entry(self.single.clone()).or_insert_with(|| folder.clone());
                 continue;
             }
-            for name in folder::names(folder).unwrap_or_default() {
+            let names = folder::names(folder).inspect_err(|error| {
+                tracing::warn!(folder = %folder.display(), %error, "a model repository cannot be read");
+            });
+            are_all &= names.is_ok();
+            for name in names.unwrap_or_default() {
                 let path = folder.join(&name);
                 found.entry(name).or_insert(path);
             }
         }
-        found
+        (found, are_all)
     }
 
-    /// Takes up what has changed on the disk. What is loaded and the same stays loaded.
+    /// Takes up what has changed on the disk. What is loaded stays so, and is served until something else is loaded.
     fn look(&self) {
-        let on_disk = self.on_disk();
-        let mut table = self.table();
-        table.looked = Some(Instant::now());
-        drop(table);
-        let mut entries = BTreeMap::new();
-        for (name, path) in on_disk {
-            let before = self.table().host.get(&name).cloned();
-            let mut entry = look_at(&name, &path, before.as_deref());
-            if let Some(why) = self.absent_device(entry.versions.values()) {
-                entry = Entry { versions: BTreeMap::new(), failed: Some(why) };
+        self.table().looked = Some(Instant::now());
+        let (on_disk, are_all) = self.on_disk();
+        for (name, path) in &on_disk {
+            let before = self.table().host.get(name).cloned();
+            let found = self.read(name, path, before.as_deref(), None).unwrap_or_else(Entry::failed);
+            let entry = Entry::after(found, before.as_deref());
+            // Once, and not at every look.
+            let is_known = before.as_ref().is_some_and(|before| before.failed == entry.failed);
+            if let Some(why) = entry.failed.as_ref().filter(|_| !is_known) {
+                tracing::warn!(model = name, why, "a model of the repository cannot be served as it is now");
             }
-            if let Some(why) = &entry.failed {
-                tracing::warn!(model = name, why, "a model of the repository cannot be served");
-            }
-            entries.insert(name, Arc::new(entry));
+            self.table().replace(name, before.as_ref(), entry);
         }
-        self.table().host = entries;
+        if are_all {
+            let mut table = self.table();
+            let gone: Vec<_> = table.host.extract_if(.., |name, _| !on_disk.contains_key(name)).collect();
+            drop(table);
+            // Without the lock: engines may take their time to let go.
+            drop(gone);
+        }
         self.changed();
+    }
+
+    /// A model as it is on the disk.
+    ///
+    /// # Errors
+    /// Why it cannot be served, in words for the host's people and for guests.
+    fn read(
+        &self,
+        name: &str,
+        path: &Path,
+        before: Option<&Entry>,
+        given: Option<&ModelConfig>,
+    ) -> Result<Entry, String> {
+        let found = entry::read(name, path, before, given)?;
+        self.absent_device(found.versions.values()).map_or(Ok(found), Err)
     }
 
     /// Why versions cannot be served on the device that their configuration asks for.
@@ -216,42 +257,31 @@ impl Repository {
         name: &str,
         version: &str,
     ) -> Result<Arc<Version>, Error> {
-        let mut entry = match self.in_session(tenant, name) {
-            Some(entry) => Ok(entry),
-            None => self.entry(tenant, name),
-        };
+        let number = number(version)?;
+        let look_up = || self.in_session(tenant, name).map_or_else(|| self.entry(tenant, name), Ok);
+        let mut entry = look_up();
+        let is_there = entry.as_ref().is_ok_and(|entry| match number {
+            Some(number) if !entry.versions.is_empty() => entry.version(number).is_some(),
+            _ => !entry.versions.is_empty() || entry.failed.is_none(),
+        });
         let is_stale = || self.table().looked.is_none_or(|looked| looked.elapsed() > LOOK_AGAIN_AFTER);
-        if entry.is_err() && is_stale() {
+        if !is_there && is_stale() {
             // It may have come since the folders were looked through.
             self.refresh().await;
-            entry = self.entry(tenant, name);
+            entry = look_up();
         }
         let entry = entry?;
-        let found = if version.is_empty() {
-            entry.versions.last_key_value().map(|(_, version)| version)
-        } else {
-            let number = version.parse::<u64>().ok().filter(|number| *number > 0).ok_or_else(|| {
-                let version = vaccel_proto::error::shown(version);
-                let version = version.trim_matches('"');
-                Error::new(Reason::BadArgument, format!(
-                    "failed to get model version from specified version string '{version}' (details: stol), \
-                     version should be an integral value > 0"
-                ))
-            })?;
-            let found = entry.versions.get(&number);
-            if found.is_none() && !entry.versions.is_empty() {
-                let message = format!("Request for unknown model: '{name}' version {number} is not found");
-                return Err(Error::new(Reason::NotFound, message));
-            }
-            found
+        let found = match number {
+            None => entry.versions.last_key_value().map(|(_, version)| version),
+            Some(number) => entry.version(number),
         };
-        let no_versions = || {
-            Error::new(
-                Reason::NotFound,
-                format!("Request for unknown model: '{name}' has no available versions"),
-            )
-        };
-        let version = found.ok_or_else(no_versions)?;
+        let version = found.ok_or_else(|| {
+            let message = match number.filter(|_| !entry.versions.is_empty()) {
+                Some(number) => format!("Request for unknown model: '{name}' version {number} is not found"),
+                None => format!("Request for unknown model: '{name}' has no available versions"),
+            };
+            Error::new(Reason::NotFound, message)
+        })?;
         version::touch(version, &self.clock);
         Ok(Arc::clone(version))
     }
@@ -267,7 +297,7 @@ impl Repository {
             Arc::new(Version::new(id, 1, Origin::Guest, files, None, BTreeMap::new()))
         });
         let version = Arc::clone(version).downcast::<Version>().ok()?;
-        Some(Arc::new(Entry { versions: BTreeMap::from([(1, version)]), failed: None }))
+        Some(Arc::new(Entry::of(Versions::from([(1, version)]))))
     }
 
     fn entry(&self, tenant: &Tenant, name: &str) -> Result<Arc<Entry>, Error> {
@@ -278,7 +308,7 @@ impl Repository {
         let entry = table.host.get(name).filter(|_| (self.may)(tenant, name));
         let entry = entry.ok_or_else(|| unknown(name))?;
         if table.unloaded.get(tenant).is_some_and(|names| names.contains(name)) {
-            return Ok(Arc::new(Entry { versions: BTreeMap::new(), failed: None }));
+            return Ok(Arc::default());
         }
         Ok(Arc::clone(entry))
     }
@@ -332,10 +362,16 @@ impl Repository {
             _ => error,
         })?;
         if version.origin == Origin::Host {
+            // Let go of without the lock.
+            let mut _replaced = None;
             let mut table = self.table();
             let users = table.users.entry(version.name.clone()).or_default();
             if !users.contains(tenant) {
                 users.insert(tenant.clone());
+            }
+            let entry = table.host.get(&version.name).filter(|_| !was_loaded);
+            if let Some(entry) = entry.and_then(|entry| entry.with_loaded(version)) {
+                _replaced = table.host.insert(version.name.clone(), Arc::new(entry));
             }
         }
         // What a session holds is limited with the session.
@@ -352,111 +388,6 @@ impl Repository {
         all.filter(|version| version.has_warmup()).cloned().collect()
     }
 
-    /// Loads a model of the host for a tenant, or loads it again: what changed on the disk is loaded before it takes
-    /// the old one's place.
-    ///
-    /// # Errors
-    /// `UNUSABLE` for a name that is in no folder, and why it cannot be loaded.
-    pub(crate) async fn load(
-        self: &Arc<Self>,
-        tenant: &Tenant,
-        name: &str,
-        choice: impl Fn(&Version) -> Result<Choice, Error>,
-        asker: &Asker,
-    ) -> Result<(), Error> {
-        self.refresh().await;
-        let found = self.table().host.get(name).filter(|_| (self.may)(tenant, name)).cloned();
-        let Some(entry) = found else {
-            if self.table().own.get(tenant).is_some_and(|own| own.contains_key(name)) {
-                return Ok(());
-            }
-            let name = vaccel_proto::error::shown(name);
-            let name = name.trim_matches('"');
-            let message = format!("failed to load '{name}', failed to poll from model repository");
-            return Err(Error::new(Reason::Unusable, message));
-        };
-        if let Some(why) = &entry.failed {
-            return Err(Error::new(Reason::BadArgument, format!("load failed for model '{name}': {why}")));
-        }
-        for version in entry.versions.values() {
-            version::touch(version, &self.clock);
-            self.served(tenant, version, &choice(version)?, asker).await?;
-        }
-        if let Some(names) = self.table().unloaded.get_mut(tenant) {
-            names.remove(name);
-        }
-        self.changed();
-        Ok(())
-    }
-
-    /// Makes a resource a model of its tenant, under a name and in versions.
-    ///
-    /// # Errors
-    /// `QUOTA_EXCEEDED`, `BAD_ARGUMENT` for a configuration that cannot be, and why it cannot be loaded.
-    pub(crate) async fn bring(
-        &self,
-        tenant: &Tenant,
-        name: &str,
-        config_json: &str,
-        versions: BTreeMap<u64, Arc<Resource>>,
-        choice: impl Fn(&Version) -> Result<Choice, Error>,
-        asker: &Asker,
-    ) -> Result<(), Error> {
-        let refuse =
-            |why: String| Error::new(Reason::BadArgument, format!("load failed for model '{name}': {why}"));
-        let config = config::read_json(config_json).map_err(refuse)?;
-        config::check(name, &config).map_err(refuse)?;
-        let entry = versions.into_iter().map(|(number, resource)| {
-            let config = Some(config.clone());
-            let version =
-                Version::new(name, number, Origin::Guest, Files::Held(resource), config, BTreeMap::new());
-            (number, Arc::new(version))
-        });
-        let entry = Entry { versions: entry.collect(), failed: None };
-        if let Some(why) = self.absent_device(entry.versions.values()) {
-            return Err(refuse(why));
-        }
-        for version in entry.versions.values() {
-            version::touch(version, &self.clock);
-            self.served(tenant, version, &choice(version)?, asker).await?;
-        }
-        let mut table = self.table();
-        let own = table.own.entry(tenant.clone()).or_default();
-        if own.len() >= OWN_MODELS_MAX && !own.contains_key(name) {
-            let (limit, used) = (OWN_MODELS_MAX as u64, own.len() as u64 + 1);
-            return Err(Error::limit(Reason::QuotaExceeded, "models of this tenant", limit, used, "models"));
-        }
-        own.insert(name.into(), Arc::new(entry));
-        drop(table);
-        self.changed();
-        Ok(())
-    }
-
-    /// Takes a model out of a tenant's namespace. One that is not there is out of it already.
-    pub(crate) fn unload(&self, tenant: &Tenant, name: &str) {
-        self.take_out(tenant, name);
-        self.changed();
-    }
-
-    fn take_out(&self, tenant: &Tenant, name: &str) {
-        let mut table = self.table();
-        if table.own.get_mut(tenant).and_then(|own| own.remove(name)).is_some() {
-            // Names that a guest makes up must not add up.
-            if let Some(stats) = table.stats.get_mut(tenant) {
-                stats.retain(|(model, _), _| model != name);
-            }
-            return;
-        }
-        let Some(entry) = table.host.get(name).filter(|_| (self.may)(tenant, name)).cloned() else { return };
-        table.unloaded.entry(tenant.clone()).or_default().insert(name.into());
-        let users = table.users.entry(name.into()).or_default();
-        users.remove(tenant);
-        if users.is_empty() {
-            drop(table);
-            entry.versions.values().for_each(|version| version.unload());
-        }
-    }
-
     /// The models of a tenant's namespace, by name.
     pub(crate) async fn index(self: &Arc<Self>, tenant: &Tenant) -> Vec<ModelIndex> {
         self.refresh().await;
@@ -465,29 +396,13 @@ impl Repository {
         let unloaded = table.unloaded.get(tenant);
         let is_visible =
             |name: &str| (self.may)(tenant, name) && own.is_none_or(|own| !own.contains_key(name));
-        let hosts = table.host.iter().filter(|(name, _)| is_visible(name));
-        let mut index = Vec::new();
-        for (name, entry) in own.into_iter().flatten().chain(hosts) {
-            let row = |version: String, state: &str, reason: String| ModelIndex {
-                name: name.clone(),
-                version,
-                state: state.into(),
-                reason,
-            };
-            if let Some(why) = &entry.failed {
-                index.push(row(String::new(), "UNAVAILABLE", why.clone()));
-            }
-            for (number, version) in &entry.versions {
-                let is_own = own.is_some_and(|own| own.contains_key(name));
-                let is_unloaded = !is_own && unloaded.is_some_and(|names| names.contains(name));
-                let number = number.to_string();
-                index.push(match (is_unloaded, version.failed()) {
-                    (true, _) => row(number, "UNAVAILABLE", "unloaded".into()),
-                    (false, Some(why)) => row(number, "UNAVAILABLE", why),
-                    (false, None) => row(number, "READY", String::new()),
-                });
-            }
-        }
+        let owns = own.into_iter().flatten().map(|(name, entry)| (name, entry, false));
+        let hosts = table.host.iter().filter(|(name, _)| is_visible(name)).map(|(name, entry)| {
+            let is_unloaded = unloaded.is_some_and(|names| names.contains(name));
+            (name, entry, is_unloaded)
+        });
+        let rows = owns.chain(hosts).flat_map(|(name, entry, is_unloaded)| entry.index(name, is_unloaded));
+        let mut index: Vec<ModelIndex> = rows.collect();
         index.sort_by(|one, other| (&one.name, &one.version).cmp(&(&other.name, &other.version)));
         index
     }
@@ -540,22 +455,4 @@ impl Repository {
         let own = table.stats.get(tenant).into_iter().flatten();
         own.map(|((name, version), stats)| (name.clone(), *version, Arc::clone(stats))).collect()
     }
-}
-
-/// A model as it is on the disk; versions that are as they were stay what they are.
-fn look_at(name: &str, path: &std::path::Path, before: Option<&Entry>) -> Entry {
-    let found = match folder::look(path, name) {
-        Ok(found) => found,
-        Err(why) => return Entry { versions: BTreeMap::new(), failed: Some(why) },
-    };
-    let versions = found.versions.into_iter().map(|(number, files)| {
-        let before = before.and_then(|before| before.versions.get(&number));
-        let same = before.filter(|before| before.is_same(&files, found.config.as_ref()));
-        let version = same.cloned().unwrap_or_else(|| {
-            let (files, labels) = (Files::OnDisk(files), found.labels.clone());
-            Arc::new(Version::new(name, number, Origin::Host, files, found.config.clone(), labels))
-        });
-        (number, version)
-    });
-    Entry { versions: versions.collect(), failed: None }
 }

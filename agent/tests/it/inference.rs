@@ -6,6 +6,7 @@ mod health;
 mod limits;
 mod models;
 mod namespaces;
+mod reload;
 mod sequences;
 mod storm;
 
