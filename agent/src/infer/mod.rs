@@ -157,7 +157,10 @@ impl Inference {
             sequence = Some((rules, states));
         }
         let inputs = inputs.into_iter().flatten().collect();
-        let call = Call { inputs, outputs: places, reply_bytes_max: who.reply_bytes_max };
+        let elsewhere = wanted.iter().filter_map(|one| one.place.as_ref()).map(|place| place.bytes);
+        let elsewhere = elsewhere.fold(0, u64::saturating_add);
+        let reply_bytes_max = made.room(who.reply_bytes_max, elsewhere);
+        let call = Call { inputs, outputs: places, reply_bytes_max };
         let key = (served.is_cached() && sequence.is_none()).then(|| cache::key(who.tenant, &served, &call));
         if let Some(answer) = key.as_ref().and_then(|key| self.cache.get(key)) {
             let response = self.respond(who, &served, version.number, &wanted, answer).await?;

@@ -90,6 +90,20 @@ impl<'a> Made<'a> {
     }
 }
 
+impl Made<'_> {
+    /// Bytes that a run may answer with: what a message may have, and more where outputs go into so many bytes of shared
+    /// memory, if the tenant may have as much in flight.
+    pub(super) fn room(&mut self, message_bytes_max: u64, elsewhere: u64) -> u64 {
+        if elsewhere <= message_bytes_max {
+            return message_bytes_max;
+        }
+        let hold = self.account.hold(Unit::InFlightBytes, elsewhere);
+        let room = if hold.is_ok() { elsewhere.saturating_add(message_bytes_max) } else { message_bytes_max };
+        self.held.extend(hold);
+        room
+    }
+}
+
 /// Where the tensors of a call are that its message does not have.
 #[derive(Debug)]
 pub(super) struct Elsewhere<'a, 'b> {
@@ -231,14 +245,11 @@ impl Regions {
     /// The bytes of a place.
     ///
     /// # Errors
-    /// `NOT_FOUND`, `BAD_ARGUMENT` for a place outside of the region, `MESSAGE_TOO_LARGE`, `QUOTA_EXCEEDED`.
+    /// `NOT_FOUND`, `BAD_ARGUMENT` for a place outside of the region, `QUOTA_EXCEEDED`.
     async fn read(&self, tenant: &Tenant, place: &Place, made: &mut Made<'_>) -> Result<Bytes, Error> {
         let region = self.find(tenant, place)?;
-        let limit = MESSAGE_BYTES_MAX as u64;
-        let length =
-            usize::try_from(place.bytes).ok().filter(|length| *length as u64 <= limit).ok_or_else(|| {
-                Error::limit(Reason::MessageTooLarge, "tensor in shared memory", limit, place.bytes, "bytes")
-            })?;
+        // It counts against its tenant, and not against what a message may have.
+        let length = usize::try_from(place.bytes).map_err(|error| shorter(&place.region).caused_by(error))?;
         let hold = made.account.hold(Unit::InFlightBytes, place.bytes)?;
         let (file, at, name) = (region.file, region.offset + place.offset, place.region.clone());
         let read = move || {

@@ -4,6 +4,7 @@ mod catalogue;
 mod clients;
 mod health;
 mod limits;
+mod memory;
 mod models;
 mod namespaces;
 mod reload;

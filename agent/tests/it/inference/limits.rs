@@ -40,7 +40,7 @@ async fn bring_file(client: &mut Inference, name: &str, config: &str, file: Byte
 }
 
 /// Registers memory as the region `r`. It is a hole: nobody has written to it, and it takes none of its caller's.
-async fn share(client: &mut Inference, bytes: u64) -> tempfile::NamedTempFile {
+pub(super) async fn share(client: &mut Inference, bytes: u64) -> tempfile::NamedTempFile {
     let memory = tempfile::Builder::new().prefix("vaccel-test-").tempfile_in("/dev/shm").unwrap();
     memory.as_file().set_len(bytes).unwrap();
     let register = SystemSharedMemoryRegisterRequest {
@@ -54,7 +54,7 @@ async fn share(client: &mut Inference, bytes: u64) -> tempfile::NamedTempFile {
 }
 
 /// Status and body of a call over HTTP.
-fn http(agent: &Agent, method: &str, path: &str, body: &[u8]) -> (u16, String) {
+pub(super) fn http(agent: &Agent, method: &str, path: &str, body: &[u8]) -> (u16, String) {
     let mut socket = UnixStream::connect(socket_path(agent.address())).unwrap();
     let length = body.len();
     let head = format!(
