@@ -7,6 +7,7 @@ mod limits;
 mod memory;
 mod models;
 mod namespaces;
+mod numbers;
 mod reload;
 mod sequences;
 mod storm;

@@ -225,6 +225,27 @@ fn truth(Values(values): &mut Values, name: &str) -> Result<Option<bool>, Error>
     values.remove(name).map(is_truth).transpose()
 }
 
+/// What else may be said of a text that is no JSON: some programs write numbers that it does not have.
+fn hint(text: &[u8]) -> &'static str {
+    let has = |word: &[u8]| text.windows(word.len()).any(|window| window == word);
+    if has(b"NaN") || has(b"Infinity") {
+        return "; JSON has no NaN and no Infinity: write \"NaN\", \"Infinity\" or \"-Infinity\", or send the bytes";
+    }
+    ""
+}
+
+/// A number with or without a fraction, or the name of one that JSON does not have, as the protocol's own messages have
+/// them in JSON.
+fn float(value: &Value) -> Option<f64> {
+    match value.as_str() {
+        None => value.as_f64(),
+        Some("NaN") => Some(f64::NAN),
+        Some("Infinity") => Some(f64::INFINITY),
+        Some("-Infinity") => Some(f64::NEG_INFINITY),
+        Some(_) => None,
+    }
+}
+
 /// A request whose JSON has the given length, or is all of the body.
 ///
 /// # Errors
@@ -237,8 +258,10 @@ pub(super) fn request(
 ) -> Result<(ModelInferRequest, Wishes), Error> {
     let length = length.unwrap_or(body.len());
     let parsed = serde_json::from_slice::<Request<'_>>(&body[..length]);
-    let parsed =
-        parsed.map_err(|error| wrong(format!("failed to parse the request JSON buffer: {error}")))?;
+    let parsed = parsed.map_err(|error| {
+        let hint = hint(&body[..length]);
+        wrong(format!("failed to parse the request JSON buffer: {error}{hint}"))
+    })?;
     let Request { id, parameters: mut general, inputs, outputs } = parsed;
     let mut rest = body.slice(length..);
     let mut request = ModelInferRequest { id, ..ModelInferRequest::default() };
@@ -424,10 +447,10 @@ fn push(dtype: DType, value: &Value, bytes: &mut BytesMut) -> Option<()> {
         DType::I32 => bytes.extend(whole!(i32)),
         DType::U64 => bytes.extend(whole!(u64)),
         DType::I64 => bytes.extend(whole!(i64)),
-        DType::F16 => bytes.extend(half::f16::from_f64(value.as_f64()?).to_le_bytes()),
-        DType::Bf16 => bytes.extend(half::bf16::from_f64(value.as_f64()?).to_le_bytes()),
-        DType::F32 => bytes.extend((value.as_f64()? as f32).to_le_bytes()),
-        DType::F64 => bytes.extend(value.as_f64()?.to_le_bytes()),
+        DType::F16 => bytes.extend(half::f16::from_f64(float(value)?).to_le_bytes()),
+        DType::Bf16 => bytes.extend(half::bf16::from_f64(float(value)?).to_le_bytes()),
+        DType::F32 => bytes.extend((float(value)? as f32).to_le_bytes()),
+        DType::F64 => bytes.extend(float(value)?.to_le_bytes()),
         DType::Bytes => {
             let text = value.as_str()?;
             bytes.extend(u32::try_from(text.len()).ok()?.to_le_bytes());
