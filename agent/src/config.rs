@@ -5,6 +5,8 @@
 
 mod addresses;
 mod device;
+mod limits;
+mod log;
 mod repository;
 mod rule;
 mod store;
@@ -13,11 +15,13 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use serde::Deserialize;
 use vaccel_proto::Endpoint;
 
 pub use device::DeviceConfig;
+pub use limits::TenantLimits;
+pub use log::LogFormat;
 pub use repository::RepositoryConfig;
 pub use rule::Rule;
 pub use store::{StoreConfig, StoreSync};
@@ -207,17 +211,6 @@ pub struct Settings {
     pub policy: Vec<Rule>,
 }
 
-/// How log lines are written.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum LogFormat {
-    /// For people.
-    #[default]
-    Text,
-    /// One JSON object a line.
-    Json,
-}
-
 /// Why a configuration cannot be used: which setting, what was expected, what came.
 #[derive(Debug)]
 pub struct ConfigError(String);
@@ -399,32 +392,14 @@ fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// What one tenant may hold.
-#[derive(Clone, Debug)]
-pub struct TenantLimits {
-    /// Connections.
-    pub connections: u64,
-    /// Sessions.
-    pub sessions: u64,
-    /// Calls in flight.
-    pub calls: u64,
-    /// Bytes of stored files, unfinished uploads included.
-    pub resource_bytes: u64,
-    /// Bytes of requests being received or served.
-    pub in_flight_bytes: u64,
-    /// Bytes of memory shared with the agent.
-    pub shared_bytes: u64,
-    /// Bytes of devices' memory.
-    pub device_bytes: u64,
-}
-
 impl Config {
     /// Checks settings and fills in defaults.
     ///
     /// # Errors
     /// A setting that does not parse, or addresses that need another setting.
     pub fn new(settings: Settings) -> Result<Self, ConfigError> {
-        let lanes = at_least_one("lanes", settings.lanes.unwrap_or_else(cores))?;
+        let lanes = limits::lanes(settings.lanes)?;
+        let tenant = TenantLimits::new(&settings)?;
         let engines = EngineConfig::default();
         let config = Self {
             addresses: addresses::addresses(&settings)?,
@@ -459,18 +434,10 @@ impl Config {
             call_deadline: seconds("call-deadline", settings.call_deadline, 60.0)?,
             load_deadline: seconds("load-deadline", settings.load_deadline, 30.0)?,
             grace: seconds("grace", settings.grace, 30.0)?,
-            connections_max: at_least_one("connections-max", settings.connections_max.unwrap_or(1024))?,
-            tenant: TenantLimits {
-                connections: settings.tenant_connections_max.unwrap_or(256),
-                sessions: settings.tenant_sessions_max.unwrap_or(64),
-                calls: settings.tenant_calls_max.unwrap_or(64),
-                resource_bytes: mebibytes(settings.tenant_resource_mib.unwrap_or(1024)),
-                in_flight_bytes: mebibytes(settings.tenant_in_flight_mib.unwrap_or(256)),
-                shared_bytes: mebibytes(settings.tenant_shared_mib.unwrap_or(1024)),
-                device_bytes: mebibytes(settings.tenant_device_mib.unwrap_or(16384)),
-            },
+            connections_max: limits::connections(settings.connections_max)?,
+            tenant,
             policy: settings.policy,
-            log: settings.log.unwrap_or_else(|| "info".into()),
+            log: log::filter(settings.log)?,
             log_format: settings.log_format.unwrap_or_default(),
         };
         addresses::check(&config.addresses, config.tls.is_some(), config.insecure)?;
@@ -498,11 +465,13 @@ fn unix_mode(text: &str) -> Result<u32, ConfigError> {
 }
 
 fn seconds(name: &str, value: Option<f64>, default: f64) -> Result<Duration, ConfigError> {
+    /// Thirty years: what is added to the clock must not be past its end.
+    const SECONDS_MAX: f64 = 1e9;
     let value = value.unwrap_or(default);
-    Duration::try_from_secs_f64(value)
-        .ok()
-        .filter(|duration| *duration > Duration::ZERO)
-        .ok_or_else(|| ConfigError(format!("--{name}: expected seconds above 0, got {value}")))
+    let duration = Duration::try_from_secs_f64(value).ok().filter(|_| value <= SECONDS_MAX);
+    duration.filter(|duration| *duration > Duration::ZERO).ok_or_else(|| {
+        ConfigError(format!("--{name}: expected seconds above 0 and at most {SECONDS_MAX:e}, got {value}"))
+    })
 }
 
 fn at_least_one<N: Default + PartialEq>(name: &str, value: N) -> Result<N, ConfigError> {
@@ -576,7 +545,18 @@ mod tests {
             ("unix-mode = '999'", "--unix-mode"),
             ("grace = -1", "--grace"),
             ("session-lease = nan", "--session-lease"),
-            ("lanes = 0", "--lanes"),
+            ("grace = 1e30", "--grace"),
+            ("lanes = 0", "--lanes: expected 1 or more, got 0"),
+            ("lanes = 100000", "--lanes: expected at most 4096, got 100000"),
+            ("connections-max = 0", "--connections-max"),
+            ("connections-max = 9000000000000000000", "--connections-max"),
+            ("tenant-connections-max = 0", "--tenant-connections-max"),
+            ("tenant-sessions-max = 0", "--tenant-sessions-max"),
+            ("tenant-calls-max = 0", "--tenant-calls-max"),
+            ("tenant-in-flight-mib = 0", "--tenant-in-flight-mib"),
+            ("log = 'inof'", "--log: expected error, warn, info, debug, trace or off"),
+            ("log = 'info,vaccel_agent=loud'", "got \"vaccel_agent=loud\""),
+            ("log = ''", "--log"),
             ("store-mib = 0", "--store-mib"),
             ("store-sync = 'sometimes'", "store-sync"),
             ("device-mib = 0", "--device-mib"),
@@ -584,6 +564,13 @@ mod tests {
         ] {
             let refusal = config(toml).expect_err(toml).to_string();
             assert!(refusal.contains(named), "{toml}: {refusal}");
+        }
+    }
+
+    #[test]
+    fn filters_of_log_lines_are_levels_of_all_or_of_a_module() {
+        for log in ["debug", "OFF", "3", "warn,vaccel_agent=debug", "info, vaccel_agent::transport=trace"] {
+            config(&format!("log = '{log}'")).expect(log);
         }
     }
 
