@@ -91,8 +91,8 @@ impl<'a> Made<'a> {
 }
 
 impl Made<'_> {
-    /// Bytes that a run may answer with: what a message may have, and more where outputs go into so many bytes of shared
-    /// memory, if the tenant may have as much in flight.
+    /// Bytes that a run may answer with: what a message may have, and more where outputs go into so many bytes of
+    /// shared memory, if the tenant may have as much in flight.
     pub(super) fn room(&mut self, message_bytes_max: u64, elsewhere: u64) -> u64 {
         if elsewhere <= message_bytes_max {
             return message_bytes_max;
