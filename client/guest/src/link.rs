@@ -197,7 +197,9 @@ impl<T: Transport> Link<T> {
             // What came of a message was taken already.
             let refused = matches!(error.reason, Reason::Overloaded | Reason::ShuttingDown);
             let again = refused && !call.has_message();
-            Miss { error, again }
+            // It was at work, or what stands before it does not know.
+            let is_late = matches!(error.reason, Reason::Deadline | Reason::Cancelled | Reason::Unreachable);
+            Miss { error: Error { may_have_run: is_late || error.may_have_run, ..error }, again }
         })
     }
 

@@ -244,7 +244,8 @@ impl<T: Transport> Guest<T> {
                 Ok(()) => return Ok(()),
                 Err(NotFound::Outside) => {
                     let wrong = "the agent's reply names places that are not its own";
-                    return self.fail(Reason::BackendFailed, wrong);
+                    let failed = self.fail(Reason::BackendFailed, wrong);
+                    return failed.map_err(|error| Error { may_have_run: true, ..error });
                 }
                 Err(NotFound::TooSmall(index, bytes)) => too_small = Some((index, bytes)),
             }
