@@ -117,3 +117,26 @@ impl fmt::Debug for Pool {
         f.debug_tuple("Pool").field(&self.shared.connections()).finish()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dial::Protocol;
+    use crate::tls::Tls;
+
+    #[test]
+    fn a_runtime_that_ends_while_it_dials_is_not_waited_for() {
+        let endpoint: vaccel_proto::Endpoint = "unix://@nobody".parse().unwrap();
+        let head = Arc::new(Head::new(&endpoint, None, false).unwrap());
+        let dialer = Arc::new(Dialer::new(endpoint, &Tls::default(), Protocol::HTTP2).unwrap());
+        let pool = Pool::new(1, dialer, head, PAUSE);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        {
+            let _entered = runtime.enter();
+            assert!(pool.choose(1).is_none());
+        }
+        assert!(pool.shared.is_dialing.load(Ordering::Relaxed));
+        drop(runtime);
+        assert!(!pool.shared.is_dialing.load(Ordering::Relaxed));
+    }
+}
