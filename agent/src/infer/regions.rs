@@ -88,9 +88,7 @@ impl<'a> Made<'a> {
         self.held.push(self.account.hold(Unit::InFlightBytes, bytes)?);
         Ok(())
     }
-}
 
-impl Made<'_> {
     /// Bytes that a run may answer with: what a message may have, and more where outputs go into so many bytes of
     /// shared memory, if the tenant may have as much in flight.
     pub(super) fn room(&mut self, message_bytes_max: u64, elsewhere: u64) -> u64 {
