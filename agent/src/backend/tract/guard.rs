@@ -33,7 +33,15 @@ pub(super) fn stop_if(cancel: &Cancel) -> TractResult<()> {
 
 /// A size that no guest gets; told apart from what fails inside the engine.
 #[derive(Debug)]
-pub(super) struct TooLarge(pub(super) String);
+pub(super) struct TooLarge(String);
+
+impl TooLarge {
+    /// That tensors are too large together.
+    pub(super) fn together() -> Self {
+        let limit = RUN_BYTES_MAX >> 20;
+        Self(format!("it would hold tensors of more than {limit} MiB together"))
+    }
+}
 
 impl std::fmt::Display for TooLarge {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -80,8 +88,7 @@ pub(super) fn check_run(model: &TypedModel) -> TractResult<()> {
     if peak(model)? <= RUN_BYTES_MAX {
         return Ok(());
     }
-    let limit = RUN_BYTES_MAX >> 20;
-    Err(TooLarge(format!("it would hold tensors of more than {limit} MiB together")).into())
+    Err(TooLarge::together().into())
 }
 
 /// Bytes of all tensors that a run holds at most at the same time. Weights are there already; sizes that depend on the

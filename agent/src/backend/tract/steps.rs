@@ -51,8 +51,7 @@ impl Run {
         if self.bytes <= RUN_BYTES_MAX {
             return Ok(());
         }
-        let limit = RUN_BYTES_MAX >> 20;
-        Err(TooLarge(format!("it would hold tensors of more than {limit} MiB together")).into())
+        Err(TooLarge::together().into())
     }
 
     fn used(&mut self, step: StepId) {
