@@ -2,16 +2,26 @@
 //!
 //! A call is answered by its connection's task, which the runtime runs on a thread that has been asleep since the call
 //! came. To wake that thread takes some 30 µs, or twice that on a virtual machine; to write the reply takes 5. So
-//! the thread that computed it goes on with the task itself, if it has nothing better to do.
+//! the thread that computed it goes on with the task itself, if it has nothing better to do. And as it is awake, it
+//! stays so for a little: who calls again at once is answered by this one thread, which nobody has to wake.
 
 use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError, TryLockError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::task::{Context, Poll, Wake, Waker};
+use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
+
+/// How long a thread that has news of a call stays awake: callers copy meanwhile, an image in a tenth of that.
+const AWAKE: Duration = Duration::from_micros(500);
+
+/// How long one stays awake behind its work, if that came as soon after the work before: an image is copied meanwhile,
+/// or a short answer read on another machine nearby. As much is spent in vain whenever somebody stops calling.
+const LINGER: Duration = Duration::from_micros(200);
 
 thread_local! {
     /// Whether this thread would go on with a task.
@@ -24,8 +34,8 @@ thread_local! {
 
 /// Makes a task of the runtime one that others may go on with.
 pub(crate) fn task<F: Future<Output = ()> + Send + 'static>(future: F) -> impl Future<Output = ()> + Send {
-    let future = Mutex::new(Some(Box::pin(future)));
-    Task(Arc::new(Shared { future, runtime: Handle::current(), waker: Mutex::default() }))
+    let (future, runtime) = (Mutex::new(Some(Box::pin(future))), Handle::current());
+    Task(Arc::new(Shared { future, is_missed: AtomicBool::new(false), runtime, waker: Mutex::default() }))
 }
 
 /// Does what may wake a task, which is then gone on with here.
@@ -43,20 +53,52 @@ pub(crate) fn after<T>(work: impl FnOnce() -> T) -> (T, Onward) {
 
 /// A task that waits for its socket, for a thread that has nothing else to do and waits with it, awake.
 #[derive(Debug)]
-pub(crate) struct Listener(Waker);
+pub(crate) struct Listener {
+    waker: Waker,
+    most: Duration,
+}
 
 impl Listener {
-    /// By what wakes it.
+    /// By what wakes it, for one that is about to be called.
     pub(crate) fn new(waker: &Waker) -> Self {
-        Self(waker.clone())
+        Self { waker: waker.clone(), most: AWAKE }
     }
 
-    /// Goes on with it here, as if something had come.
-    pub(crate) fn look(&self) {
-        let ((), woken) = after(|| self.0.wake_by_ref());
-        IS_AWAKE.set(true);
-        woken.here();
-        IS_AWAKE.set(false);
+    /// Goes on with it here, as if something had come, until `is_over`, or nothing came for long.
+    pub(crate) fn listen(&self, is_over: impl Fn() -> bool) {
+        let begun = Instant::now();
+        let ((), mut woken) = after(|| self.waker.wake_by_ref());
+        let Some(task) = woken.0.take() else { return };
+        while !is_over() {
+            IS_AWAKE.set(true);
+            Arc::clone(&task).resume();
+            IS_AWAKE.set(false);
+            if begun.elapsed() >= self.most {
+                return;
+            }
+            // Whoever waits for this processor goes first: it may be who calls.
+            std::thread::yield_now();
+        }
+    }
+}
+
+/// How soon work comes to a thread, which stays awake for the next if the last did not take long to come.
+#[derive(Debug, Default)]
+pub(crate) struct Pace {
+    idle_since: Option<Instant>,
+    is_quick: bool,
+}
+
+impl Pace {
+    /// There is work.
+    pub(crate) fn begin(&mut self) {
+        self.is_quick = self.idle_since.is_some_and(|since| since.elapsed() < LINGER);
+    }
+
+    /// It is done, and this task went on: the thread is to listen to it, if it is returned.
+    pub(crate) fn end(&mut self, task: Option<Listener>) -> Option<Listener> {
+        self.idle_since = Some(Instant::now());
+        task.filter(|_| self.is_quick)
     }
 }
 
@@ -70,11 +112,12 @@ pub(crate) fn is_awake() -> bool {
 pub(crate) struct Onward(Option<Arc<dyn Resume>>);
 
 impl Onward {
-    /// Goes on with it on this thread, which is none of the runtime's workers.
-    pub(crate) fn here(mut self) {
-        if let Some(task) = self.0.take() {
-            task.resume();
-        }
+    /// Goes on with it on this thread, which is none of the runtime's workers. Returns the task, if there was one.
+    pub(crate) fn here(mut self) -> Option<Listener> {
+        let task = self.0.take()?;
+        let waker = Arc::clone(&task).waker();
+        task.resume();
+        Some(Listener { waker, most: LINGER })
     }
 }
 
@@ -92,6 +135,9 @@ trait Resume {
 
     /// Lets the runtime go on with it.
     fn pass_on(&self);
+
+    /// What wakes it.
+    fn waker(self: Arc<Self>) -> Waker;
 }
 
 /// What the runtime has of a task.
@@ -100,12 +146,23 @@ struct Task<F>(Arc<Shared<F>>);
 struct Shared<F> {
     /// None once it is over.
     future: Mutex<Option<Pin<Box<F>>>>,
+    /// The runtime came while somebody was at it, and did not wait.
+    is_missed: AtomicBool,
     runtime: Handle,
     /// Wakes the runtime's.
     waker: Mutex<Option<Waker>>,
 }
 
 impl<F: Future<Output = ()> + Send + 'static> Shared<F> {
+    /// The future, unless somebody is at it.
+    fn free(&self) -> Option<MutexGuard<'_, Option<Pin<Box<F>>>>> {
+        match self.future.try_lock() {
+            Ok(future) => Some(future),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
     /// What it is woken by keeps it: when it is over that ends.
     fn poll(self: &Arc<Self>, future: &mut Option<Pin<Box<F>>>) -> Poll<()> {
         let waker = Waker::from(Arc::clone(self));
@@ -120,20 +177,30 @@ impl<F: Future<Output = ()> + Send + 'static> Shared<F> {
 
 impl<F: Future<Output = ()> + Send + 'static> Resume for Shared<F> {
     fn resume(self: Arc<Self>) {
-        let mut future = match self.future.try_lock() {
-            Ok(future) => future,
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => return self.pass_on(),
-        };
-        // As the runtime does it: with its timers and sockets, and only so much at a time.
-        let once = poll_fn(|_| Poll::Ready(self.poll(&mut future)));
-        let polled = catch_unwind(AssertUnwindSafe(|| self.runtime.block_on(once)));
-        if polled.is_err() {
-            *future = None;
-        }
-        drop(future);
-        if !matches!(polled, Ok(Poll::Pending)) {
-            self.pass_on();
+        let mut is_owed = !is_awake();
+        loop {
+            let Some(mut future) = self.free() else {
+                // Who only looks leaves it to whoever is at it. What came meanwhile is the runtime's.
+                if is_owed {
+                    self.pass_on();
+                }
+                return;
+            };
+            // As the runtime does it: with its timers and sockets, and only so much at a time.
+            let once = poll_fn(|_| Poll::Ready(self.poll(&mut future)));
+            let polled = catch_unwind(AssertUnwindSafe(|| self.runtime.block_on(once)));
+            if polled.is_err() {
+                *future = None;
+            }
+            drop(future);
+            if !matches!(polled, Ok(Poll::Pending)) {
+                return self.pass_on();
+            }
+            // It is free by now: the runtime has either found it so, or said before that it had been there.
+            is_owed = self.is_missed.swap(false, Ordering::SeqCst);
+            if !is_owed {
+                return;
+            }
         }
     }
 
@@ -142,6 +209,10 @@ impl<F: Future<Output = ()> + Send + 'static> Resume for Shared<F> {
         if let Some(waker) = waker {
             waker.wake();
         }
+    }
+
+    fn waker(self: Arc<Self>) -> Waker {
+        Waker::from(self)
     }
 }
 
@@ -165,9 +236,13 @@ impl<F: Future<Output = ()> + Send + 'static> Future for Task<F> {
                 *waker = Some(context.waker().clone());
             }
         }
-        // Whoever else is at it writes a reply, and is soon done.
-        let mut future = self.0.future.lock().unwrap_or_else(PoisonError::into_inner);
-        self.0.poll(&mut future)
+        let shared = &self.0;
+        let free = shared.free().or_else(|| {
+            shared.is_missed.store(true, Ordering::SeqCst);
+            shared.free()
+        });
+        // Whoever is at it comes back for what is missed.
+        free.map_or(Poll::Pending, |mut future| shared.poll(&mut future))
     }
 }
 
@@ -260,9 +335,49 @@ mod tests {
         }));
         send.try_send(1).expect("it listens");
         begin.await.expect("it is at it");
-        elsewhere(|| after(|| send.try_send(2).expect("it listens")).1.here());
+        elsewhere(|| drop(after(|| send.try_send(2).expect("it listens")).1.here()));
         let_on.send(()).expect("it waits");
         joined.await.expect("it saw the second, too");
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+    async fn the_runtime_does_not_wait_for_whoever_is_at_a_task() {
+        let ((listens, listening), (began, begin)) = (oneshot::channel(), oneshot::channel());
+        let (let_on, wait) = std::sync::mpsc::channel::<()>();
+        let (mut listens, mut began, mut wait) = (Some(listens), Some(began), Some(wait));
+        let joined = tokio::spawn(task(poll_fn(move |context| {
+            if let Some(listens) = listens.take() {
+                listens.send(context.waker().clone()).expect("somebody waits");
+                return Poll::Pending;
+            }
+            if let Some((began, wait)) = began.take().zip(wait.take()) {
+                began.send(()).expect("somebody waits");
+                let _ = wait.recv();
+                return Poll::Pending;
+            }
+            Poll::Ready(())
+        })));
+        let waker = listening.await.expect("it begins");
+        let other = waker.clone();
+        let elsewhere = thread::spawn(move || drop(after(|| other.wake()).1.here()));
+        begin.await.expect("somebody is at it");
+        // The runtime's only thread is told, too, and has time for something else.
+        waker.wake();
+        tokio::spawn(async {}).await.expect("done");
+        let_on.send(()).expect("it waits");
+        elsewhere.join().expect("no panic");
+        joined.await.expect("it went on once more");
+    }
+
+    #[test]
+    fn a_thread_stays_awake_when_work_came_soon_after_the_last() {
+        let listens = |idle_since: Option<Instant>| {
+            let mut pace = Pace { idle_since, is_quick: false };
+            pace.begin();
+            pace.end(Some(Listener::new(Waker::noop()))).is_some()
+        };
+        let (now, minute) = (Instant::now(), Duration::from_secs(60));
+        assert!(!listens(None) && !listens(now.checked_sub(minute)) && listens(Some(now + minute)));
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 1)]

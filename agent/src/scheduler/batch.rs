@@ -65,12 +65,15 @@ pub(crate) trait Runner: Send + Sync {
     }
 }
 
+/// What such a thread does; it may listen for more to a task that went on then.
+pub(crate) type Errand = Box<dyn FnOnce() -> Option<Listener> + Send>;
+
 /// A thread of a model's own, which can be a lane as well: then no other one needs to wake and to wait for it.
 pub(crate) trait Home: Send + Sync {
     /// Whether it has nothing to do, and is the caller's until that has [given](Self::give) it something.
     fn reserve(&self) -> bool;
 
-    fn give(&self, work: Box<dyn FnOnce() + Send>);
+    fn give(&self, work: Errand);
 
     /// Somebody is about to do so when a task goes on that waits for its socket: the thread may wake, and wait with it.
     fn expect(&self, task: Listener);

@@ -18,7 +18,7 @@ use super::batch::{Call, Home};
 use super::queue::{Batch, FairQueue, Job, Place, TenantKey};
 use super::run::{Done, perform};
 use super::{BESIDE_MAX, Cancel, LANE_TIME_MAX, QUEUE_MAX, Timed, WAIT_SHARE_MAX, overloaded};
-use crate::onward::{self, Listener};
+use crate::onward::{self, Listener, Pace};
 use crate::quota::{Account, Hold};
 
 pub(super) type Answer<T> = oneshot::Sender<Result<Timed<T>, Error>>;
@@ -55,6 +55,8 @@ struct State {
     /// Threads that wait for something to do. Whoever came last is the next to work: it is the soonest awake, and has
     /// the most of what it needs in its processor's memory.
     idle: Vec<Thread>,
+    /// What the last of them is to read.
+    news: Option<Listener>,
     /// Where the last run is, or was, if that is a model's own thread.
     last_home: Option<Weak<dyn Home>>,
     closing: bool,
@@ -128,15 +130,17 @@ impl Lanes {
         idle.iter().for_each(Thread::unpark);
     }
 
-    /// Lets whoever is likely to be next wake.
+    /// Lets whoever is likely to be next wake, and read of the work that comes.
     pub(super) fn expect(&self, task: Listener) {
-        let state = self.state();
-        let (home, next) = (state.last_home.as_ref().and_then(Weak::upgrade), state.idle.last().cloned());
-        drop(state);
-        match (home, next) {
-            (Some(home), _) => home.expect(task),
-            (None, Some(next)) => next.unpark(),
-            (None, None) => {}
+        let mut state = self.state();
+        if let Some(home) = state.last_home.as_ref().and_then(Weak::upgrade) {
+            drop(state);
+            return home.expect(task);
+        }
+        if let Some(next) = state.idle.last().cloned() {
+            state.news = Some(task);
+            drop(state);
+            next.unpark();
         }
     }
 
@@ -158,6 +162,7 @@ impl Lanes {
 
     fn work(&self) {
         let mut state = self.state();
+        let (mut pace, mut task) = (Pace::default(), None);
         loop {
             let mut late = Vec::new();
             let Some((batch, number, cancel)) = state.begin(self.count, By::Lane, &mut late) else {
@@ -171,26 +176,29 @@ impl Lanes {
                 if state.closing {
                     return;
                 }
-                state = self.wait(state);
+                state = self.wait(state, task.take());
                 continue;
             };
-            state.last_home = None;
+            (state.last_home, state.news) = (None, None);
             // Somebody else can take what is left.
             self.rouse(state);
             drop(late);
+            pace.begin();
             let (done, woken) = onward::after(|| perform(batch, &cancel));
             state = self.state();
             if state.end(number, &done) {
                 // Its tenant may have waited for that.
                 return self.rouse(state);
             }
+            task = None;
             if state.queue.waiting() == 0 {
                 drop(state);
                 LOOKS_NEXT.set(self);
-                woken.here();
+                task = woken.here();
                 LOOKS_NEXT.set(std::ptr::null());
                 state = self.state();
             }
+            task = pace.end(task);
         }
     }
 
@@ -198,6 +206,9 @@ impl Lanes {
     fn rouse(&self, mut state: MutexGuard<'_, State>) {
         let can_more = state.queue.waiting() > 0 && state.taken < self.count;
         let next = if can_more { state.idle.pop() } else { None };
+        if next.is_some() {
+            state.news = None;
+        }
         drop(state);
         if let Some(next) = next {
             next.unpark();
@@ -226,7 +237,7 @@ impl Lanes {
             let mut late = Vec::new();
             let begun = state.begin(self.count, By::Home, &mut late);
             let Some((batch, number, cancel)) = begun else {
-                home.give(Box::new(|| ()));
+                home.give(Box::new(|| None));
                 return self.rouse(state);
             };
             state.last_home = Some(Arc::downgrade(&home));
@@ -240,31 +251,51 @@ impl Lanes {
         }
     }
 
-    /// What the lanes do elsewhere, on a thread of a model's.
-    fn run_at_home(&self, batch: Batch<Waiting>, number: u64, cancel: &Cancel) {
+    /// What the lanes do elsewhere, on a thread of a model's. Returns the task that went on then.
+    fn run_at_home(&self, batch: Batch<Waiting>, number: u64, cancel: &Cancel) -> Option<Listener> {
         let (done, woken) = onward::after(|| perform(batch, cancel));
         let mut state = self.state();
         let is_left = state.end(number, &done);
         self.rouse(state);
-        if !is_left {
-            woken.here();
-        }
+        if is_left { None } else { woken.here() }
     }
 
-    /// Waits until somebody takes this thread out of those that are idle.
-    fn wait<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+    /// Waits until somebody takes this thread out of those that are idle; first awake, if there is a task to listen to.
+    fn wait<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        first: Option<Listener>,
+    ) -> MutexGuard<'a, State> {
         let this = std::thread::current();
         state.idle.push(this.clone());
-        while state.idle.iter().any(|idle| idle.id() == this.id()) {
+        let mut task = first;
+        while state.has_idle(&this) {
+            task = task.or_else(|| state.news.take());
             drop(state);
-            std::thread::park();
+            match task.take() {
+                Some(task) => self.listen(&this, &task),
+                None => std::thread::park(),
+            }
             state = self.state();
         }
         state
     }
+
+    /// Goes on with a task until there is work, which is this thread's if the task brought it.
+    fn listen(&self, this: &Thread, task: &Listener) {
+        LOOKS_NEXT.set(self);
+        task.listen(|| LOOKS_NEXT.get().is_null() || !self.state().has_idle(this));
+        if LOOKS_NEXT.replace(std::ptr::null()).is_null() {
+            self.state().idle.retain(|idle| idle.id() != this.id());
+        }
+    }
 }
 
 impl State {
+    fn has_idle(&self, thread: &Thread) -> bool {
+        self.idle.iter().any(|idle| idle.id() == thread.id())
+    }
+
     /// Takes what is next out of the queue, if a lane is free for it. Those that come too late are given to `late`.
     fn begin(
         &mut self,

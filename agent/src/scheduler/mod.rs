@@ -31,7 +31,7 @@ use crate::quota::Account;
 use lane::{Lanes, Ticket, Work};
 use queue::Job;
 
-pub(crate) use batch::{Batcher, Batching, Call, Home, Runner};
+pub(crate) use batch::{Batcher, Batching, Call, Errand, Home, Runner};
 pub(crate) use cancel::Cancel;
 
 /// Calls that wait for a lane, of all tenants. Each holds its request. Beyond it, whoever has most waiting gives way.

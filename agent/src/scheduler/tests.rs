@@ -1,5 +1,6 @@
 //! The scheduler with lanes of its own, and its queue with a clock made up.
 
+mod awake;
 mod beside;
 mod home;
 

@@ -225,6 +225,7 @@ fn the_thread_of_a_session_can_be_a_lane() {
         left.recv().expect("the others left");
         // The last that has the model lets it go, on its own thread.
         drop(own);
+        None
     }));
     for (first, found) in told {
         assert_eq!(found, [first + 1.0, first + 2.0].repeat(2));

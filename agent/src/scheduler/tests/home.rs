@@ -7,12 +7,10 @@ use super::*;
 use crate::onward::Listener;
 use std::task::Waker;
 
-type Work = Box<dyn FnOnce() + Send>;
-
 /// A thread that takes one work at a time.
 struct OneThread {
     id: ThreadId,
-    works: mpsc::SyncSender<Work>,
+    works: mpsc::SyncSender<Errand>,
     is_taken: Arc<AtomicBool>,
     expected: AtomicUsize,
 }
@@ -22,7 +20,7 @@ impl Home for OneThread {
         !self.is_taken.swap(true, Ordering::SeqCst)
     }
 
-    fn give(&self, work: Work) {
+    fn give(&self, work: Errand) {
         self.works.send(work).expect("the thread is there");
     }
 
@@ -60,7 +58,7 @@ struct Street {
 }
 
 fn street(lanes: usize) -> Street {
-    let (works, queue) = mpsc::sync_channel::<Work>(1);
+    let (works, queue) = mpsc::sync_channel::<Errand>(1);
     let is_taken = Arc::new(AtomicBool::new(false));
     let freed = Arc::clone(&is_taken);
     let thread = thread::spawn(move || {

@@ -14,7 +14,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::ThreadId;
-use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use ort::session::{RunOptions, Session};
@@ -24,8 +23,8 @@ use vaccel_proto::{Error, Reason};
 use super::super::super::cuda::{Alive, Charge, Device};
 use super::super::{failed, to_ort};
 use super::{GRAPH, NO_GRAPH, PARALLEL_RUNS, SHAPES_MAX, Signature};
-use crate::onward::Listener;
-use crate::scheduler::{Cancel, Home};
+use crate::onward::{Listener, Pace};
+use crate::scheduler::{Cancel, Errand, Home};
 
 /// Runs of the same shapes after which they get a session. They come again, and the session for all shapes would spend
 /// a tenth of a second whenever others come in between.
@@ -217,16 +216,13 @@ pub(super) struct SessionThread {
 
 /// What a thread is given.
 enum Given {
-    Work(Box<dyn FnOnce() + Send>),
+    Work(Errand),
     /// The news that there will be some, once a task has read of it.
     News(Listener),
 }
 
 /// What waits for a thread: works of the model's runs, a lane's, that of the loader, and news.
 const GIVEN_MAX: usize = PARALLEL_RUNS + 3;
-
-/// How long a thread that has such news stays awake: callers copy meanwhile, an image in a tenth of that.
-const AWAKE: Duration = Duration::from_micros(500);
 
 impl SessionThread {
     fn start(Loaded { session, charge }: Loaded) -> Result<Self, Error> {
@@ -237,20 +233,21 @@ impl SessionThread {
         let alive = Arc::downgrade(&here);
         let run = move || {
             SESSION.set(Some(session));
+            let mut pace = Pace::default();
             for given in queue {
-                let work = match given {
-                    Given::Work(work) => work,
-                    Given::News(task) => {
-                        let begun = Instant::now();
-                        while counted.load(Ordering::Acquire) == 0 && begun.elapsed() < AWAKE {
-                            task.look();
-                        }
-                        continue;
+                let task = match given {
+                    Given::Work(work) => {
+                        pace.begin();
+                        // Whoever waits sees that no answer comes.
+                        let task = catch_unwind(AssertUnwindSafe(work)).ok().flatten();
+                        counted.fetch_sub(1, Ordering::AcqRel);
+                        pace.end(task)
                     }
+                    Given::News(task) => Some(task),
                 };
-                // Whoever waits sees that no answer comes.
-                let _ = catch_unwind(AssertUnwindSafe(work));
-                counted.fetch_sub(1, Ordering::AcqRel);
+                if let Some(task) = task {
+                    task.listen(|| counted.load(Ordering::Acquire) > 0);
+                }
             }
             {
                 let _loading = Device::loading();
@@ -285,6 +282,7 @@ impl SessionThread {
         self.pending.fetch_add(1, Ordering::AcqRel);
         let work = Given::Work(Box::new(move || {
             let _ = reply.send(here());
+            None
         }));
         self.works.as_ref().ok_or_else(gone)?.send(work).map_err(|_| gone())?;
         answer.recv().ok().flatten().ok_or_else(gone)
@@ -296,7 +294,7 @@ impl Home for SessionThread {
         self.pending.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Relaxed).is_ok()
     }
 
-    fn give(&self, work: Box<dyn FnOnce() + Send>) {
+    fn give(&self, work: Errand) {
         if let Some(works) = &self.works {
             // The thread is there as long as this is.
             let _ = works.send(Given::Work(work));
