@@ -9,12 +9,13 @@ use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
+use tokio::task::unconstrained;
 
 /// How long a thread that has news of a call stays awake: callers copy meanwhile, an image in a tenth of that.
 const AWAKE: Duration = Duration::from_micros(500);
@@ -186,8 +187,9 @@ impl<F: Future<Output = ()> + Send + 'static> Resume for Shared<F> {
                 }
                 return;
             };
-            // As the runtime does it: with its timers and sockets, and only so much at a time.
-            let once = poll_fn(|_| Poll::Ready(self.poll(&mut future)));
+            // As the runtime does it: with its timers and sockets. But how much a task does at a time is its own to say:
+            // here nobody puts off what the runtime wakes because it is too much, and that would have no end.
+            let once = unconstrained(poll_fn(|_| Poll::Ready(self.poll(&mut future))));
             let polled = catch_unwind(AssertUnwindSafe(|| self.runtime.block_on(once)));
             if polled.is_err() {
                 *future = None;
@@ -197,6 +199,7 @@ impl<F: Future<Output = ()> + Send + 'static> Resume for Shared<F> {
                 return self.pass_on();
             }
             // It is free by now: the runtime has either found it so, or said before that it had been there.
+            fence(Ordering::SeqCst);
             is_owed = self.is_missed.swap(false, Ordering::SeqCst);
             if !is_owed {
                 return;
@@ -239,6 +242,7 @@ impl<F: Future<Output = ()> + Send + 'static> Future for Task<F> {
         let shared = &self.0;
         let free = shared.free().or_else(|| {
             shared.is_missed.store(true, Ordering::SeqCst);
+            fence(Ordering::SeqCst);
             shared.free()
         });
         // Whoever is at it comes back for what is missed.
@@ -367,6 +371,30 @@ mod tests {
         let_on.send(()).expect("it waits");
         elsewhere.join().expect("no panic");
         joined.await.expect("it went on once more");
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+    async fn a_task_does_as_much_at_a_time_as_it_likes() {
+        // The runtime lets a task take 128 of what it has, and wakes it for the rest.
+        const NUMBERS: usize = 1000;
+        let (send, mut numbers) = mpsc::channel(NUMBERS);
+        let (listens, listening) = oneshot::channel();
+        let (tell, told) = std::sync::mpsc::channel();
+        let joined = tokio::spawn(task(async move {
+            listens.send(()).expect("somebody waits");
+            while let Some(number) = numbers.recv().await {
+                tell.send((number, thread::current().id())).expect("somebody listens");
+            }
+        }));
+        listening.await.expect("it begins");
+        let here = elsewhere(|| {
+            let woken = after(|| (0..NUMBERS).for_each(|number| send.try_send(number).expect("room"))).1;
+            drop(woken.here());
+            thread::current().id()
+        });
+        drop(send);
+        joined.await.expect("it took all of them");
+        assert!(told.iter().all(|(_, thread)| thread == here));
     }
 
     #[test]

@@ -57,17 +57,20 @@ impl Bell {
         self.lit.iter().any(|lit| lit.load(Ordering::Acquire) != 0)
     }
 
-    /// A place that is lit, which gets dark.
-    pub(super) fn next(&self) -> Option<usize> {
-        for (index, lit) in self.lit.iter().enumerate() {
-            let now = lit.load(Ordering::Acquire);
-            if now != 0 {
-                let bit = now.trailing_zeros() as usize;
-                lit.fetch_and(!(1 << bit), Ordering::AcqRel);
-                return Some(index * BITS + bit);
-            }
-        }
-        None
+    /// The places that are lit, which get dark: one that lights up again is not among them again, or would have the
+    /// task for itself.
+    pub(super) fn take(&self) -> impl Iterator<Item = usize> + use<> {
+        let lit = self.lit.each_ref().map(|lit| match lit.load(Ordering::Acquire) {
+            0 => 0,
+            _ => lit.swap(0, Ordering::AcqRel),
+        });
+        lit.into_iter().enumerate().flat_map(|(index, mut lit)| {
+            std::iter::from_fn(move || {
+                let bit = (lit != 0).then(|| lit.trailing_zeros() as usize)?;
+                lit &= lit - 1;
+                Some(index * BITS + bit)
+            })
+        })
     }
 }
 
@@ -109,11 +112,14 @@ mod tests {
             waker.wake_by_ref();
         }
         assert_eq!(task.0.load(Ordering::Relaxed), wakers.len());
-        let lit: Vec<usize> = std::iter::from_fn(|| bell.next()).collect();
-        assert_eq!(lit, [0, 63, 64, PLACES - 1]);
+        let mut lit = bell.take();
+        assert_eq!(lit.next(), Some(0));
+        wakers[0].wake_by_ref();
+        assert_eq!(lit.collect::<Vec<_>>(), [63, 64, PLACES - 1]);
+        assert_eq!(bell.take().collect::<Vec<_>>(), [0]);
         let place = bell.place(5);
         assert!(place.light() && !place.light());
         Waker::from(place).wake();
-        assert_eq!(task.0.load(Ordering::Relaxed), wakers.len(), "the task lit it itself");
+        assert_eq!(task.0.load(Ordering::Relaxed), wakers.len() + 1, "the task lit it itself");
     }
 }

@@ -21,7 +21,7 @@ use super::input::{Input, Wire};
 use super::receive::{Expect, Fault, Unfinished};
 use super::{
     Blocks, CONNECTION_WINDOW, FAREWELL, FRAME_BYTES_MAX, HEADER_BYTES_MAX, KEEP_ALIVE, OWED_BYTES_MAX,
-    QUEUE_BYTES_MAX, REQUEST_DURATION_MAX, Reply as _, STREAM_WINDOW, STREAMS_MAX, Service,
+    QUEUE_BYTES_MAX, REQUEST_DURATION_MAX, Reply as _, STREAM_WINDOW, STREAMS_MAX, Service, TURN_ROUNDS,
 };
 use crate::pool::Pool;
 use vaccel_client::http2::Output;
@@ -209,7 +209,7 @@ impl<I: Wire, S: Service> Connection<I, S> {
 
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.bell.listen(context.waker());
-        loop {
+        for _ in 0..TURN_ROUNDS {
             if self.ended.is_some() {
                 return self.poll_rest();
             }
@@ -219,9 +219,7 @@ impl<I: Wire, S: Service> Connection<I, S> {
                 continue;
             }
             let is_owing = self.is_owing();
-            while let Some(place) = self.bell.next() {
-                self.attend(place);
-            }
+            self.bell.take().for_each(|place| self.attend(place));
             self.send_queue();
             let flushed = self.output.poll_flush(context, &mut self.io)?;
             if self.going == Going::Away && flushed.is_ready() && self.streams.iter().all(Option::is_none) {
@@ -233,6 +231,8 @@ impl<I: Wire, S: Service> Connection<I, S> {
                 return Poll::Pending;
             }
         }
+        context.waker().wake_by_ref();
+        Poll::Pending
     }
 
     /// The connection ends: says why, if there is somebody to tell. Nobody waits for replies any more; what came of an
@@ -266,7 +266,7 @@ impl<I: Wire, S: Service> Connection<I, S> {
 
     /// Lets services take what came before the end.
     fn poll_rest(&mut self) -> Poll<io::Result<()>> {
-        while let Some(place) = self.bell.next() {
+        for place in self.bell.take() {
             if let Some(stream) = self.streams.get_mut(place)
                 && stream.as_mut().is_none_or(|stream| stream.poll_answer(&self.places[place]).is_ready())
             {

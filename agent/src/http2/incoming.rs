@@ -505,14 +505,14 @@ mod tests {
         delivery.receive(&[message(1), message(2)].concat(), &Pool::default());
         assert!(!delivery.is_taken());
         taken(&mut incoming);
-        assert_eq!(bell.next(), None);
+        assert_eq!(bell.take().next(), None);
         taken(&mut incoming);
-        assert_eq!(bell.next(), Some(3));
+        assert_eq!(bell.take().next(), Some(3));
         assert!(delivery.is_taken());
         delivery.receive(&message(3), &Pool::default());
         assert!(!delivery.is_taken());
         drop(incoming);
-        assert_eq!(bell.next(), Some(3), "nobody is going to take the rest");
+        assert_eq!(bell.take().next(), Some(3), "nobody is going to take the rest");
         delivery.receive(&message(3), &Pool::default());
         assert!(delivery.is_over());
     }

@@ -100,6 +100,10 @@ const SETTINGS_MAX: usize = 64;
 const TURN_BYTES: usize = 1 << 20;
 const TURN_CALLS: u32 = 64;
 
+/// How often it goes on in a turn because calls of it have something to do by then: they may wake each other, or
+/// themselves, for ever.
+const TURN_ROUNDS: usize = 64;
+
 /// Read ahead of the place it is for, in bytes.
 const AHEAD_BYTES: usize = 64 << 10;
 

@@ -49,8 +49,8 @@ fn whole(bytes: impl Into<Bytes>) -> Response<Pieces> {
 const LARGE: usize = 300_000;
 
 /// By path: `/echo` sends back what it got, or why it did not get all of it; `/slow` takes its time with every message;
-/// `/large` sends [`LARGE`] bytes; `/talk` does, and keeps the request meanwhile; `/never` does not answer; others do
-/// without waiting for a body. Counts calls that are not answered, messages that `/slow` took, and those expected.
+/// `/large` sends [`LARGE`] bytes; `/talk` does, and keeps the request meanwhile; `/never` does not answer,
+/// `/restless` wakes itself instead; others do without waiting for a body. Counts calls that are not answered, messages that `/slow` took, and those expected.
 #[derive(Clone, Default)]
 struct Echo(Arc<AtomicUsize>, Arc<AtomicUsize>, Arc<AtomicUsize>);
 
@@ -101,12 +101,12 @@ impl Service for Echo {
                     Err(error) => whole(error.message().to_owned()),
                 },
                 "/large" => whole(vec![9; LARGE]),
-                "/talk" => {
-                    let mut answer = whole(vec![9; LARGE]);
-                    answer.body_mut().2 = Some((request, _awaited));
-                    answer
-                }
+                "/talk" => whole(vec![9; LARGE]).map(|mut body| {
+                    body.2 = Some((request, _awaited));
+                    body
+                }),
                 "/never" => std::future::pending().await,
+                "/restless" => std::future::poll_fn(turns::restless).await,
                 _ => whole("early"),
             }
         })
