@@ -187,8 +187,8 @@ impl<F: Future<Output = ()> + Send + 'static> Resume for Shared<F> {
                 }
                 return;
             };
-            // As the runtime does it: with its timers and sockets. But how much a task does at a time is its own to say:
-            // here nobody puts off what the runtime wakes because it is too much, and that would have no end.
+            // As the runtime does it: with its timers and sockets. But a task says itself how much it does at a time:
+            // here nobody puts off what is woken again because it was too much, and that would have no end.
             let once = unconstrained(poll_fn(|_| Poll::Ready(self.poll(&mut future))));
             let polled = catch_unwind(AssertUnwindSafe(|| self.runtime.block_on(once)));
             if polled.is_err() {

@@ -49,8 +49,8 @@ fn whole(bytes: impl Into<Bytes>) -> Response<Pieces> {
 const LARGE: usize = 300_000;
 
 /// By path: `/echo` sends back what it got, or why it did not get all of it; `/slow` takes its time with every message;
-/// `/large` sends [`LARGE`] bytes; `/talk` does, and keeps the request meanwhile; `/never` does not answer,
-/// `/restless` wakes itself instead; others do without waiting for a body. Counts calls that are not answered, messages that `/slow` took, and those expected.
+/// `/large` sends [`LARGE`] bytes; `/talk` does, and keeps the request; `/never` does not answer, `/restless` wakes
+/// itself instead; others answer at once. Counts calls without answers, messages `/slow` took, and those expected.
 #[derive(Clone, Default)]
 struct Echo(Arc<AtomicUsize>, Arc<AtomicUsize>, Arc<AtomicUsize>);
 
