@@ -2,14 +2,14 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
-use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use vaccel_guest::{DType, FILES_MAX, ITEMS_MAX, RANK_MAX, ResourceKind};
 
 use super::programs::{compile, dynamic_library, header, run, source, static_library};
-use crate::support::{Agent, digits, onnx};
+use super::{everything_holds, models};
+use crate::support::{Agent, digits};
 
 /// The header without its comments.
 fn declarations() -> String {
@@ -59,37 +59,19 @@ fn the_numbers_in_the_header_are_those_of_the_library() {
     }
 }
 
-/// Runs `interface.c`, built by this compiler, on an agent; kills and starts that when it says so.
+/// Runs `interface.c`, built by this compiler, on an agent.
 fn exercise(compiler: &str, library: &Path, flags: &[&str]) {
     let agent = Agent::unix(&["--engine", "tract"]);
-    let address = agent.address().to_owned();
     let program = agent.folder().join("interface");
     let file = source("interface.c");
     let mut what = vec![OsStr::new("-std=c11"), OsStr::new("-g"), file.as_os_str(), library.as_os_str()];
     what.extend(flags.iter().map(OsStr::new));
     compile(compiler, &what, &program);
-    let models = [("add.onnx", onnx::add()), ("echo.onnx", onnx::echo())];
-    let models = models.map(|(name, content)| {
-        let path = agent.folder().join(name);
-        std::fs::write(&path, content).unwrap();
-        path
-    });
     let images = digits("png").into_iter().take(2).map(|(path, _)| path);
     let mut command = Command::new(&program);
-    command.arg(&address).args(&models).args(images);
+    command.arg(agent.address()).args(models(&agent)).args(images);
     command.env("LD_LIBRARY_PATH", library.parent().unwrap());
-    let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-    let mut said = BufReader::new(process.stdout.take().unwrap());
-    let mut text = String::new();
-    while !text.ends_with("restart\n") {
-        assert!(said.read_line(&mut text).unwrap() > 0, "{compiler}: {text}{:?}", process.wait());
-    }
-    let folder = agent.kill();
-    let _agent = Agent::start_in(folder, &["unix://{}/s"], &["--engine", "tract"]);
-    process.stdin.take().unwrap().write_all(b"\n").unwrap();
-    said.read_to_string(&mut text).unwrap();
-    let status = process.wait().unwrap();
-    assert!(status.success() && text.ends_with("everything holds\n"), "{compiler}: {status:?}\n{text}");
+    everything_holds(command, agent);
 }
 
 #[test]

@@ -4,12 +4,15 @@
 mod configurations;
 mod interface;
 mod needs;
+mod plugin;
 mod programs;
 
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
 use self::programs::Program;
-use crate::support::{Agent, digits, output_text};
+use crate::support::{Agent, digits, onnx, output_text};
 
 /// Where agents listen: what these programs can reach on this machine.
 const SOCKETS: &[&str] = &["unix://{}/s", "tcp://127.0.0.1:0"];
@@ -37,6 +40,31 @@ fn command(program: &std::path::Path) -> Command {
 fn succeed(output: &Output) -> String {
     assert!(output.status.success(), "{:?}\n{}", output.status, output_text(output));
     String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+/// Two models in an agent's folder: one that adds 1 and 2 to rows of two numbers, and one that changes nothing.
+fn models(agent: &Agent) -> [PathBuf; 2] {
+    [("add.onnx", onnx::add()), ("echo.onnx", onnx::echo())].map(|(name, content)| {
+        let path = agent.folder().join(name);
+        std::fs::write(&path, content).unwrap();
+        path
+    })
+}
+
+/// Runs a program that checks all by itself; kills and starts the agent when it says so.
+fn everything_holds(mut command: Command, agent: Agent) {
+    let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut said = BufReader::new(process.stdout.take().unwrap());
+    let mut text = String::new();
+    while !text.ends_with("restart\n") {
+        assert!(said.read_line(&mut text).unwrap() > 0, "{command:?}: {text}{:?}", process.wait());
+    }
+    let folder = agent.kill();
+    let _agent = Agent::start_in(folder, &["unix://{}/s"], &["--engine", "tract"]);
+    process.stdin.take().unwrap().write_all(b"\n").unwrap();
+    said.read_to_string(&mut text).unwrap();
+    let status = process.wait().unwrap();
+    assert!(status.success() && text.ends_with("everything holds\n"), "{command:?}: {status:?}\n{text}");
 }
 
 /// How many lines name the digit that the image shows; all have a file, a label and a probability.

@@ -1,0 +1,46 @@
+//! The plugin as libvaccel has it, with which programs of vAccel call an agent as they are.
+
+use std::ffi::OsStr;
+use std::path::PathBuf;
+use std::process::Command;
+
+use super::programs::{compile, run, source};
+use super::{everything_holds, models};
+use crate::support::{Agent, digits};
+
+/// Where cargo put it, beside these tests.
+fn library() -> PathBuf {
+    std::env::current_exe().unwrap().with_file_name("libvaccel_sockets.so")
+}
+
+/// A program that has what a plugin sees of libvaccel. It knows when memory is used that is not its own.
+fn program(agent: &Agent) -> Command {
+    let program = agent.folder().join("plugin");
+    let file = source("plugin.c");
+    let what = ["-std=gnu11", "-g", "-fsanitize=address,undefined"].map(OsStr::new);
+    compile("cc", &[&what[..], &[file.as_os_str()]].concat(), &program);
+    let mut command = Command::new(program);
+    // What it would need to look for memory that is lost is not allowed in every place.
+    command.env("ASAN_OPTIONS", "detect_leaks=0").env("VACCEL_RPC_ADDRESS", agent.address());
+    command.arg(library());
+    command
+}
+
+#[test]
+fn every_operation_does_what_programs_of_vaccel_know() {
+    let agent = Agent::unix(&["--engine", "tract"]);
+    let mut command = program(&agent);
+    let (image, _) = digits("png").remove(0);
+    command.args(models(&agent)).arg(image).arg("two");
+    everything_holds(command, agent);
+}
+
+#[test]
+fn nothing_is_imported_from_libvaccel_and_one_name_is_exported() {
+    let symbols =
+        |which: &str| run(Command::new("nm").args(["--dynamic", "--format=posix", which]).arg(library()));
+    let names =
+        |text: &str| text.lines().map(|line| line.split(' ').next().unwrap().to_owned()).collect::<Vec<_>>();
+    assert_eq!(names(&symbols("--defined-only")), ["vaccel_plugin"]);
+    assert!(!names(&symbols("--undefined-only")).iter().any(|name| name.contains("vaccel")));
+}
