@@ -28,6 +28,9 @@ mod session;
 mod shared;
 mod transport;
 
+#[doc(hidden)]
+pub use backend::exec::{COMMAND as EXEC_WORKER, worker as exec_worker};
+
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;

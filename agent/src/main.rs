@@ -65,6 +65,10 @@ const EXIT_ABSENT: u8 = 69;
 const EXIT_CONFIG: u8 = 78;
 
 fn main() -> ExitCode {
+    // The agent runs itself so, for libraries of guests; before there is a second thread.
+    if std::env::args_os().nth(1).is_some_and(|first| first == vaccel_agent::EXEC_WORKER) {
+        return vaccel_agent::exec_worker();
+    }
     match run() {
         Ok(code) => code,
         Err(Failure { exit, message }) => {

@@ -6,6 +6,7 @@
 //! engine = "tract"                 # its sessions get this engine and no other
 //! operations = ["noop", "sgemm"]   # all others are off
 //! models = ["resnet*"]             # what it sees of the host's models
+//! exec = true                      # it may run libraries that it brings
 //! operator = true                  # its metrics are those of all tenants
 //! weight = 4                       # four times the lane time of another tenant, while both want it
 //! ```
@@ -71,6 +72,11 @@ impl Policies {
     pub(crate) fn allows_model(&self, tenant: &Tenant, name: &str) -> bool {
         let allowed = self.of(tenant).and_then(|rule| rule.models.as_ref());
         allowed.is_none_or(|patterns| patterns.iter().any(|pattern| fits(pattern, name)))
+    }
+
+    /// Whether the tenant may run libraries that it brings.
+    pub(crate) fn allows_libraries(&self, tenant: &Tenant) -> bool {
+        self.of(tenant).is_some_and(|rule| rule.exec)
     }
 
     /// Whether the tenant may see what all tenants' runs took.

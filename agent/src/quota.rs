@@ -34,6 +34,8 @@ pub(crate) enum Unit {
     Lanes,
     /// Streams that tell of changes of health.
     Watches,
+    /// Processes with libraries that the tenant brought.
+    Workers,
 }
 
 /// Computations of one tenant that nobody waits for and that have not stopped yet. An engine cannot be interrupted
@@ -46,6 +48,10 @@ pub(crate) const OBJECTS_MAX: u64 = 1000;
 
 /// Lanes of all models that one tenant brought: each is a thread, which other tenants' work shares the processors with.
 pub(crate) const LANES_MAX: u64 = 64;
+
+/// Processes with libraries of one tenant, each with a memory of its own: as many functions run at a time, and as many
+/// libraries stay loaded.
+pub(crate) const WORKERS_MAX: u64 = 8;
 
 /// Watches of one tenant: one for each connection that it may have, as clients have that look at the health of all they
 /// are connected to, and at least so many.
@@ -68,6 +74,7 @@ pub(crate) struct Account {
     device_bytes: AtomicU64,
     lanes: AtomicU64,
     watches: AtomicU64,
+    workers: AtomicU64,
 }
 
 impl Account {
@@ -86,6 +93,7 @@ impl Account {
             device_bytes: AtomicU64::new(0),
             lanes: AtomicU64::new(0),
             watches: AtomicU64::new(0),
+            workers: AtomicU64::new(0),
         }
     }
 
@@ -123,6 +131,9 @@ impl Account {
             Unit::Watches => {
                 let limit = self.limits.connections.max(WATCHES_MIN);
                 (&self.watches, limit, "watches of this tenant", "watches")
+            }
+            Unit::Workers => {
+                (&self.workers, WORKERS_MAX, "processes with libraries of this tenant", "processes")
             }
         }
     }

@@ -16,6 +16,7 @@ use vaccel_proto::Error;
 use vaccel_proto::limits::SESSION_ID_BYTES;
 
 use crate::backend::Choice;
+use crate::backend::exec::Libraries;
 use crate::identity::{Tenant, hex};
 use crate::profile::Profile;
 use crate::quota::Hold;
@@ -66,6 +67,8 @@ pub(crate) struct Session {
     pub(crate) holdings: Arc<Holdings>,
     /// What its calls took.
     pub(crate) profile: Profile,
+    /// Libraries of it that are loaded.
+    pub(crate) libraries: Libraries,
     pub(crate) opened: Instant,
     _counted: Hold,
 }
@@ -119,8 +122,9 @@ impl Sessions {
     ) -> Result<Arc<Session>, Error> {
         let id = SessionId::random()?;
         let opened = Instant::now();
-        let (holdings, profile) = (Arc::default(), Profile::default());
-        let session = Session { id: id.clone(), choice, holdings, profile, opened, _counted: counted };
+        let (holdings, profile, libraries) = Default::default();
+        let session =
+            Session { id: id.clone(), choice, holdings, profile, libraries, opened, _counted: counted };
         let session = Arc::new(session);
         let mut entry = Entry {
             tenant: tenant.clone(),

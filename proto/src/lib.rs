@@ -41,3 +41,10 @@ pub mod inference {
 pub mod v1 {
     tonic::include_proto!("vaccel.v1");
 }
+
+impl v1::Arg {
+    /// Bytes that there are for a written argument: as many as it brings, or else as it says.
+    pub fn room(&self) -> u64 {
+        if self.data.is_empty() { self.size } else { self.data.len() as u64 }
+    }
+}

@@ -7,6 +7,7 @@
 
 mod blas;
 mod cuda;
+pub(crate) mod exec;
 #[cfg(test)]
 #[path = "../../tests/fake_cuda/mod.rs"]
 pub(crate) mod fake_cuda;

@@ -16,6 +16,9 @@ pub struct Rule {
     pub operations: Option<Vec<String>>,
     /// Names of the host's models that they may use, in which `*` stands for any characters; all when not said.
     pub models: Option<Vec<String>>,
+    /// Whether they may run libraries that they bring, in processes that can do nothing else.
+    #[serde(default)]
+    pub exec: bool,
     /// Whether the metrics that they read are those of all tenants.
     #[serde(default)]
     pub operator: bool,

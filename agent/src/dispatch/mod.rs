@@ -443,7 +443,12 @@ impl Dispatch {
         all: bool,
     ) -> Result<(), Error> {
         self.call(caller, "unregister_resource", self.call_deadline, async |_, _| {
-            self.session(caller, session)?.holdings.unregister(resource, all)
+            let session = self.session(caller, session)?;
+            session.holdings.unregister(resource, all)?;
+            if session.holdings.resource(resource).is_err() {
+                session.libraries.forget(resource);
+            }
+            Ok(())
         })
         .await
     }
@@ -540,8 +545,18 @@ impl Dispatch {
         let workshop = &self.workshop;
         let (tenant, repository) = (&caller.tenant, &self.inference.repository);
         let (session, room) = (&session, room.as_ref());
-        let context =
-            Context { workshop, repository, tenant, session, account, deadline, reply_bytes_max, room };
+        let may_bring_code = self.policies.allows_libraries(tenant);
+        let context = Context {
+            workshop,
+            repository,
+            tenant,
+            session,
+            account,
+            deadline,
+            reply_bytes_max,
+            room,
+            may_bring_code,
+        };
         let begun = Instant::now();
         let done = ops::run(op, &context).await;
         let stages = done.as_ref().ok().map(|done| [done.spans.queue, done.spans.run]);

@@ -15,11 +15,6 @@ pub(super) struct Reads<'a> {
     at: usize,
 }
 
-/// Bytes there are for a written argument.
-pub(super) fn room(arg: &Arg) -> u64 {
-    if arg.data.is_empty() { arg.size } else { arg.data.len() as u64 }
-}
-
 /// Where an argument is, in the request.
 fn path(at: usize) -> String {
     format!("read[{at}]")

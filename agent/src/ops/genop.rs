@@ -19,7 +19,7 @@ use vaccel_proto::v1::{
 };
 use vaccel_proto::{Error, Reason};
 
-use super::arguments::{Reads, room};
+use super::arguments::Reads;
 use super::later::DUMMY_IMAGE;
 use super::{Context, Operation};
 use crate::backend::NOOP;
@@ -287,11 +287,11 @@ fn give_back(
             if text_first {
                 texts.reverse();
             }
-            texts.iter().zip(&write).map(|(text, place)| terminated(text, room(place))).collect()
+            texts.iter().zip(&write).map(|(text, place)| terminated(text, place.room())).collect()
         }
         (Back::ImageName, outcome) => {
             let name = image_name(outcome);
-            write.iter().map(|place| terminated(&name, room(place))).collect()
+            write.iter().map(|place| terminated(&name, place.room())).collect()
         }
         (Back::Matrix { columns, stride }, Outcome::Sgemm(reply)) => {
             let mut dense = tensors(reply.matrices);
@@ -317,7 +317,7 @@ fn give_back(
     };
     let mut written = Vec::with_capacity(write.len());
     for (index, (place, data)) in write.into_iter().zip(filled).enumerate() {
-        let (room, length) = (room(&place), data.len() as u64);
+        let (room, length) = (place.room(), data.len() as u64);
         if length > room {
             let path = format!("write[{index}]");
             return Err(Error::field(path, format!("room for {length} bytes"), format!("{room} bytes")));
@@ -362,7 +362,7 @@ fn spread(dense: &Bytes, columns: i64, stride: i64, place: &Arg) -> Result<Bytes
     let (row, step) = (bytes(columns).unwrap_or(0).max(1), bytes(stride).unwrap_or(usize::MAX));
     let rows = dense.len() / row;
     let span = rows.checked_sub(1).map_or(Some(0), |before| before.checked_mul(step)?.checked_add(row));
-    let have = room(place);
+    let have = place.room();
     let Some(span) = span.filter(|span| *span as u64 <= have) else {
         let expected = format!("room for {rows} rows of {columns} numbers, {stride} apart");
         return Err(Error::field("write[0]", expected, format!("{have} bytes")));

@@ -1,16 +1,14 @@
 //! Operations of vAccel that are known by name and not served yet: only the `noop` engine answers them.
 //!
 //! *Errors:* `UNKNOWN_OPERATION` with that reason. *Source:* vAccel's `image_detection`, `image_segmentation`,
-//! `image_pose`, `image_depth`, `exec` and `exec_with_resource`.
+//! `image_pose` and `image_depth`.
 
 use vaccel_proto::v1::{
-    Arg, ExecReply, ExecRequest, ExecWithResourceReply, ExecWithResourceRequest, ImageDepthReply,
-    ImageDepthRequest, ImageDetectionReply, ImageDetectionRequest, ImagePoseReply, ImagePoseRequest,
-    ImageSegmentationReply, ImageSegmentationRequest, ResourceKind,
+    ImageDepthReply, ImageDepthRequest, ImageDetectionReply, ImageDetectionRequest, ImagePoseReply,
+    ImagePoseRequest, ImageSegmentationReply, ImageSegmentationRequest, ResourceKind,
 };
 use vaccel_proto::{Error, Reason};
 
-use super::arguments::room;
 use super::{Context, Operation};
 use crate::scheduler::Timed;
 
@@ -52,53 +50,4 @@ images! {
     ImageSegmentationRequest, ImageSegmentationReply, "image_segmentation", "divide images into things";
     ImagePoseRequest, ImagePoseReply, "image_pose", "find how bodies stand in images";
     ImageDepthRequest, ImageDepthReply, "image_depth", "tell distances in images";
-}
-
-/// What vAccel's noop plugin writes: the first argument read, where it is the only one and as long as the first
-/// written.
-fn copied(read: &[Arg], mut write: Vec<Arg>) -> Vec<Arg> {
-    if let ([written], Some(first)) = (&mut write[..], read.first())
-        && room(written) == first.data.len() as u64
-        && first.data.len().is_multiple_of(size_of::<i32>())
-    {
-        written.data = first.data.clone();
-    }
-    write
-}
-
-impl Operation for ExecRequest {
-    const NAME: &'static str = "exec";
-    const SUMMARY: &'static str = "call a function of a library of the host (not served yet)";
-    type Reply = ExecReply;
-
-    fn validate(&self) -> Result<(), Error> {
-        Ok(())
-    }
-
-    fn dummy(self, _: &Context<'_>) -> Result<ExecReply, Error> {
-        Ok(ExecReply { write: copied(&self.read, self.write) })
-    }
-
-    async fn execute(self, _: &Context<'_>) -> Result<Timed<ExecReply>, Error> {
-        not_served(Self::NAME)
-    }
-}
-
-impl Operation for ExecWithResourceRequest {
-    const NAME: &'static str = "exec_with_resource";
-    const SUMMARY: &'static str = "call a function of a library of the session (not served yet)";
-    type Reply = ExecWithResourceReply;
-
-    fn validate(&self) -> Result<(), Error> {
-        Ok(())
-    }
-
-    fn dummy(self, context: &Context<'_>) -> Result<ExecWithResourceReply, Error> {
-        context.resource("resource", &self.resource, ResourceKind::Library)?;
-        Ok(ExecWithResourceReply { write: copied(&self.read, self.write) })
-    }
-
-    async fn execute(self, _: &Context<'_>) -> Result<Timed<ExecWithResourceReply>, Error> {
-        not_served(Self::NAME)
-    }
 }

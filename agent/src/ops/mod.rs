@@ -4,6 +4,7 @@
 //! row the match in `run` does not cover the new arm and the crate does not compile.
 
 mod arguments;
+mod exec;
 mod families;
 mod fpga_arraycopy;
 mod fpga_mmult;
@@ -166,6 +167,8 @@ pub(crate) struct Context<'a> {
     pub(crate) reply_bytes_max: u64,
     /// The memory that the caller shares, if the call's tensors lie there.
     pub(crate) room: Option<&'a Arc<Room>>,
+    /// Whether libraries of the tenant's may run.
+    pub(crate) may_bring_code: bool,
 }
 
 impl Context<'_> {

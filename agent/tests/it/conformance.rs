@@ -13,8 +13,11 @@ use vaccel_client::proto::limits::{
 use vaccel_client::proto::v1::operations_client::OperationsClient;
 use vaccel_client::proto::v1::run_request::Op;
 use vaccel_client::proto::v1::*;
-use vaccel_client::{Client, DType, Error, Reason, ResourceFiles, Session, SessionOptions, Tensor, named};
+use vaccel_client::{
+    Client, DType, Error, Reason, ResourceFiles, Session, SessionOptions, Tensor, arg, named, room,
+};
 
+use crate::exec::compiled;
 use crate::support::{Agent, digits, onnx, read};
 
 /// Requests by the model, by tensors, and by both.
@@ -38,28 +41,35 @@ struct Row {
     wrong: Vec<Wrong>,
 }
 
-/// Two tenants of one agent; the first one's session holds a model and a file of data.
+/// Two tenants of one agent; the first one's session holds a model, a file of data and a library.
 struct Site {
     agent: Agent,
     client: Client,
     session: Session,
     model: String,
     data: String,
+    library: String,
 }
 
 impl Site {
     async fn new() -> Self {
-        let agent = Agent::start(&["unix://{}/a", "unix://{}/b"], &[]);
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("agent.toml"), "[[policy]]\ntenant = '*'\nexec = true\n").unwrap();
+        let flags = ["--config", "{}/agent.toml"];
+        let agent = Agent::start_in(folder, &["unix://{}/a", "unix://{}/b"], &flags);
         let client = agent.guest(0).await;
         let session = client.open_session(SessionOptions::default()).await.unwrap();
         let model = session.register(ResourceFiles::model("m.onnx", onnx::add())).await.unwrap();
         let data = vec![("d".into(), Bytes::from_static(b"no model"))];
         let data = session.register(ResourceFiles::new(ResourceKind::Data, data)).await.unwrap();
+        let library = compiled(agent.folder(), "library.c", &["-lm"]);
+        let library = ResourceFiles::new(ResourceKind::Library, vec![("library.so".into(), library.into())]);
+        let library = session.register(library).await.unwrap().id().to_owned();
         for load in [tf_load(model.id()), tflite_load(model.id()), torch_load(model.id())] {
             run(&client, &session.id(), load).await.unwrap();
         }
         let (model, data) = (model.id().to_owned(), data.id().to_owned());
-        Self { agent, client, session, model, data }
+        Self { agent, client, session, model, data, library }
     }
 }
 
@@ -190,8 +200,36 @@ fn image_rows(site: &Site, table: &mut BTreeMap<&'static str, Row>) {
     let valid = Op::ImagePose(ImagePoseRequest { model: model.clone(), image: image.clone() });
     table.insert("image_pose", later(valid));
     table.insert("image_depth", later(Op::ImageDepth(ImageDepthRequest { model, image })));
-    table.insert("exec", later(Op::Exec(ExecRequest::default())));
-    table.insert("exec_with_resource", later(Op::ExecWithResource(ExecWithResourceRequest::default())));
+}
+
+fn library_rows(site: &Site, table: &mut BTreeMap<&'static str, Row>) {
+    let numbers = || [40_i32, 2].map(|number| arg(ArgType::Int32, number.to_le_bytes().to_vec())).to_vec();
+    let exec = |library: &str, symbol: &str, read, bytes| {
+        let (library, symbol, write) = (library.into(), symbol.into(), vec![room(ArgType::Int32, bytes)]);
+        Op::Exec(ExecRequest { library, symbol, read, write })
+    };
+    let with = |resource: &str, symbol: &str, read, bytes| {
+        let (resource, symbol, write) = (resource.into(), symbol.into(), vec![room(ArgType::Int32, bytes)]);
+        Op::ExecWithResource(ExecWithResourceRequest { resource, symbol, read, write })
+    };
+    let too_large = |op| wrong("more than a process has room for", op, Reason::MessageTooLarge, "");
+    let refused = |op| wrong("what its function refuses", op, Reason::BackendFailed, "");
+    let by_name = vec![
+        wrong("no such library", exec("absent.so", "add", numbers(), 4), Reason::NotFound, ""),
+        wrong("a resource that is no library", exec(&site.data, "add", numbers(), 4), Reason::NotFound, ""),
+        bad("no such function", exec("library.so", "missing", numbers(), 4), "symbol"),
+        too_large(exec("library.so", "add", numbers(), 1 << 30)),
+        refused(exec("library.so", "add", vec![], 4)),
+    ];
+    table.insert("exec", row(exec("/any/library.so", "add", numbers(), 4), by_name));
+    let by_id = vec![
+        wrong("no such library", with(ABSENT, "add", numbers(), 4), Reason::NotFound, ""),
+        bad("a resource that is no library", with(&site.data, "add", numbers(), 4), "resource"),
+        bad("no such function", with(&site.library, "missing", numbers(), 4), "symbol"),
+        too_large(with(&site.library, "add", numbers(), 1 << 30)),
+        refused(with(&site.library, "add", numbers(), 8)),
+    ];
+    table.insert("exec_with_resource", row(with(&site.library, "add", numbers(), 4), by_id));
 }
 
 fn model_rows(site: &Site, table: &mut BTreeMap<&'static str, Row>) {
@@ -351,6 +389,7 @@ fn table(site: &Site) -> BTreeMap<&'static str, Row> {
     model_rows(site, &mut table);
     matrix_rows(&mut table);
     other_rows(&mut table);
+    library_rows(site, &mut table);
     table
 }
 

@@ -188,12 +188,15 @@ async fn arguments_that_are_not_the_operations_are_refused_by_their_place() {
         assert_eq!(refusal.reason(), Reason::UnknownOperation, "{refusal}");
         assert!(refusal.message().contains(named), "{refusal}");
     }
-    for (later, count) in [(4, 1), (7, 1), (1, 0), (2, 0)] {
-        let texts = if count == 1 { vec![arg(ArgType::Buffer, vec![1])] } else { vec![text("a"), text("b")] };
-        let read_args = [vec![number(later)], texts].concat();
-        let refusal = session.genop(read_args, vec![room(ArgType::UcharArray, 9); count]).await.unwrap_err();
+    for later in [4, 7] {
+        let read_args = vec![number(later), arg(ArgType::Buffer, vec![1])];
+        let refusal = session.genop(read_args, vec![room(ArgType::UcharArray, 9)]).await.unwrap_err();
         assert_eq!(refusal.reason(), Reason::UnknownOperation, "{refusal}");
         assert!(refusal.message().contains("not served"), "{refusal}");
+    }
+    for library in [1, 2] {
+        let refusal = session.genop(vec![number(library), text("a"), text("b")], vec![]).await.unwrap_err();
+        assert_eq!(refusal.reason(), Reason::Disabled, "{refusal}");
     }
 }
 

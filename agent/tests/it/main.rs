@@ -9,6 +9,7 @@ mod classify;
 mod compute;
 mod conformance;
 mod engines;
+mod exec;
 mod families;
 mod formats;
 mod genop;

@@ -77,6 +77,7 @@ const CONFINED: &[(&str, &[&str])] = &[
         "fs::",
         &[
             "backend/cuda/tests.rs",
+            "backend/exec/inside.rs",
             "config.rs",
             "demo.rs",
             "identity.rs",
@@ -89,7 +90,7 @@ const CONFINED: &[(&str, &[&str])] = &[
             "transport/",
         ],
     ),
-    ("libc::", &["infer/regions.rs", "resource/disk.rs"]),
+    ("libc::", &["backend/exec/", "infer/regions.rs", "resource/disk.rs"]),
     // Libraries found at run time, and kernels that take pointers and strides.
     (
         "unsafe",
@@ -102,11 +103,15 @@ const CONFINED: &[(&str, &[&str])] = &[
             "backend/cuda/pins.rs",
             "backend/cuda/stream.rs",
             "backend/cuda/tests.rs",
+            "backend/exec/confine.rs",
+            "backend/exec/inside.rs",
             "backend/onnxruntime.rs",
             "backend/onnxruntime/device/binding.rs",
         ],
     ),
-    ("libloading", &["backend/cuda/library.rs", "backend/cuda/tests.rs"]),
+    ("libloading", &["backend/cuda/library.rs", "backend/cuda/tests.rs", "backend/exec/inside.rs"]),
+    ("landlock", &["backend/exec/confine.rs"]),
+    ("seccompiler", &["backend/exec/confine.rs"]),
     ("gemm::", &["backend/blas.rs"]),
     ("rayon", &["backend/blas.rs"]),
 ];

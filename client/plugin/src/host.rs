@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::ffi::c_int;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -22,6 +23,8 @@ pub(crate) struct Opened {
     host: Arc<Host>,
     pub(crate) session: Session,
     pub(crate) resources: Mutex<HashMap<i64, Resource>>,
+    /// Files of this machine that the program names where libvaccel has a library's.
+    pub(crate) libraries: Mutex<HashMap<PathBuf, Resource>>,
 }
 
 pub(crate) struct Host {
@@ -70,7 +73,8 @@ impl Opened {
         let options = SessionOptions { hints, ..SessionOptions::default() };
         let session = host.runtime.block_on(host.client.open_session(options))?;
         let number = host.name();
-        let opened = Self { host: Arc::clone(&host), session, resources: Mutex::default() };
+        let (resources, libraries) = Default::default();
+        let opened = Self { host: Arc::clone(&host), session, resources, libraries };
         lock(&host.sessions).insert(number, Arc::new(opened));
         Ok(number)
     }

@@ -1,17 +1,18 @@
 //! Operations that have a generic form, which is what the agent is asked for: numbers, arrays and texts in, arrays out.
 
 use std::ffi::{c_char, c_int, c_uchar, c_void};
+use std::path::Path;
 use std::slice;
 use std::sync::Arc;
 use std::time::Duration;
 
 use vaccel_client::proto::v1::Arg;
-use vaccel_client::{ArgType, Error, arg, room};
+use vaccel_client::{ArgType, Error, Resource, arg, room};
 
 use crate::abi;
 use crate::given::{array, array_mut, count, refused, text};
-use crate::host::{Opened, answer};
-use crate::resources::registered;
+use crate::host::{Opened, answer, lock};
+use crate::resources::{library, registered};
 
 /// Where an argument that comes out is to be.
 struct Place<'a> {
@@ -133,10 +134,28 @@ pub(crate) unsafe extern "C" fn exec(
         if library == MBENCH || symbol == MBENCH {
             return mbench(opened, &given);
         }
-        opened.generic(1, [vec![word(library), word(symbol)], given].concat(), places)
+        let (number, library) = match brought(opened, Path::new(library))? {
+            Some(brought) => (2, brought.id().to_owned()),
+            None => (1, library.to_owned()),
+        };
+        opened.generic(number, [vec![word(&library), word(symbol)], given].concat(), places)
     };
     // SAFETY: libvaccel's session.
     unsafe { on(session, "exec", work) }
+}
+
+/// A library that is a file here, which the session then holds; none where the program means one that it registered.
+fn brought(opened: &Opened, path: &Path) -> Result<Option<Resource>, Error> {
+    if !path.is_file() {
+        return Ok(None);
+    }
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    if let Some(known) = lock(&opened.libraries).get(&path) {
+        return Ok(Some(known.clone()));
+    }
+    let registered = opened.wait(opened.session.register(library(&path)?))?;
+    lock(&opened.libraries).insert(path, registered.clone());
+    Ok(Some(registered))
 }
 
 /// Keeps a processor of the agent busy for as many milliseconds as the first argument begins with, in words.

@@ -1,7 +1,8 @@
 //! Sessions, and resources in them.
 
 use std::ffi::{c_char, c_int};
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -142,7 +143,9 @@ unsafe fn files(resource: &abi::Resource) -> Result<ResourceFiles, Error> {
     }
     // SAFETY: a resource of libvaccel.
     let blobs = unsafe { blobs(resource)? };
-    if let [blob] = *blobs {
+    if kind != ResourceKind::Library
+        && let [blob] = *blobs
+    {
         // SAFETY: a file of it, which is there.
         let blob = unsafe { &*blob };
         if blob.kind == abi::FILE && !blob.path.is_null() {
@@ -150,7 +153,8 @@ unsafe fn files(resource: &abi::Resource) -> Result<ResourceFiles, Error> {
             return Ok(ResourceFiles::path(kind, unsafe { path_of(blob.path)? }));
         }
     }
-    let mut files = Vec::with_capacity(blobs.len());
+    // Libraries are linked with libvaccel, as a rule, and find it where it was loaded before them.
+    let mut files = Vec::from_iter(libvaccel().filter(|_| kind == ResourceKind::Library));
     for &blob in blobs {
         // SAFETY: a file that is there, with its name and so many bytes.
         let (name, data) =
@@ -158,6 +162,26 @@ unsafe fn files(resource: &abi::Resource) -> Result<ResourceFiles, Error> {
         files.push((name.to_owned(), Bytes::copy_from_slice(data)));
     }
     Ok(ResourceFiles::new(kind, files))
+}
+
+/// A library of the program's machine, with what it may be linked with.
+///
+/// # Errors
+/// `BAD_ARGUMENT` for a file that cannot be read.
+pub(crate) fn library(path: &Path) -> Result<ResourceFiles, Error> {
+    let unreadable = |error: io::Error| refused("library", "a file", format!("{}: {error}", path.display()));
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let own = (name, Bytes::from(std::fs::read(path).map_err(unreadable)?));
+    Ok(ResourceFiles::new(ResourceKind::Library, libvaccel().into_iter().chain([own]).collect()))
+}
+
+/// The libvaccel of this process, as a file.
+fn libvaccel() -> Option<(String, Bytes)> {
+    let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
+    let mut paths = maps.lines().filter_map(|line| Some(&line[line.find('/')?..]));
+    let path =
+        paths.find(|path| path.rsplit('/').next().is_some_and(|name| name.starts_with("libvaccel.so")))?;
+    Some(("libvaccel.so".to_owned(), std::fs::read(path).ok()?.into()))
 }
 
 /// # Safety

@@ -1,7 +1,7 @@
 /* A program of vAccel with as much of libvaccel 0.8 as a plugin sees: it loads the plugin, makes every call of it on a
  * real agent, and ends with 1 at the first line that does not hold.
  *
- *     plugin PLUGIN ADD_MODEL ECHO_MODEL IMAGE LABEL
+ *     plugin PLUGIN ADD_MODEL ECHO_MODEL IMAGE LABEL LIBRARY
  *
  * The agent's address is in the environment. It writes "restart" and waits for a line when the agent shall be killed and
  * started again.
@@ -230,6 +230,37 @@ static void images(struct session *session, struct session *debug, const char *p
     }
 }
 
+/* What a library computes that the program names as a file, or has registered. */
+static void libraries(struct session *session, char **path)
+{
+    int (*exec)(struct session *, const char *, const char *, struct arg *, size_t, struct arg *, size_t) =
+        OP(1, struct session *, const char *, const char *, struct arg *, size_t, struct arg *, size_t);
+    int (*exec_with)(struct session *, struct resource *, const char *, struct arg *, size_t, struct arg *, size_t) =
+        OP(2, struct session *, struct resource *, const char *, struct arg *, size_t, struct arg *, size_t);
+    int32_t a = 40, b = 2, sum = 0;
+    struct arg read[] = {{.buf = &a, .size = sizeof a, .type = ARG_INT32},
+                         {.buf = &b, .size = sizeof b, .type = ARG_INT32}};
+    struct arg write[] = {{.buf = &sum, .size = sizeof sum, .type = ARG_INT32}};
+    for (int turn = 0; turn < 2; turn++) {
+        RETURNS(0, exec(session, *path, "add", read, 2, write, 1));
+        HOLDS(sum == 42);
+        sum = 0;
+    }
+    RETURNS(EIO, exec(session, *path, "fail", read, 2, write, 1));
+    RETURNS(EINVAL, exec(session, *path, "missing", read, 2, write, 1));
+    struct blob blob, *blobs[1];
+    struct resource library = from_file(LIB, path, &blob, blobs);
+    unsigned char *code = malloc(1 << 20);
+    HOLDS(code != NULL);
+    blob.size = read_file(*path, code, 1 << 20);
+    blob.data = code;
+    RETURNS(0, plugin->info->resource_register(&library, session));
+    RETURNS(0, exec_with(session, &library, "add", read, 2, write, 1));
+    HOLDS(sum == 42);
+    RETURNS(0, plugin->info->resource_unregister(&library, session));
+    free(code);
+}
+
 static void execution(struct session *session, struct session *debug)
 {
     int (*exec)(struct session *, const char *, const char *, struct arg *, size_t, struct arg *, size_t) =
@@ -239,7 +270,7 @@ static void execution(struct session *session, struct session *debug)
     struct arg write[] = {{.buf = &out, .size = sizeof out, .type = ARG_INT32}};
     RETURNS(0, exec(debug, "library", "function", read, 1, write, 1));
     HOLDS(out == 7);
-    RETURNS(ENOTSUP, exec(session, "library", "function", read, 1, write, 1));
+    RETURNS(ENOENT, exec(session, "library", "function", read, 1, write, 1));
     RETURNS(EINVAL, exec(session, NULL, "function", read, 1, write, 1));
     RETURNS(EINVAL, exec(session, "library", "function", NULL, 1, write, 1));
     /* Digits, and whatever lies behind them. */
@@ -534,7 +565,7 @@ static void forked(struct session *session)
 int main(int count, char **argument)
 {
     static struct session session, debug, local;
-    HOLDS(count == 6);
+    HOLDS(count == 7);
     load(argument[1]);
     open_session(&session, 0);
     open_session(&debug, DEBUG_HINT);
@@ -542,6 +573,7 @@ int main(int count, char **argument)
     RETURNS(0, OP(0, struct session *)(&session));
     images(&session, &debug, argument[4], argument[5]);
     execution(&session, &debug);
+    libraries(&session, &argument[6]);
     matrices(&session);
     arrays(&session);
     pixels(&session);

@@ -6,6 +6,7 @@ use std::process::Command;
 
 use super::programs::{compile, run, source};
 use super::{everything_holds, models};
+use crate::exec::compiled;
 use crate::support::{Agent, digits};
 
 /// Where cargo put it, beside these tests.
@@ -28,10 +29,14 @@ fn program(agent: &Agent) -> Command {
 
 #[test]
 fn every_operation_does_what_programs_of_vaccel_know() {
-    let agent = Agent::unix(&["--engine", "tract"]);
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("agent.toml"), "[[policy]]\ntenant = '*'\nexec = true\n").unwrap();
+    let flags = ["--engine", "tract", "--config", "{}/agent.toml"];
+    let agent = Agent::start_in(folder, &["unix://{}/s"], &flags);
     let mut command = program(&agent);
     let (image, _) = digits("png").remove(0);
-    command.args(models(&agent)).arg(image).arg("two");
+    compiled(agent.folder(), "library.c", &["-lm"]);
+    command.args(models(&agent)).arg(image).arg("two").arg(agent.folder().join("library.so"));
     everything_holds(command, agent);
 }
 

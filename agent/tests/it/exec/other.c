@@ -1,0 +1,5 @@
+/* Has what another library needs. */
+int of_another(void)
+{
+    return 17;
+}
