@@ -545,7 +545,7 @@ impl Dispatch {
         let workshop = &self.workshop;
         let (tenant, repository) = (&caller.tenant, &self.inference.repository);
         let (session, room) = (&session, room.as_ref());
-        let may_bring_code = self.policies.allows_libraries(tenant);
+        let may_bring_code = ops::brings_code(name) && self.policies.allows_libraries(tenant);
         let context = Context {
             workshop,
             repository,

@@ -154,6 +154,11 @@ ops! {
     ExecWithResource: ExecWithResourceRequest,
 }
 
+/// Whether an operation, by its name, runs code that the guest brings.
+pub(crate) fn brings_code(name: &str) -> bool {
+    [v1::ExecRequest::NAME, v1::ExecWithResourceRequest::NAME].contains(&name)
+}
+
 /// One call, as its operation sees it.
 #[derive(Debug)]
 pub(crate) struct Context<'a> {
