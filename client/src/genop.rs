@@ -1,12 +1,13 @@
-//! vAccel's generic operation: any operation by its number, with arguments instead of a request of its own.
+//! What is called with arguments instead of tensors: vAccel's generic operation, which is any operation by its number,
+//! and functions of libraries that guests bring.
 
 use bytes::Bytes;
 use vaccel_proto::Error;
 use vaccel_proto::v1::run_reply::Outcome;
 use vaccel_proto::v1::run_request::Op;
-use vaccel_proto::v1::{Arg, ArgType, GenopRequest, Timings};
+use vaccel_proto::v1::{Arg, ArgType, ExecWithResourceRequest, GenopRequest, Timings};
 
-use crate::session::{Session, malformed};
+use crate::session::{Resource, Session, malformed};
 
 /// An argument that goes in, little-endian; a string with its NUL.
 pub fn arg(kind: ArgType, data: impl Into<Bytes>) -> Arg {
@@ -33,6 +34,32 @@ impl Session {
                 Ok((genop.write, reply.timings.unwrap_or_default()))
             }
             _ => Err(malformed("genop")),
+        }
+    }
+
+    /// Calls a function of a library that the session holds, where the host lets this tenant bring code. `write` has
+    /// room for each argument that comes out, or what it is before; what the function made of it is returned in this
+    /// order.
+    ///
+    /// # Errors
+    /// `DISABLED` by the host's policy, `NOT_FOUND` for a library the session does not hold, `MODEL_REJECTED` for one
+    /// that cannot be loaded, `BAD_ARGUMENT` for a function it has not, `BACKEND_FAILED` for one that returns something
+    /// else than 0 or ends its process, and those of [`Client::info`](crate::Client::info).
+    pub async fn exec_with_resource(
+        &self,
+        library: &Resource,
+        function: &str,
+        read: Vec<Arg>,
+        write: Vec<Arg>,
+    ) -> Result<(Vec<Arg>, Timings), Error> {
+        let (resource, symbol, count) = (library.id().to_owned(), function.to_owned(), write.len());
+        let op = Op::ExecWithResource(ExecWithResourceRequest { resource, symbol, read, write });
+        let reply = self.operate(op).await?;
+        match reply.outcome {
+            Some(Outcome::ExecWithResource(exec)) if exec.write.len() == count => {
+                Ok((exec.write, reply.timings.unwrap_or_default()))
+            }
+            _ => Err(malformed("exec_with_resource")),
         }
     }
 }

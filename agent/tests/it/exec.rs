@@ -62,16 +62,14 @@ fn place() -> Vec<Arg> {
     vec![room(ArgType::Int32, 4)]
 }
 
-/// What vAccel's `exec_with_resource` is, in its generic form.
 async fn exec(
     session: &Session,
-    library: &str,
+    library: &Resource,
     function: &str,
     read: Vec<Arg>,
     write: Vec<Arg>,
 ) -> Result<Vec<Arg>, Error> {
-    let named = [arg(ArgType::Uint8, vec![2]), text(library), text(function)];
-    Ok(session.genop([named.to_vec(), read].concat(), write).await?.0)
+    Ok(session.exec_with_resource(library, function, read, write).await?.0)
 }
 
 fn number(written: &[Arg]) -> i32 {
@@ -107,19 +105,19 @@ async fn until(what: &str, holds: impl Fn() -> bool) {
 async fn functions_of_a_guests_library_compute() {
     let agent = agent();
     let (session, library) = equipped(&agent).await;
-    let id = library.id();
-    assert_eq!(number(&exec(&session, id, "add", vec![int(40), int(2)], place()).await.unwrap()), 42);
+    assert_eq!(number(&exec(&session, &library, "add", vec![int(40), int(2)], place()).await.unwrap()), 42);
     let data: Vec<u8> = (0..5_000_000_u32).map(|index| (index % 251) as u8).collect();
     let place_for = vec![room(ArgType::Buffer, data.len() as u64)];
-    let reversed =
-        exec(&session, id, "reverse", vec![arg(ArgType::Buffer, data.clone())], place_for).await.unwrap();
+    let reversed = exec(&session, &library, "reverse", vec![arg(ArgType::Buffer, data.clone())], place_for)
+        .await
+        .unwrap();
     assert!(reversed[0].data.iter().eq(data.iter().rev()));
     let eight = arg(ArgType::Float64, 8_f64.to_le_bytes().to_vec());
-    let root = exec(&session, id, "root", vec![eight], vec![room(ArgType::Float64, 8)]).await.unwrap();
+    let root = exec(&session, &library, "root", vec![eight], vec![room(ArgType::Float64, 8)]).await.unwrap();
     assert_eq!(root[0].data[..], 2_f64.to_le_bytes());
     // It stays loaded, and stands still between calls.
     for calls in 1..=3 {
-        assert_eq!(number(&exec(&session, id, "count", vec![], place()).await.unwrap()), calls);
+        assert_eq!(number(&exec(&session, &library, "count", vec![], place()).await.unwrap()), calls);
     }
     let [worker] = workers(&agent)[..] else { panic!("one process") };
     until("it stands still", || state(worker) == "T").await;
@@ -128,7 +126,7 @@ async fn functions_of_a_guests_library_compute() {
     assert_eq!(number(&session.genop(by_name.to_vec(), place()).await.unwrap().0), 4);
     session.unregister(&library).await.unwrap();
     until("it is gone with its library", || workers(&agent).is_empty()).await;
-    let refusal = exec(&session, id, "count", vec![], place()).await.unwrap_err();
+    let refusal = exec(&session, &library, "count", vec![], place()).await.unwrap_err();
     assert_eq!(refusal.reason(), Reason::NotFound);
 }
 
@@ -138,7 +136,7 @@ async fn only_whom_the_host_trusts_with_it_brings_code() {
     let library = compiled(agent.folder(), "library.c", &["-lm"]);
     let session = session(&agent, 1).await;
     let library = register(&session, &[("library.so", &library)]).await;
-    let refusal = exec(&session, library.id(), "add", vec![int(1), int(2)], place()).await.unwrap_err();
+    let refusal = exec(&session, &library, "add", vec![int(1), int(2)], place()).await.unwrap_err();
     assert_eq!(refusal.reason(), Reason::Disabled);
     assert!(refusal.message().contains("exec = true"), "{refusal}");
     assert!(workers(&agent).is_empty());
@@ -148,11 +146,11 @@ async fn only_whom_the_host_trusts_with_it_brings_code() {
 async fn a_library_reaches_nothing() {
     let agent = agent();
     let (session, library) = equipped(&agent).await;
-    let loaded = number(&exec(&session, library.id(), "reached_when_loaded", vec![], place()).await.unwrap());
+    let loaded = number(&exec(&session, &library, "reached_when_loaded", vec![], place()).await.unwrap());
     assert_eq!(loaded, 0, "when it was loaded: {loaded:b}");
     let mut attempts = 0;
     loop {
-        let tried = exec(&session, library.id(), "escape", vec![int(attempts)], place()).await;
+        let tried = exec(&session, &library, "escape", vec![int(attempts)], place()).await;
         match number(&tried.unwrap_or_else(|error| panic!("attempt {attempts}: {error}"))) {
             0 => attempts += 1,
             2 => break,
@@ -160,7 +158,7 @@ async fn a_library_reaches_nothing() {
         }
     }
     assert_eq!(attempts, 40);
-    let eaten = number(&exec(&session, library.id(), "eat", vec![], place()).await.unwrap());
+    let eaten = number(&exec(&session, &library, "eat", vec![], place()).await.unwrap());
     assert!((100..1024).contains(&eaten), "{eaten} MiB");
 }
 
@@ -168,9 +166,8 @@ async fn a_library_reaches_nothing() {
 async fn what_ends_a_librarys_process_is_one_calls_error() {
     let agent = agent();
     let (session, library) = equipped(&agent).await;
-    let id = library.id();
     let failed = async |function: &str, words: &str| {
-        let error = exec(&session, id, function, vec![], place()).await.unwrap_err();
+        let error = exec(&session, &library, function, vec![], place()).await.unwrap_err();
         assert_eq!(error.reason(), Reason::BackendFailed, "{function}: {error}");
         assert!(error.message().contains(words), "{function}: {error}");
     };
@@ -180,33 +177,33 @@ async fn what_ends_a_librarys_process_is_one_calls_error() {
     failed("leave", "code 3").await;
     failed("recurse", "signal").await;
     failed("overrun", "signal").await;
-    let missing = exec(&session, id, "missing", vec![], place()).await.unwrap_err();
+    let missing = exec(&session, &library, "missing", vec![], place()).await.unwrap_err();
     assert_eq!(missing.reason(), Reason::BadArgument);
     // More than was asked for is not read; whatever became of the rest, the next call is another process's or right.
-    let babble = exec(&session, id, "babble", vec![], place()).await;
+    let babble = exec(&session, &library, "babble", vec![], place()).await;
     assert!(babble.is_err() || babble.unwrap()[0].data[..] == [0x5a; 4]);
     let spent =
         session.with(CallOptions { deadline: Some(Duration::from_millis(500)), ..CallOptions::default() });
-    let late = exec(&spent, id, "spin", vec![], place()).await.unwrap_err();
+    let late = exec(&spent, &library, "spin", vec![], place()).await.unwrap_err();
     assert_eq!(late.reason(), Reason::Deadline);
     until("nothing runs on", || workers(&agent).iter().all(|worker| state(*worker) != "R")).await;
-    assert_eq!(number(&exec(&session, id, "add", vec![int(1), int(2)], place()).await.unwrap()), 3);
+    assert_eq!(number(&exec(&session, &library, "add", vec![int(1), int(2)], place()).await.unwrap()), 3);
 }
 
 #[tokio::test]
 async fn a_library_that_goes_on_after_its_answer_stands_still() {
     let agent = agent();
     let (session, library) = equipped(&agent).await;
-    let written = exec(&session, library.id(), "go_on", vec![], place()).await.unwrap();
+    let written = exec(&session, &library, "go_on", vec![], place()).await.unwrap();
     assert_eq!(written[0].data[..], [1, 2, 3, 4]);
     let [worker] = workers(&agent)[..] else { panic!("one process") };
     until("it stands still", || state(worker) == "T").await;
     // It does not answer the next call.
     let spent =
         session.with(CallOptions { deadline: Some(Duration::from_millis(500)), ..CallOptions::default() });
-    assert!(exec(&spent, library.id(), "add", vec![int(1), int(2)], place()).await.is_err());
+    assert!(exec(&spent, &library, "add", vec![int(1), int(2)], place()).await.is_err());
     until("it is killed", || state(worker) != "T" && state(worker) != "R").await;
-    assert_eq!(number(&exec(&session, library.id(), "add", vec![int(1), int(2)], place()).await.unwrap()), 3);
+    assert_eq!(number(&exec(&session, &library, "add", vec![int(1), int(2)], place()).await.unwrap()), 3);
 }
 
 #[tokio::test]
@@ -215,7 +212,7 @@ async fn libraries_that_cannot_be_loaded_say_why() {
     let session = session(&agent, 0).await;
     let rejected = async |files: &[(&str, &[u8])], words: &[&str]| {
         let library = register(&session, files).await;
-        let error = exec(&session, library.id(), "add", vec![int(1), int(2)], place()).await.unwrap_err();
+        let error = exec(&session, &library, "add", vec![int(1), int(2)], place()).await.unwrap_err();
         assert_eq!(error.reason(), Reason::ModelRejected, "{error}");
         assert!(words.iter().all(|word| error.message().contains(word)), "{error}");
         assert!(!error.message().contains("/proc"), "{error}");
@@ -227,9 +224,9 @@ async fn libraries_that_cannot_be_loaded_say_why() {
     // With the one that it needs before it.
     let other = compiled(agent.folder(), "other.c", &[]);
     let both = register(&session, &[("other.so", &other), ("needy.so", &needy)]).await;
-    assert_eq!(number(&exec(&session, both.id(), "ask", vec![], place()).await.unwrap()), 17);
+    assert_eq!(number(&exec(&session, &both, "ask", vec![], place()).await.unwrap()), 17);
     let data = session.register(ResourceFiles::new(ResourceKind::Data, vec![("x".into(), vec![1].into())]));
-    let refusal = exec(&session, data.await.unwrap().id(), "add", vec![], place()).await.unwrap_err();
+    let refusal = exec(&session, &data.await.unwrap(), "add", vec![], place()).await.unwrap_err();
     assert_eq!(refusal.reason(), Reason::BadArgument);
 }
 
@@ -242,13 +239,13 @@ async fn processes_are_counted_and_end_with_their_session() {
     // As many libraries as there are processes for, and one more, for which the others give way.
     for index in 0..=MOST {
         let library = register(&session, &[(&format!("{index}.so"), &code)]).await;
-        assert_eq!(number(&exec(&session, library.id(), "count", vec![], place()).await.unwrap()), 1);
+        assert_eq!(number(&exec(&session, &library, "count", vec![], place()).await.unwrap()), 1);
         assert!(workers(&agent).len() <= MOST);
     }
     session.close().await.unwrap();
     until("all are gone", || workers(&agent).is_empty()).await;
     let (session, library) = equipped(&agent).await;
-    exec(&session, library.id(), "count", vec![], place()).await.unwrap();
+    exec(&session, &library, "count", vec![], place()).await.unwrap();
     let [worker] = workers(&agent)[..] else { panic!("one process") };
     drop(agent);
     until("it ends with the agent", || ["", "Z"].contains(&&*state(worker))).await;
