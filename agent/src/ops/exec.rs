@@ -2,8 +2,8 @@
 //!
 //! A function is `int f(struct vaccel_arg *read, size_t read_count, struct vaccel_arg *write, size_t write_count)`,
 //! with vAccel 0.8's arguments; it writes into the room that there is. A library is a resource of the session with one
-//! file, or with those it needs before it; it stays loaded while the session holds it. `exec` finds it by its file's
-//! name.
+//! file, or with those it needs before it; it stays loaded while the session holds it and no other needs its place.
+//! `exec` finds it by its file's name.
 //! *Errors:* `DISABLED` unless the host's policy lets the tenant bring code, `NOT_FOUND` for a library the session does
 //! not hold, `MODEL_REJECTED` for one that cannot be loaded, `BAD_ARGUMENT` for a function it has not,
 //! `MESSAGE_TOO_LARGE`, `BACKEND_FAILED` for a function that returns something else than 0 or ends its process,
@@ -11,13 +11,14 @@
 
 use std::sync::Arc;
 
+use vaccel_proto::error::shown;
 use vaccel_proto::v1::{
     Arg, ExecReply, ExecRequest, ExecWithResourceReply, ExecWithResourceRequest, ResourceKind,
 };
 use vaccel_proto::{Error, Reason};
 
 use super::{Context, Operation};
-use crate::backend::exec::ARGUMENT_BYTES_MAX;
+use crate::backend::exec::{ARGUMENT_BYTES_MAX, LIBRARY_BYTES_MAX};
 use crate::resource::Resource;
 use crate::scheduler::{Cancel, Timed};
 
@@ -63,8 +64,16 @@ async fn called(
     request: ExecRequest,
     context: &Context<'_>,
 ) -> Result<Timed<Vec<Arg>>, Error> {
+    let bytes = library.files.iter().fold(0_u64, |sum, (file, _)| sum.saturating_add(file.size));
+    if bytes > LIBRARY_BYTES_MAX {
+        let subject = "files of a library that is to run";
+        return Err(Error::limit(Reason::MessageTooLarge, subject, LIBRARY_BYTES_MAX, bytes, "bytes"));
+    }
     let (session, account) = (Arc::clone(context.session), Arc::clone(context.account));
-    let work = move |cancel: &Cancel| session.libraries.call(&request, library.readers(), &account, cancel);
+    let work = move |cancel: &Cancel| {
+        let is_held = || session.holdings.resource(&request.library).is_ok();
+        session.libraries.call(&request, library.readers(), &account, is_held, cancel)
+    };
     context.workshop.scheduler.run(&context.asker(), work).await
 }
 
@@ -76,8 +85,15 @@ fn by_name(name: &str, context: &Context<'_>) -> Result<Arc<Resource>, Error> {
         held.kind == ResourceKind::Library
             && (held.id == name || held.files.last().is_some_and(|(described, _)| described.name == file))
     };
-    let held = context.session.holdings.list();
-    held.into_iter().find(is_meant).ok_or_else(|| Error::not_found("library", name))
+    let mut meant = context.session.holdings.list().into_iter().filter(is_meant);
+    match (meant.next(), meant.count()) {
+        (Some(library), 0) => Ok(library),
+        (Some(_), more) => {
+            let got = format!("{}, of which the session holds {}", shown(file), more + 1);
+            Err(Error::field("library", "the name of one library, or an id", got))
+        }
+        (None, _) => Err(Error::not_found("library", name)),
+    }
 }
 
 impl Operation for ExecRequest {

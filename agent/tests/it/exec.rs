@@ -157,7 +157,17 @@ async fn a_library_reaches_nothing() {
             _ => panic!("attempt {attempts} did not fail"),
         }
     }
-    assert_eq!(attempts, 40);
+    assert_eq!(attempts, 44);
+    let [worker] = workers(&agent)[..] else { panic!("one process") };
+    let status = std::fs::read_to_string(format!("/proc/{worker}/status")).unwrap();
+    let line = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim();
+    for sets in ["CapInh:", "CapPrm:", "CapEff:"] {
+        assert_eq!(u64::from_str_radix(line(sets), 16), Ok(0), "{sets}");
+    }
+    // No part of what a terminal, or a shell that ends, has the agent's processes in.
+    let stat = std::fs::read_to_string(format!("/proc/{worker}/stat")).unwrap();
+    let group = stat.rsplit_once(") ").unwrap().1.split(' ').nth(2).unwrap();
+    assert_eq!(group, worker.to_string());
     let eaten = number(&exec(&session, &library, "eat", vec![], place()).await.unwrap());
     assert!((100..1024).contains(&eaten), "{eaten} MiB");
 }
@@ -231,6 +241,35 @@ async fn libraries_that_cannot_be_loaded_say_why() {
 }
 
 #[tokio::test]
+async fn a_library_that_is_let_go_of_while_it_runs_ends_with_its_call() {
+    let agent = agent();
+    let (session, library) = equipped(&agent).await;
+    let running = exec(&session, &library, "nap", vec![int(300)], vec![]);
+    let letting_go = async {
+        until("it runs", || !workers(&agent).is_empty()).await;
+        session.unregister(&library).await.unwrap();
+    };
+    let (ran, ()) = tokio::join!(running, letting_go);
+    // Or it was not there any more when its turn came.
+    assert!(ran.is_ok() || ran.unwrap_err().reason() == Reason::NotFound);
+    until("it is gone", || workers(&agent).is_empty()).await;
+}
+
+#[tokio::test]
+async fn a_name_that_two_libraries_have_is_refused() {
+    let agent = agent();
+    let session = session(&agent, 0).await;
+    let other = compiled(agent.folder(), "other.c", &[]);
+    for content in [&other[..], &[&other[..], &[0]].concat()] {
+        register(&session, &[("same.so", content)]).await;
+    }
+    let by_name = [arg(ArgType::Uint8, vec![1]), text("same.so"), text("of_another")];
+    let refusal = session.genop(by_name.to_vec(), vec![]).await.unwrap_err();
+    assert_eq!(refusal.reason(), Reason::BadArgument);
+    assert!(refusal.message().contains("holds 2"), "{refusal}");
+}
+
+#[tokio::test]
 async fn processes_are_counted_and_end_with_their_session() {
     const MOST: usize = 8;
     let agent = agent();
@@ -242,7 +281,13 @@ async fn processes_are_counted_and_end_with_their_session() {
         assert_eq!(number(&exec(&session, &library, "count", vec![], place()).await.unwrap()), 1);
         assert!(workers(&agent).len() <= MOST);
     }
+    // Another session's calls have room, too.
+    let (others, library) = equipped(&agent).await;
+    assert_eq!(number(&exec(&others, &library, "count", vec![], place()).await.unwrap()), 1);
+    until("one gave way", || workers(&agent).len() <= MOST).await;
     session.close().await.unwrap();
+    until("one is left", || workers(&agent).len() == 1).await;
+    others.close().await.unwrap();
     until("all are gone", || workers(&agent).is_empty()).await;
     let (session, library) = equipped(&agent).await;
     exec(&session, &library, "count", vec![], place()).await.unwrap();

@@ -17,6 +17,7 @@ mod host;
 mod models;
 mod operations;
 mod resources;
+mod signals;
 
 use std::ffi::{CStr, c_int, c_uint, c_void};
 use std::ptr;
@@ -128,6 +129,8 @@ unsafe extern "C" fn begin() -> c_int {
 }
 
 unsafe extern "C" fn end() -> c_int {
-    host::end();
-    0
+    host::answer("fini", || {
+        host::end();
+        Ok(())
+    })
 }

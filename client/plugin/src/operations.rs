@@ -234,9 +234,9 @@ pub(crate) unsafe extern "C" fn image_classification(
     name_room: usize,
 ) -> c_int {
     let work = |opened: &Arc<Opened>| {
-        // SAFETY: arrays of such lengths.
+        // SAFETY: arrays of such lengths; what goes in is copied before what comes out is anybody's.
         let (image, text, name) = unsafe {
-            let image = array::<u8>("image", image.cast(), image_bytes)?;
+            let image = opened.numbers(ArgType::Buffer, array::<u8>("image", image.cast(), image_bytes)?);
             (
                 image,
                 array_mut("out_text", out_text, text_room)?,
@@ -244,7 +244,7 @@ pub(crate) unsafe extern "C" fn image_classification(
             )
         };
         let places = [name, text].map(|place| Place::new(ArgType::UcharArray, place));
-        opened.generic(3, vec![opened.numbers(ArgType::Buffer, image)], places.into())
+        opened.generic(3, vec![image], places.into())
     };
     // SAFETY: libvaccel's session.
     unsafe { on(session, "image_classification", work) }
@@ -260,13 +260,13 @@ macro_rules! images {
             name_room: usize,
         ) -> c_int {
             let work = |opened: &Arc<Opened>| {
-                // SAFETY: arrays of such lengths.
+                // SAFETY: arrays of such lengths; what goes in is copied before what comes out is anybody's.
                 let (image, name) = unsafe {
-                    let image = array::<u8>("image", image.cast(), image_bytes)?;
+                    let image = opened.numbers(ArgType::Buffer, array::<u8>("image", image.cast(), image_bytes)?);
                     (image, array_mut("out_imgname", out_name, name_room)?)
                 };
                 let places = vec![Place::new(ArgType::UcharArray, name)];
-                opened.generic($number, vec![opened.numbers(ArgType::Buffer, image)], places)
+                opened.generic($number, vec![image], places)
             };
             // SAFETY: libvaccel's session.
             unsafe { on(session, stringify!($operation), work) }
@@ -310,12 +310,13 @@ pub(crate) unsafe extern "C" fn sgemm(
     ldc: i64,
 ) -> c_int {
     let work = |opened: &Arc<Opened>| {
-        // SAFETY: matrices of such sizes.
+        // SAFETY: matrices of such sizes; what goes in is copied before what comes out is anybody's.
         let (a, b, c) = unsafe {
-            let (a, b) = (array("a", a, span("a", m, k, lda)?)?, array("b", b, span("b", k, n, ldb)?)?);
+            let numbers = |matrix| opened.numbers(ArgType::Float32Array, matrix);
+            let a = numbers(array("a", a, span("a", m, k, lda)?)?);
+            let b = numbers(array("b", b, span("b", k, n, ldb)?)?);
             (a, b, array_mut("c", c, span("c", m, n, ldc)?)?)
         };
-        let [a, b] = [a, b].map(|matrix| opened.numbers(ArgType::Float32Array, matrix));
         let read =
             vec![long(m), long(n), long(k), float(alpha), a, long(lda), b, long(ldb), float(beta), long(ldc)];
         // What is between its rows stays.
@@ -333,10 +334,12 @@ pub(crate) unsafe extern "C" fn fpga_arraycopy(
     length: usize,
 ) -> c_int {
     let work = |opened: &Arc<Opened>| {
-        // SAFETY: arrays of this length.
-        let (a, out) = unsafe { (array("a", a, length)?, array_mut("out_a", out, length)?) };
-        let places = vec![Place::new(ArgType::Int32Array, out)];
-        opened.generic(18, vec![opened.numbers(ArgType::Int32Array, a)], places)
+        // SAFETY: arrays of this length; what goes in is copied before what comes out is anybody's.
+        let (a, out) = unsafe {
+            let a = opened.numbers(ArgType::Int32Array, array("a", a, length)?);
+            (a, array_mut("out_a", out, length)?)
+        };
+        opened.generic(18, vec![a], vec![Place::new(ArgType::Int32Array, out)])
     };
     // SAFETY: libvaccel's session.
     unsafe { on(session, "fpga_arraycopy", work) }
@@ -419,12 +422,13 @@ pub(crate) unsafe extern "C" fn minmax(
 ) -> c_int {
     let work = |opened: &Arc<Opened>| {
         let numbers = count("ndata", length)?;
-        // SAFETY: arrays of this length, and numbers.
+        // SAFETY: arrays of this length, and numbers; what goes in is copied before what comes out is anybody's.
         let (data, out, least, greatest) = unsafe {
-            let (data, out) = (array("indata", data, numbers)?, array_mut("outdata", out, numbers)?);
+            let data = opened.numbers(ArgType::Float64Array, array("indata", data, numbers)?);
+            let out = array_mut("outdata", out, numbers)?;
             (data, out, array_mut("min", least, 1)?, array_mut("max", greatest, 1)?)
         };
-        let read = vec![opened.numbers(ArgType::Float64Array, data), int(length), int(low), int(high)];
+        let read = vec![data, int(length), int(low), int(high)];
         let places = vec![
             Place::new(ArgType::Float64Array, out),
             Place::new(ArgType::Float64, least),

@@ -1,16 +1,17 @@
 //! Sessions, and resources in them.
 
-use std::ffi::{c_char, c_int};
+use std::ffi::{CStr, OsStr, c_char, c_int};
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 use vaccel_client::{Error, Reason, Resource, ResourceFiles, ResourceKind};
 
 use crate::abi;
 use crate::given::{array, array_mut, refused, text};
-use crate::host::{Opened, answer, lock};
+use crate::host::{Opened, answer, lock, name};
 
 pub(crate) unsafe extern "C" fn open(session: *mut abi::Session, hints: u32) -> c_int {
     answer("session_init", || {
@@ -41,12 +42,17 @@ pub(crate) unsafe extern "C" fn register(resource: *mut abi::Resource, session: 
         // SAFETY: libvaccel's resource.
         let files = unsafe { files(given)? };
         let registered = opened.wait(opened.session.register(files))?;
-        // It keeps its number from the first session that has it.
-        if given.remote_id <= 0 {
-            given.remote_id = opened.name();
-        }
-        lock(&opened.resources).insert(given.remote_id, registered);
-        Ok(())
+        let number = {
+            // It keeps its number from the first session that has it; another thread may be about to name it.
+            static NAMING: Mutex<()> = Mutex::new(());
+            let _one = lock(&NAMING);
+            if given.remote_id <= 0 {
+                given.remote_id = name();
+            }
+            given.remote_id
+        };
+        let twice = lock(&opened.resources).insert(number, registered);
+        twice.map_or(Ok(()), |twice| opened.let_go(|session| async move { session.unregister(&twice).await }))
     })
 }
 
@@ -59,7 +65,7 @@ pub(crate) unsafe extern "C" fn unregister(
         let (opened, registered) = unsafe { registered(resource, session)? };
         // SAFETY: it is there, as was just seen.
         lock(&opened.resources).remove(&unsafe { &*resource }.remote_id);
-        opened.wait(opened.session.unregister(&registered))
+        opened.let_go(|session| async move { session.unregister(&registered).await })
     })
 }
 
@@ -154,12 +160,15 @@ unsafe fn files(resource: &abi::Resource) -> Result<ResourceFiles, Error> {
         }
     }
     // Libraries are linked with libvaccel, as a rule, and find it where it was loaded before them.
-    let mut files = Vec::from_iter(libvaccel().filter(|_| kind == ResourceKind::Library));
+    let mut files = Vec::with_capacity(blobs.len() + 1);
     for &blob in blobs {
         // SAFETY: a file that is there, with its name and so many bytes.
         let (name, data) =
             unsafe { (text("blob.name", (*blob).name)?, array("blob", (*blob).data, (*blob).size)?) };
         files.push((name.to_owned(), Bytes::copy_from_slice(data)));
+    }
+    if kind == ResourceKind::Library && !files.iter().any(|(name, _)| name.starts_with(LIBVACCEL)) {
+        files.splice(..0, libvaccel());
     }
     Ok(ResourceFiles::new(kind, files))
 }
@@ -175,21 +184,31 @@ pub(crate) fn library(path: &Path) -> Result<ResourceFiles, Error> {
     Ok(ResourceFiles::new(ResourceKind::Library, libvaccel().into_iter().chain([own]).collect()))
 }
 
+const LIBVACCEL: &str = "libvaccel.so";
+
 /// The libvaccel of this process, as a file.
 fn libvaccel() -> Option<(String, Bytes)> {
-    let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
-    let mut paths = maps.lines().filter_map(|line| Some(&line[line.find('/')?..]));
-    let path =
-        paths.find(|path| path.rsplit('/').next().is_some_and(|name| name.starts_with("libvaccel.so")))?;
-    Some(("libvaccel.so".to_owned(), std::fs::read(path).ok()?.into()))
+    let maps = std::fs::read("/proc/self/maps").ok()?;
+    let paths = maps.split(|byte| *byte == b'\n').filter_map(|line| {
+        let begin = line.iter().position(|byte| *byte == b'/')?;
+        Some(Path::new(OsStr::from_bytes(&line[begin..])))
+    });
+    let is_it =
+        |path: &&Path| path.file_name().is_some_and(|name| name.as_bytes().starts_with(LIBVACCEL.as_bytes()));
+    let path = paths.into_iter().find(is_it)?;
+    Some((LIBVACCEL.to_owned(), std::fs::read(path).ok()?.into()))
 }
 
 /// # Safety
 /// Null, or a path that ends with a NUL. It may begin as libvaccel allows it.
 unsafe fn path_of(path: *const c_char) -> Result<PathBuf, Error> {
-    // SAFETY: as this function's.
-    let path = unsafe { text("path", path)? };
-    let path = path.strip_prefix("file://").unwrap_or(path);
+    if path.is_null() {
+        return Err(refused("path", "a path", "NULL"));
+    }
+    // SAFETY: not null, so a path.
+    let path = unsafe { CStr::from_ptr(path) }.to_bytes();
+    let path = Path::new(OsStr::from_bytes(path.strip_prefix(b"file://").unwrap_or(path)));
     // The program may go elsewhere before it is read again.
-    std::path::absolute(path).map_err(|error| refused("path", "a path", format!("{path}: {error}")))
+    std::path::absolute(path)
+        .map_err(|error| refused("path", "a path", format!("{}: {error}", path.display())))
 }

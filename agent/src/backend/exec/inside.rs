@@ -13,6 +13,7 @@ use bytes::Bytes;
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 use prost::Message;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 use vaccel_proto::v1::{Arg, ExecRequest};
 
 use super::{TEXT_BYTES_MAX, answer, confine};
@@ -22,6 +23,9 @@ pub(super) const OPEN_FILES: &str = "/proc/self/fd";
 
 /// The first file that is neither the line to the agent nor one of those that lead nowhere.
 const FIRST_OPEN: libc::c_uint = 3;
+
+/// The highest: whoever has it is ended first.
+const OOM_SCORE_MAX: &str = "1000";
 
 /// What a library may need, and finds loaded: it cannot open any.
 const SHARED: &[&str] =
@@ -46,6 +50,13 @@ pub fn run() -> ExitCode {
     if unsafe { libc::close_range(FIRST_OPEN, libc::c_uint::MAX, 0) } != 0 {
         return ExitCode::FAILURE;
     }
+    // The agent's end is its end, also if that was before.
+    let agent = getppid();
+    if set_parent_process_death_signal(Some(Signal::KILL)).is_err() || getppid() != agent {
+        return ExitCode::FAILURE;
+    }
+    // Where memory is short, this is to be what gives way.
+    let _ = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE_MAX);
     // SAFETY: the line to the agent, which nobody else has.
     let line = File::from(unsafe { OwnedFd::from_raw_fd(libc::STDIN_FILENO) });
     match serve(line) {
@@ -67,6 +78,7 @@ fn serve(mut line: File) -> io::Result<()> {
     if let Err(why) = confine::before_loading() {
         return say(&mut line, &[answer::NOT_CONFINED], &why);
     }
+    line.write_all(&[answer::DONE])?;
     let mut library = None;
     for (index, file) in files.iter().enumerate() {
         match load(file) {
@@ -78,7 +90,7 @@ fn serve(mut line: File) -> io::Result<()> {
         }
     }
     if let Err(why) = confine::after_loading() {
-        return say(&mut line, &[answer::NOT_CONFINED], &why);
+        return say(&mut line, &[answer::NOT_LOADED, 0], &why);
     }
     line.write_all(&[answer::DONE])?;
     while let Ok(request) = take(&mut line) {

@@ -3,18 +3,19 @@
 //! A library is machine code of somebody who may be hostile. It runs in a process of its own ([`inside`]), which has no
 //! files, no sockets, no other processes and a bounded memory ([`confine`]), and which the agent believes nothing: it
 //! sends arguments, and reads as many bytes back as there was room for. The process stays for the session's next call,
-//! as programs of vAccel expect of a library that is loaded, and does not run in between.
+//! as programs of vAccel expect of a library that is loaded, and does not run in between. Of a tenant's processes that
+//! wait so, the one that has waited longest gives way where another one is needed.
 
 mod confine;
 mod inside;
 
-use std::collections::HashMap;
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -30,7 +31,7 @@ use crate::scheduler::Cancel;
 
 pub use inside::run as worker;
 
-/// What the agent's own program is told to be a worker.
+/// What the agent's own program is told to be a worker: a program that is an agent begins by looking for it.
 pub const COMMAND: &str = "exec-worker";
 
 /// What keeps libvaccel from doing anything when it is loaded: a library may bring it along for its arguments.
@@ -43,13 +44,13 @@ const WORKER_BYTES_MAX: u64 = 1 << 30;
 /// Arguments of one call: a worker has each twice, as it came and where the function has it.
 pub(crate) const ARGUMENT_BYTES_MAX: u64 = WORKER_BYTES_MAX / 4;
 
-/// Files of one library together.
-const LIBRARY_BYTES_MAX: usize = 64 << 20;
+/// Files of one library together, in bytes.
+pub(crate) const LIBRARY_BYTES_MAX: u64 = 64 << 20;
 
 /// What a worker says first in each answer.
 mod answer {
     pub(super) const DONE: u8 = 0;
-    /// Nothing of the guest's ran.
+    /// Said before anything of the guest's runs, or not at all.
     pub(super) const NOT_CONFINED: u8 = 1;
     pub(super) const NOT_LOADED: u8 = 2;
     pub(super) const NO_FUNCTION: u8 = 3;
@@ -58,16 +59,34 @@ mod answer {
 /// Longest text in an answer.
 const TEXT_BYTES_MAX: usize = 512;
 
-/// The libraries of one session: workers that wait for calls, by the resources they loaded.
-#[derive(Debug, Default)]
-pub(crate) struct Libraries(Mutex<HashMap<String, Vec<Worker>>>);
+/// A worker that waits for its session's next call.
+struct Idle {
+    session: u64,
+    resource: String,
+    worker: Worker,
+}
+
+/// All that wait, the longest first. Where there are as many as a tenant may have, another one needs one of them.
+static IDLE: Mutex<Vec<Idle>> = Mutex::new(Vec::new());
+
+fn idle() -> MutexGuard<'static, Vec<Idle>> {
+    IDLE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The libraries of one session. Dropped, their workers end.
+#[derive(Debug)]
+pub(crate) struct Libraries(u64);
+
+impl Default for Libraries {
+    fn default() -> Self {
+        static NUMBERED: AtomicU64 = AtomicU64::new(0);
+        Self(NUMBERED.fetch_add(1, Ordering::Relaxed))
+    }
+}
 
 impl Libraries {
-    fn idle(&self) -> MutexGuard<'_, HashMap<String, Vec<Worker>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Calls a function of a library, whose name is the request's; for a thread that may wait.
+    /// Calls a function of a library, whose name is the request's; for a thread that may wait. Its process stays if the
+    /// session then still holds it.
     ///
     /// # Errors
     /// `MODEL_REJECTED` for a library that cannot be loaded, `BAD_ARGUMENT` for a function it has not, `DISABLED`
@@ -78,30 +97,65 @@ impl Libraries {
         request: &ExecRequest,
         files: Vec<(String, Reader)>,
         account: &Arc<Account>,
+        is_held: impl Fn() -> bool,
         cancel: &Cancel,
     ) -> Result<Vec<Arg>, Error> {
-        let waiting = self.idle().get_mut(&request.library).and_then(Vec::pop);
+        let waiting = self.take(|waiting| waiting.resource == request.library);
         let mut worker = match waiting {
             Some(worker) => worker,
-            None => {
-                let counted = account.hold(Unit::Workers, 1).or_else(|_| {
-                    // Others of the session are only kept in case.
-                    drop(std::mem::take(&mut *self.idle()));
-                    account.hold(Unit::Workers, 1)
-                })?;
-                Worker::start(files, counted, cancel)?
-            }
+            None => Worker::start(files, account, cancel)?,
         };
         let written = worker.call(request, cancel)?;
         worker.rest();
-        self.idle().entry(request.library.clone()).or_default().push(worker);
+        // It may have been killed after its last word.
+        if cancel.is_set() {
+            return Err(not_wanted());
+        }
+        let mut all = idle();
+        // Whoever lets go of the library does so before it looks for those that wait.
+        if is_held() {
+            all.push(Idle { session: self.0, resource: request.library.clone(), worker });
+        }
         written
+    }
+
+    /// The one of the session's that was used last.
+    fn take(&self, is_meant: impl Fn(&Idle) -> bool) -> Option<Worker> {
+        let mut all = idle();
+        let place = all.iter().rposition(|waiting| waiting.session == self.0 && is_meant(waiting))?;
+        Some(all.remove(place).worker)
     }
 
     /// Ends the workers of a resource that the session does not hold any more.
     pub(crate) fn forget(&self, resource: &str) {
-        let workers = self.idle().remove(resource);
-        drop(workers);
+        while let Some(worker) = self.take(|waiting| waiting.resource == resource) {
+            drop(worker);
+        }
+    }
+}
+
+impl Drop for Libraries {
+    fn drop(&mut self) {
+        while let Some(worker) = self.take(|_| true) {
+            drop(worker);
+        }
+    }
+}
+
+/// Counts one more worker of a tenant; the one of its own that has waited longest ends where there are too many.
+fn room_for_one(account: &Arc<Account>) -> Result<Hold, Error> {
+    loop {
+        let refused = match account.hold(Unit::Workers, 1) {
+            Ok(counted) => return Ok(counted),
+            Err(refused) => refused,
+        };
+        let longest = {
+            let mut all = idle();
+            let is_own = |waiting: &Idle| Arc::ptr_eq(&waiting.worker.account, account);
+            let place = all.iter().position(is_own);
+            place.map(|place| all.remove(place))
+        };
+        longest.ok_or(refused)?.worker.end();
     }
 }
 
@@ -109,7 +163,9 @@ impl Libraries {
 struct Worker {
     process: Arc<Mutex<Child>>,
     line: UnixStream,
-    _counted: Hold,
+    account: Arc<Account>,
+    /// None once the process is gone.
+    counted: Option<Hold>,
 }
 
 impl fmt::Debug for Worker {
@@ -119,38 +175,39 @@ impl fmt::Debug for Worker {
 }
 
 impl Worker {
-    fn start(files: Vec<(String, Reader)>, counted: Hold, cancel: &Cancel) -> Result<Self, Error> {
-        let (mut names, mut contents, mut bytes) = (Vec::new(), Vec::new(), 0);
-        for (name, read) in files {
-            let content = read(cancel)?;
-            bytes += content.len();
-            if bytes > LIBRARY_BYTES_MAX {
-                let subject = "files of a library that is to run";
-                let (limit, need) = (LIBRARY_BYTES_MAX as u64, bytes as u64);
-                return Err(Error::limit(Reason::MessageTooLarge, subject, limit, need, "bytes"));
-            }
-            names.push(name);
-            contents.push(content);
-        }
+    fn start(files: Vec<(String, Reader)>, account: &Arc<Account>, cancel: &Cancel) -> Result<Self, Error> {
+        let counted = Some(room_for_one(account)?);
+        let (names, readers): (Vec<_>, Vec<_>) = files.into_iter().unzip();
+        let contents = readers.into_iter().map(|read| read(cancel)).collect::<Result<Vec<_>, _>>()?;
         let (line, theirs) = UnixStream::pair().map_err(not_started)?;
         let mut command = Command::new("/proc/self/exe");
         command.arg(COMMAND).env_clear().envs(LIBVACCEL_IDLE).current_dir("/");
+        // What a terminal or a shell sends to the agent's group is for the agent; and a group with a process that
+        // stands still is ended with its shell.
+        command.process_group(0);
         command.stdin(OwnedFd::from(theirs)).stdout(Stdio::null()).stderr(Stdio::null());
         let process = Arc::new(Mutex::new(started(command).map_err(not_started)?));
-        let mut worker = Self { process, line, _counted: counted };
+        let mut worker = Self { process, line, account: Arc::clone(account), counted };
         worker.while_wanted(cancel, |line| {
             send(line, &(contents.len() as u64).to_le_bytes())?;
             contents.iter().try_for_each(|content| send(line, content))
         })?;
-        let index = match worker.answer(cancel)? {
-            answer::DONE => return Ok(worker),
+        match worker.answer(cancel)? {
+            answer::DONE => {}
             answer::NOT_CONFINED => {
                 let why = worker.text(cancel)?;
+                tracing::warn!(why, "libraries of guests do not run: they cannot be confined on this host");
                 let message =
                     format!("libraries of guests cannot be confined on this host, and do not run: {why}");
                 return Err(Error::new(Reason::Disabled, message));
             }
-            _ => worker.answer(cancel)?,
+            other => return Err(worker.failed(&format!("its answer was {other}"))),
+        }
+        // From here on a library may say anything.
+        let index = match worker.answer(cancel)? {
+            answer::DONE => return Ok(worker),
+            answer::NOT_LOADED => worker.answer(cancel)?,
+            other => return Err(worker.failed(&format!("its answer was {other}"))),
         };
         let (name, why) = (names.get(usize::from(index)).cloned().unwrap_or_default(), worker.text(cancel)?);
         let message = format!("library {} cannot be loaded: {}", shown(&name), shown(&why));
@@ -222,7 +279,7 @@ impl Worker {
         };
         let talked = cancel.interruptible(kill, || talk(&mut self.line));
         talked.map_err(|error| match cancel.is_set() {
-            true => Error::new(Reason::Cancelled, "nobody waits for the library"),
+            true => not_wanted(),
             false => self.failed(&error.to_string()),
         })
     }
@@ -248,12 +305,33 @@ impl Worker {
     }
 }
 
+impl Worker {
+    /// Ends it, and waits until it is gone.
+    fn end(mut self) {
+        let _ = self.child().kill();
+        let _ = self.child().wait();
+        self.counted = None;
+    }
+}
+
 impl Drop for Worker {
     fn drop(&mut self) {
-        let mut child = self.child();
-        let _ = child.kill();
-        let _ = child.wait();
+        let Some(counted) = self.counted.take() else { return };
+        let _ = self.child().kill();
+        // A large memory takes a while to be given back. It is counted as long, and nobody waits for that here.
+        let process = Arc::clone(&self.process);
+        let reap = move || {
+            let _ = process.lock().unwrap_or_else(PoisonError::into_inner).wait();
+            drop(counted);
+        };
+        if std::thread::Builder::new().name("exec-end".into()).spawn(reap).is_err() {
+            let _ = self.child().wait();
+        }
     }
+}
+
+fn not_wanted() -> Error {
+    Error::new(Reason::Cancelled, "nobody waits for the library")
 }
 
 fn ending(status: ExitStatus) -> String {

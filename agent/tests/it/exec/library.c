@@ -71,6 +71,14 @@ FUNCTION(count)
     return 0;
 }
 
+/* Takes as many milliseconds as it is told. */
+FUNCTION(nap)
+{
+    UNUSED;
+    usleep((useconds_t)IN(0) * 1000);
+    return 0;
+}
+
 FUNCTION(fail)
 {
     UNUSED;
@@ -209,6 +217,10 @@ static int try(long attempt)
     case 37: return pipe((int *)place);
     case 38: return (int)syscall(SYS_add_key, NULL, NULL, NULL, 0, 0);
     case 39: return open(".", O_RDONLY | O_DIRECTORY);
+    case 40: return open("/", O_PATH);
+    case 41: return madvise((void *)((uintptr_t)place & ~4095UL), 4096, MADV_MERGEABLE);
+    case 42: return madvise((void *)((uintptr_t)place & ~4095UL), 4096, MADV_HWPOISON);
+    case 43: return (int)syscall(SYS_seccomp, 0, 0, NULL);
     default: return -2;
     }
 }
@@ -228,7 +240,7 @@ static int32_t reached;
 
 __attribute__((constructor)) static void when_loaded(void)
 {
-    static const long attempts[] = {0, 1, 2, 5, 6, 8, 10, 11, 13, 15, 16, 17, 18, 20, 21, 26, 36};
+    static const long attempts[] = {0, 1, 2, 5, 6, 8, 10, 11, 13, 15, 16, 17, 18, 20, 21, 26, 36, 40, 41};
     for (size_t index = 0; index < sizeof attempts / sizeof *attempts; index++)
         if (try(attempts[index]) != -1)
             reached |= 1 << index;

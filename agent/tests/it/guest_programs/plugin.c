@@ -1,7 +1,7 @@
 /* A program of vAccel with as much of libvaccel 0.8 as a plugin sees: it loads the plugin, makes every call of it on a
  * real agent, and ends with 1 at the first line that does not hold.
  *
- *     plugin PLUGIN ADD_MODEL ECHO_MODEL IMAGE LABEL LIBRARY
+ *     plugin PLUGIN [ADD_MODEL ECHO_MODEL IMAGE LABEL LIBRARY]
  *
  * The agent's address is in the environment. It writes "restart" and waits for a line when the agent shall be killed and
  * started again.
@@ -10,14 +10,17 @@
 
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <limits.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #define HOLDS(what)                                                                                                    \
@@ -43,7 +46,7 @@ enum { LIB, DATA, MODEL, KINDS };
 enum { LOCAL_FILE, LOCAL_DIR, REMOTE_FILE };
 enum { BLOB_FILE, BLOB_BUFFER };
 enum { ARG_RAW = 0, ARG_INT32 = 5, ARG_INT64 = 7, ARG_FLOAT64 = 19, ARG_STRING = 27, ARG_BUFFER = 28 };
-enum { DEBUG_HINT = 0x100, REMOTE_HINT = 0x4000 };
+enum { FPGA_HINT = 4, DEBUG_HINT = 0x100, REMOTE_HINT = 0x4000 };
 enum { OPERATIONS = 24 };
 
 struct entry {
@@ -553,6 +556,10 @@ static void forked(struct session *session)
         RETURNS(ENOENT, OP(0, struct session *)(session));
         open_session(&own, 0);
         RETURNS(0, OP(0, struct session *)(&own));
+        RETURNS(ENOENT, OP(0, struct session *)(session));
+        /* Where nobody can read what was wrong. */
+        HOLDS(dup2(open("/dev/full", O_WRONLY), STDERR_FILENO) == STDERR_FILENO);
+        RETURNS(ENOENT, OP(0, struct session *)(session));
         RETURNS(0, plugin->info->session_release(&own));
         fflush(stdout);
         _exit(0);
@@ -562,14 +569,56 @@ static void forked(struct session *session)
     RETURNS(0, OP(0, struct session *)(session));
 }
 
+/* Signals are the program's, whatever threads there are. */
+static void signals(void)
+{
+    sigset_t set;
+    struct timespec patience = {.tv_sec = 60};
+    sigemptyset(&set);
+    sigaddset(&set, SIGUSR1);
+    HOLDS(pthread_sigmask(SIG_BLOCK, &set, NULL) == 0 && kill(getpid(), SIGUSR1) == 0);
+    HOLDS(sigtimedwait(&set, NULL, &patience) == SIGUSR1);
+}
+
+static struct session left;
+static struct resource left_resource;
+
+/* What libvaccel does when the program has ended and left something open. */
+static void clean_up(void)
+{
+    RETURNS(0, plugin->info->resource_unregister(&left_resource, &left));
+    RETURNS(0, plugin->info->session_release(&left));
+    RETURNS(0, plugin->info->fini());
+}
+
+/* A program that ends without closing what it opened. */
+static int leave(const char *path)
+{
+    static char text[] = "left";
+    static struct blob blob, *blobs[1];
+    load(path);
+    open_session(&left, 0);
+    left_resource = from_memory("text", text, sizeof text, &blob, blobs);
+    RETURNS(0, plugin->info->resource_register(&left_resource, &left));
+    HOLDS(atexit(clean_up) == 0);
+    return 0;
+}
+
 int main(int count, char **argument)
 {
-    static struct session session, debug, local;
+    static struct session session, debug, preferring, local;
+    if (count == 2)
+        return leave(argument[1]);
     HOLDS(count == 7);
     load(argument[1]);
     open_session(&session, 0);
     open_session(&debug, DEBUG_HINT);
     HOLDS(session.remote_id != debug.remote_id);
+    /* There is none of these: a preference is no demand. */
+    open_session(&preferring, FPGA_HINT);
+    RETURNS(0, OP(0, struct session *)(&preferring));
+    RETURNS(0, plugin->info->session_release(&preferring));
+    signals();
     RETURNS(0, OP(0, struct session *)(&session));
     images(&session, &debug, argument[4], argument[5]);
     execution(&session, &debug);

@@ -7,7 +7,7 @@ use std::process::Command;
 use super::programs::{compile, run, source};
 use super::{everything_holds, models};
 use crate::exec::compiled;
-use crate::support::{Agent, digits};
+use crate::support::{Agent, digits, output_text};
 
 /// Where cargo put it, beside these tests.
 fn library() -> PathBuf {
@@ -38,6 +38,14 @@ fn every_operation_does_what_programs_of_vaccel_know() {
     compiled(agent.folder(), "library.c", &["-lm"]);
     command.args(models(&agent)).arg(image).arg("two").arg(agent.folder().join("library.so"));
     everything_holds(command, agent);
+}
+
+#[test]
+fn a_program_that_leaves_its_session_open_ends_in_peace() {
+    let agent = Agent::unix(&[]);
+    let output = program(&agent).output().unwrap();
+    assert!(output.status.success(), "{}", output_text(&output));
+    assert_eq!(output_text(&output), "");
 }
 
 #[test]
