@@ -126,7 +126,7 @@ fn mean(request: &GenopRequest, context: &Context<'_>) -> Result<Meaning, Error>
     let meaning = |op, back, written| Meaning { op, back, written };
     let meaning = match number {
         0 => meaning(Op::Noop(NoopRequest {}), Back::Nothing, 0),
-        // A library of the host or a resource's name, a function's, and the function's own arguments.
+        // A library's name or a resource's, a function's, and the function's own arguments.
         1 => {
             let (library, symbol) = (read.text("library")?, read.text("symbol")?);
             let (read, write) = (read.rest(), request.write.clone());

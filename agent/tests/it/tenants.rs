@@ -15,12 +15,12 @@ use vaccel_client::proto::v1::resources_client::ResourcesClient;
 use vaccel_client::proto::v1::run_request::Op;
 use vaccel_client::proto::v1::sessions_client::SessionsClient;
 use vaccel_client::proto::v1::{
-    CloseSessionRequest, File, ImageClassificationRequest, ListResourcesRequest, ModelRunRequest,
-    NoopRequest, ProfileRequest, ReadResourceRequest, RegisterResourceReply, RegisterResourceRequest,
-    RenewSessionRequest, ResourceInfo, RunRequest, Shared, TfModelLoadRequest, TfModelRunRequest,
-    TfModelUnloadRequest, TfliteModelLoadRequest, TfliteModelRunRequest, TfliteModelUnloadRequest,
-    TorchModelLoadRequest, TorchModelRunRequest, TorchModelUnloadRequest, UnregisterResourceRequest,
-    UploadRequest, Usage,
+    CloseSessionRequest, ExecRequest, ExecWithResourceRequest, File, ImageClassificationRequest,
+    ListResourcesRequest, ModelRunRequest, NoopRequest, ProfileRequest, ReadResourceRequest,
+    RegisterResourceReply, RegisterResourceRequest, RenewSessionRequest, ResourceInfo, RunRequest, Shared,
+    TfModelLoadRequest, TfModelRunRequest, TfModelUnloadRequest, TfliteModelLoadRequest,
+    TfliteModelRunRequest, TfliteModelUnloadRequest, TorchModelLoadRequest, TorchModelRunRequest,
+    TorchModelUnloadRequest, UnregisterResourceRequest, UploadRequest, Usage,
 };
 use vaccel_client::{
     Client, Error, Link, Reason, Resource, ResourceFiles, ResourceKind, Session, SessionOptions, Tensor,
@@ -36,7 +36,7 @@ const ABSENT_RESOURCE: &str = "2222222222222222222222222222222222222222222222222
 const MEBIBYTE: usize = 1 << 20;
 
 /// Text fields of requests that name nothing the agent holds.
-const NO_NAMES: [&str; 22] = [
+const NO_NAMES: [&str; 20] = [
     "File.name",
     "Label.name",
     "ModelRunRequest.outputs",
@@ -51,11 +51,9 @@ const NO_NAMES: [&str; 22] = [
     "TfStatus.message",
     "OpencvRequest.function",
     "OperationProfile.name",
-    // Of operations that are not served yet.
-    "ExecRequest.library",
     "ExecRequest.symbol",
-    "ExecWithResourceRequest.resource",
     "ExecWithResourceRequest.symbol",
+    // Of operations that are not served yet.
     "ImageDetectionRequest.model",
     "ImageSegmentationRequest.model",
     "ImagePoseRequest.model",
@@ -155,7 +153,7 @@ async fn ask(
     };
     let ran = OperationsClient::new(link.clone()).run(in_region).await;
     asked.push(("Shared.region", ran.map(drop)));
-    for (field, op) in families(resource) {
+    for (field, op) in families(resource).into_iter().chain(libraries(resource)) {
         asked.push(("RunRequest.session", run(link, session, op.clone()).await));
         asked.push((field, run(link, own, op).await));
     }
@@ -190,6 +188,24 @@ fn families(model: &str) -> Vec<(&'static str, Op)> {
             Op::TorchModelRun(TorchModelRunRequest { model: model(), ..Default::default() }),
         ),
     ]
+}
+
+/// The calls of functions of a library.
+fn libraries(library: &str) -> [(&'static str, Op); 2] {
+    let (library, symbol) = (library.to_owned(), "f".to_owned());
+    let exec = ExecRequest { library: library.clone(), symbol: symbol.clone(), ..Default::default() };
+    let with = ExecWithResourceRequest { resource: library, symbol, ..Default::default() };
+    [
+        ("ExecRequest.library", Op::Exec(exec)),
+        ("ExecWithResourceRequest.resource", Op::ExecWithResource(with)),
+    ]
+}
+
+/// A folder for an agent that lets everybody bring libraries: `--config {}/agent.toml`.
+fn trusting() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("agent.toml"), "[[policy]]\ntenant = '*'\nexec = true\n").unwrap();
+    folder
 }
 
 async fn run(link: &Link, session: &str, op: Op) -> Result<(), Status> {
@@ -300,7 +316,8 @@ async fn open(client: &Client) -> Session {
 
 /// Two tenants of one agent.
 async fn two_tenants(flags: &[&str]) -> (Agent, Client, Client) {
-    let agent = Agent::start(&["unix://{}/a", "unix://{}/b"], flags);
+    let flags = [flags, &["--config", "{}/agent.toml"]].concat();
+    let agent = Agent::start_in(trusting(), &["unix://{}/a", "unix://{}/b"], &flags);
     let (a, b) = (agent.guest(0).await, agent.guest(1).await);
     (agent, a, b)
 }
@@ -318,11 +335,12 @@ fn assert_over_quota(refusal: &Error, limit: usize, used: usize, unit: &str) {
 
 #[tokio::test]
 async fn what_is_anothers_answers_as_what_never_was() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = trusting();
     std::fs::write(folder.path().join("tokens"), "red rrrrrrrrrrrrrrrr\nblue bbbbbbbbbbbbbbbb\n").unwrap();
     let addresses =
         ["unix://{}/a", "unix://{}/b", "hvsock://{}/v:2048", "hvsock://{}/w:2048", "tcp://127.0.0.1:0"];
-    let agent = Agent::start_in(folder, &addresses, &["--token-file", "{}/tokens"]);
+    let agent =
+        Agent::start_in(folder, &addresses, &["--token-file", "{}/tokens", "--config", "{}/agent.toml"]);
     let mut guests = Vec::new();
     for index in 0..4 {
         guests.push(Guest::new(agent.guest(index).await, &format!("guest {index}")).await);
