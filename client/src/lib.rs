@@ -51,6 +51,7 @@ mod gzip;
 #[cfg(feature = "cli")]
 mod http1;
 mod hybrid;
+mod images;
 mod large;
 mod link;
 mod models;
@@ -69,6 +70,7 @@ pub use files::ResourceFiles;
 pub use genop::{arg, room};
 #[cfg(feature = "cli")]
 pub use http1::Http1;
+pub use images::{Depth, Detected, ImageOptions, Posed, Segmented};
 pub use link::Link;
 pub use models::{TfRun, tf_input, tf_node};
 pub use read::ResourceReader;
@@ -78,7 +80,7 @@ pub use tls::{Pem, Tls};
 pub use unary::Awake;
 pub use vaccel_proto as proto;
 pub use vaccel_proto::v1::{
-    Arg, ArgType, DType, Label, ModelDescription, ModelPort, NamedTensor, OperationProfile, ResourceKind,
-    StageProfile, Tensor, TfInput, TfNode, TfStatus, Timings,
+    Area, Arg, ArgType, DType, Detection, Keypoint, Label, ModelDescription, ModelPort, NamedTensor,
+    OperationProfile, Pose, ResourceKind, Segment, StageProfile, Tensor, TfInput, TfNode, TfStatus, Timings,
 };
 pub use vaccel_proto::{Endpoint, Error, Reason, hints};

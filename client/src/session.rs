@@ -85,7 +85,18 @@ impl Resource {
     /// A model of the agent's repository, as one that sessions need not register: `run` and the like take it by its
     /// name.
     pub fn of_repository(name: impl Into<String>) -> Self {
-        Self { id: name.into(), kind: ResourceKind::Model }
+        Self::of_session(name, ResourceKind::Model)
+    }
+
+    /// A resource that the agent made for the session, by the name that it gave: a picture of a generic operation.
+    pub fn of_session(name: impl Into<String>, kind: ResourceKind) -> Self {
+        Self { id: name.into(), kind }
+    }
+
+    /// Whether a text can be the name of a session's resource: 64 hexadecimal digits.
+    pub fn is_id(name: &str) -> bool {
+        const DIGITS: usize = 64;
+        name.len() == DIGITS && name.bytes().all(|byte| byte.is_ascii_hexdigit())
     }
 
     /// Its name, made from its content: the same files have the same name on every agent.

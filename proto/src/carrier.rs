@@ -157,15 +157,20 @@ fn pad_for(unpadded: usize, at_least: usize) -> Bytes {
     }
 }
 
-/// The operations with tensors: the field of the request and of the reply that holds them; then those without.
+/// The operations with tensors: the field of the request and of the reply that holds them; then those with tensors in
+/// the reply alone; then those without.
 macro_rules! aligned {
-    (with { $($operation:ident: $given:ident, $got:ident;)* } without { $($without:ident)* }) => {
+    (
+        with { $($operation:ident: $given:ident, $got:ident;)* }
+        giving { $($giving:ident: $gives:ident;)* }
+        without { $($without:ident)* }
+    ) => {
         impl Aligned for RunRequest {
             fn carriers_mut(&mut self) -> Vec<&mut dyn Carrier> {
                 use run_request::Op;
                 match &mut self.op {
                     $(Some(Op::$operation(request)) => all(&mut request.$given),)*
-                    $(Some(Op::$without(_)))|* | None => Vec::new(),
+                    $(Some(Op::$giving(_)))|* | $(Some(Op::$without(_)))|* | None => Vec::new(),
                 }
             }
 
@@ -184,6 +189,7 @@ macro_rules! aligned {
                 use run_reply::Outcome;
                 match &mut self.outcome {
                     $(Some(Outcome::$operation(reply)) => all(&mut reply.$got),)*
+                    $(Some(Outcome::$giving(reply)) => all(&mut reply.$gives),)*
                     $(Some(Outcome::$without(_)))|* | None => Vec::new(),
                 }
             }
@@ -213,6 +219,10 @@ aligned! {
         FpgaVectoradd: tensors, tensors;
         Opencv: tensors, tensors;
     }
+    giving {
+        ImageSegmentation: maps;
+        ImageDepth: maps;
+    }
     without {
         Noop
         ImageClassification
@@ -225,9 +235,7 @@ aligned! {
         TorchModelUnload
         Genop
         ImageDetection
-        ImageSegmentation
         ImagePose
-        ImageDepth
         Exec
         ExecWithResource
     }

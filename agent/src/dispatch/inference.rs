@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
-use sha2::{Digest, Sha256};
 use tokio::sync::watch;
 use tokio::time::Instant;
 use vaccel_proto::inference::model_repository_parameter::ParameterChoice;
@@ -15,15 +14,15 @@ use vaccel_proto::inference::{
     ModelConfig, ModelInferRequest, ModelInferResponse, ModelMetadataResponse, ModelRepositoryParameter,
     ModelStatistics, SystemSharedMemoryRegisterRequest,
 };
-use vaccel_proto::limits::{CHUNK_BYTES_MAX, DEADLINE_MAX, MESSAGE_BYTES_MAX};
-use vaccel_proto::v1::{File, ResourceKind};
+use vaccel_proto::limits::{DEADLINE_MAX, MESSAGE_BYTES_MAX};
+use vaccel_proto::v1::ResourceKind;
 use vaccel_proto::{Error, Reason};
 
 use super::{Caller, Dispatch, Figures, Measured};
 use crate::identity::Tenant;
 use crate::infer::{Who, check_name};
 use crate::quota::{Account, Unit};
-use crate::resource::{Hash, Holdings, Resource, UploadBegin};
+use crate::resource::{Holdings, Resource};
 use crate::scheduler::Asker;
 
 /// The operation that the host's rules mean when they speak of runs of models.
@@ -240,39 +239,8 @@ impl Dispatch {
         account: &Arc<Account>,
         files: Vec<(String, Bytes)>,
     ) -> Result<Arc<Resource>, Error> {
-        let (holdings, kind) = (Arc::new(Holdings::default()), ResourceKind::Model.into());
-        let described = files.iter().map(|(name, content)| File {
-            name: name.clone(),
-            sha256: Sha256::digest(content).to_vec().into(),
-            size: content.len() as u64,
-        });
-        let described: Vec<File> = described.collect();
-        let register = || self.store.register(&caller.tenant, &holdings, account, kind, described.clone());
-        let mut registered = register().await?;
-        for missing in std::mem::take(&mut registered.missing) {
-            let Some((_, content)) = described
-                .iter()
-                .zip(&files)
-                .find(|(file, _)| file.sha256 == missing.sha256)
-                .map(|(_, file)| file)
-            else {
-                continue;
-            };
-            let begin = UploadBegin {
-                hash: Hash::new("file", &missing.sha256)?,
-                size: content.len() as u64,
-                offset: missing.offset,
-            };
-            let mut uploading = self.store.upload(&caller.tenant, &holdings, account, begin).await?;
-            let rest =
-                content.slice(usize::try_from(missing.offset).unwrap_or(content.len()).min(content.len())..);
-            for at in (0..rest.len()).step_by(CHUNK_BYTES_MAX) {
-                uploading.append(rest.slice(at..rest.len().min(at + CHUNK_BYTES_MAX))).await?;
-            }
-            uploading.finish().await?;
-        }
-        let registered = register().await?;
-        holdings.resource(&registered.id)
+        let holdings = Arc::new(Holdings::default());
+        self.store.add(&caller.tenant, &holdings, account, ResourceKind::Model, files).await
     }
 
     /// Registers shared memory of the caller's.

@@ -542,13 +542,14 @@ impl Dispatch {
         })?;
         let name = ops::name(&op);
         self.policies.check(&caller.tenant, name)?;
-        let workshop = &self.workshop;
+        let (workshop, store) = (&self.workshop, &self.store);
         let (tenant, repository) = (&caller.tenant, &self.inference.repository);
         let (session, room) = (&session, room.as_ref());
         let may_bring_code = ops::brings_code(name) && self.policies.allows_libraries(tenant);
         let context = Context {
             workshop,
             repository,
+            store,
             tenant,
             session,
             account,

@@ -15,12 +15,12 @@ use vaccel_proto::v1::{
     Arg, DType, ExecRequest, ExecWithResourceRequest, FpgaArraycopyRequest, FpgaMmultRequest,
     FpgaParallelRequest, FpgaVectoraddRequest, GenopReply, GenopRequest, ImageClassificationRequest,
     ImageDepthRequest, ImageDetectionRequest, ImagePoseRequest, ImageSegmentationRequest, MinmaxRequest,
-    NamedTensor, NoopRequest, OpencvRequest, ResourceKind, SgemmRequest, Tensor,
+    NamedTensor, NoopRequest, OpencvRequest, Picture, ResourceKind, SgemmRequest, Tensor,
 };
 use vaccel_proto::{Error, Reason};
 
 use super::arguments::Reads;
-use super::later::DUMMY_IMAGE;
+use super::vision::DUMMY_IMAGE;
 use super::{Context, Operation};
 use crate::backend::NOOP;
 use crate::scheduler::Timed;
@@ -146,14 +146,18 @@ fn mean(request: &GenopRequest, context: &Context<'_>) -> Result<Meaning, Error>
             let classify = ImageClassificationRequest { model, top_k: 1, images };
             meaning(Op::ImageClassification(classify), Back::Texts { text_first: is_legacy(request) }, 2)
         }
-        // An image; out comes the image's name.
+        // An image; out comes the name of the picture.
         4..=7 => {
             let (model, image) = (first_model(context), read.bytes("image")?);
+            let picture = Picture::Resource.into();
             let op = match number {
-                4 => Op::ImageDetection(ImageDetectionRequest { model, image }),
-                5 => Op::ImageSegmentation(ImageSegmentationRequest { model, image }),
-                6 => Op::ImagePose(ImagePoseRequest { model, image }),
-                _ => Op::ImageDepth(ImageDepthRequest { model, image }),
+                4 => {
+                    let all = ImageDetectionRequest::default();
+                    Op::ImageDetection(ImageDetectionRequest { model, image, picture, ..all })
+                }
+                5 => Op::ImageSegmentation(ImageSegmentationRequest { model, image, picture }),
+                6 => Op::ImagePose(ImagePoseRequest { model, image, picture, ..ImagePoseRequest::default() }),
+                _ => Op::ImageDepth(ImageDepthRequest { model, image, picture }),
             };
             meaning(op, Back::ImageName, 1)
         }
@@ -291,6 +295,15 @@ fn give_back(
         }
         (Back::ImageName, outcome) => {
             let name = image_name(outcome);
+            // A part of a resource's name is none.
+            let needed = name.len() as u64 + 1;
+            if let Some(short) = write.iter().map(Arg::room).find(|room| (1..needed).contains(room)) {
+                return Err(Error::field(
+                    "write[0]",
+                    format!("room for {needed} bytes"),
+                    format!("{short} bytes"),
+                ));
+            }
             write.iter().map(|place| terminated(&name, place.room())).collect()
         }
         (Back::Matrix { columns, stride }, Outcome::Sgemm(reply)) => {

@@ -1,20 +1,21 @@
 //! Labels for images: PNG or JPEG files in, the best classes of each out.
 //!
 //! *Shapes:* the model takes one f32 input `[n, c, h, w]` or `[n, h, w, c]` made from the files as it describes itself
-//! ([`super::image_input`]), and gives `[n, classes]` first. *Units:* probabilities in [0, 1], summing to 1 over all
+//! ([`super::vision`]), and gives `[n, classes]` first. *Units:* probabilities in [0, 1], summing to 1 over all
 //! classes. *Errors:* `BAD_ARGUMENT` naming the image, `MODEL_REJECTED` for a model that is not a described classifier.
 //! *Source:* vAccel's `image_classification`; softmax for models that give logits.
 
 use std::sync::Arc;
 
 use bytes::Bytes;
+use serde::Deserialize;
 use vaccel_proto::limits::{IMAGES_PER_CALL_MAX, MESSAGE_BYTES_MAX};
 use vaccel_proto::v1::{
     Classification, ImageClassificationReply, ImageClassificationRequest, Label, ResourceKind, Tensor,
 };
 use vaccel_proto::{Error, Reason};
 
-use super::image_input::{ImageInput, Scores, check_pixels};
+use super::vision::{self, Description, ImageInput, check_pixels};
 use super::{Context, EMBEDDED_MODEL, EMBEDDED_NAME, Operation};
 use crate::backend::{Asked, Choice, Engines, Model, ModelFile, Origin, RunRules};
 use crate::scheduler::{Cancel, Timed};
@@ -62,17 +63,44 @@ impl Operation for ImageClassificationRequest {
     }
 }
 
-/// A loaded model that says how images become its input.
+/// A loaded model that says how images become its input, and what its output is.
 #[derive(Debug)]
 pub(crate) struct Classifier {
     model: Arc<Model>,
-    input: Arc<ImageInput>,
+    described: Arc<(ImageInput, Classes)>,
+}
+
+/// What a model says of its classes.
+#[derive(Clone, Debug, Deserialize)]
+struct Classes {
+    #[serde(default)]
+    scores: Scores,
+    /// Their names, in the order of the output.
+    labels: Vec<String>,
+}
+
+/// What the model's output is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Scores {
+    /// Softmax makes probabilities of it.
+    #[default]
+    Logits,
+    Probabilities,
+}
+
+impl Classes {
+    fn read(description: &mut Description<'_>) -> Result<Self, String> {
+        let classes: Self = description.part()?;
+        if classes.labels.is_empty() { Err("labels: expected at least one".into()) } else { Ok(classes) }
+    }
 }
 
 impl Classifier {
     fn new(model: Arc<Model>) -> Result<Self, Error> {
-        let input = model.note(|model| ImageInput::of(&model.file))?;
-        Ok(Self { model, input })
+        let name = ImageClassificationRequest::NAME;
+        let described = model.note(|model| vision::read(&model.file, name, Classes::read))?;
+        Ok(Self { model, described })
     }
 
     /// The embedded one, outside of any call.
@@ -100,15 +128,16 @@ impl Classifier {
                 return Err(Error::new(Reason::ModelRejected, format!("{expected}, this one takes {fixed}")));
             }
         };
+        let (input, classes) = &*self.described;
         let mut classifications = Vec::with_capacity(images.len());
         let mut rest = images;
         while let Some(whole) = rest.len().checked_ilog2() {
             let (files, after) = rest.split_at(size_max.min(1 << whole));
             rest = after;
-            let tensor = self.input.tensor(files, classifications.len(), cancel)?;
+            let tensor = input.tensor(files, classifications.len(), cancel)?;
             let outputs = self.model.program.run(vec![tensor], &[0], MESSAGE_BYTES_MAX as u64, cancel)?;
             for scores in rows(&outputs[0], files.len())? {
-                classifications.push(best(scores, &self.input, top_k)?);
+                classifications.push(best(scores, classes, top_k)?);
             }
         }
         Ok(classifications)
@@ -132,10 +161,10 @@ fn rows(output: &Tensor, images: usize) -> Result<Vec<Vec<f32>>, Error> {
 }
 
 /// The classes with the highest scores, best first; equal scores in the order of the model.
-fn best(scores: Vec<f32>, input: &ImageInput, top_k: usize) -> Result<Classification, Error> {
-    if scores.len() != input.labels.len() {
+fn best(scores: Vec<f32>, classes: &Classes, top_k: usize) -> Result<Classification, Error> {
+    if scores.len() != classes.labels.len() {
         let message =
-            format!("this model gives {} scores and names {} labels", scores.len(), input.labels.len());
+            format!("this model gives {} scores and names {} labels", scores.len(), classes.labels.len());
         return Err(Error::new(Reason::ModelRejected, message));
     }
     if scores.iter().any(|score| !score.is_finite()) {
@@ -147,13 +176,13 @@ fn best(scores: Vec<f32>, input: &ImageInput, top_k: usize) -> Result<Classifica
     // By score: probabilities of very unlikely classes are all 0.
     let mut order: Vec<usize> = (0..scores.len()).collect();
     order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
-    let probabilities = match input.scores {
+    let probabilities = match classes.scores {
         Scores::Logits => softmax(&scores),
         Scores::Probabilities => scores,
     };
     let labels = order.into_iter().take(top_k).map(|index| Label {
         index: u32::try_from(index).unwrap_or(u32::MAX),
-        name: input.labels[index].clone(),
+        name: classes.labels[index].clone(),
         probability: probabilities[index],
     });
     Ok(Classification { labels: labels.collect() })
@@ -170,26 +199,26 @@ fn softmax(scores: &[f32]) -> Vec<f32> {
 mod tests {
     use super::*;
 
-    fn input(scores: &str) -> ImageInput {
-        let json = format!(r#"{{"width":1,"height":1,"scores":"{scores}","labels":["a","b","c"]}}"#);
+    fn classes(scores: &str) -> Classes {
+        let json = format!(r#"{{"scores":"{scores}","labels":["a","b","c"]}}"#);
         serde_json::from_str(&json).expect("valid")
     }
 
     #[test]
     fn labels_are_best_first_and_probabilities_sum_to_one() {
-        let found = best(vec![1.0, 1000.0, 2.0], &input("logits"), 9).expect("valid");
+        let found = best(vec![1.0, 1000.0, 2.0], &classes("logits"), 9).expect("valid");
         let names: Vec<_> = found.labels.iter().map(|label| label.name.as_str()).collect();
         assert_eq!(names, ["b", "c", "a"]);
         let sum: f32 = found.labels.iter().map(|label| label.probability).sum();
         assert!((sum - 1.0).abs() < 1e-6);
-        let found = best(vec![0.5, 0.2, 0.5], &input("probabilities"), 2).expect("valid");
+        let found = best(vec![0.5, 0.2, 0.5], &classes("probabilities"), 2).expect("valid");
         assert_eq!(found.labels.iter().map(|label| label.index).collect::<Vec<_>>(), [0, 2]);
     }
 
     #[test]
     fn scores_that_do_not_fit_are_refused() {
-        assert!(best(vec![1.0], &input("logits"), 1).is_err());
-        assert!(best(vec![f32::NAN, 0.0, 0.0], &input("logits"), 1).is_err());
+        assert!(best(vec![1.0], &classes("logits"), 1).is_err());
+        assert!(best(vec![f32::NAN, 0.0, 0.0], &classes("logits"), 1).is_err());
         let output = Tensor::new(&[3, 2], &[0.0_f32; 6]).expect("valid");
         assert!(rows(&output, 2).is_err());
         assert_eq!(rows(&output, 3).expect("fits").len(), 3);

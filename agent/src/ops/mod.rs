@@ -12,8 +12,10 @@ mod fpga_parallel;
 mod fpga_vectoradd;
 mod genop;
 mod image_classification;
-mod image_input;
-mod later;
+mod image_depth;
+mod image_detection;
+mod image_pose;
+mod image_segmentation;
 mod mbench;
 mod minmax;
 mod model_run;
@@ -23,6 +25,7 @@ mod pixels;
 mod ports;
 mod sgemm;
 mod torch_sgemm;
+mod vision;
 pub(crate) mod widths;
 
 pub(crate) use image_classification::Classifier;
@@ -43,7 +46,7 @@ use crate::backend::{Choice, Load, Model, NOOP, Origin, Place, Reader, RunRules,
 use crate::identity::Tenant;
 use crate::quota::{Account, Unit};
 use crate::repository::Repository;
-use crate::resource::{self, Resource};
+use crate::resource::{self, Resource, Store};
 use crate::scheduler::{Asker, Call, Cancel, Timed};
 use crate::session::Session;
 use crate::shared::Room;
@@ -164,6 +167,7 @@ pub(crate) fn brings_code(name: &str) -> bool {
 pub(crate) struct Context<'a> {
     pub(crate) workshop: &'a Arc<Workshop>,
     pub(crate) repository: &'a Arc<Repository>,
+    pub(crate) store: &'a Store,
     pub(crate) tenant: &'a Tenant,
     pub(crate) session: &'a Arc<Session>,
     pub(crate) account: &'a Arc<Account>,

@@ -1,6 +1,6 @@
 //! What one session holds: resources, as often as it registered them, and files on their way to one.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vaccel_proto::Error;
@@ -8,6 +8,9 @@ use vaccel_proto::Error;
 use super::disk::PartName;
 use super::upload::Part;
 use super::{Hash, Object, Resource};
+
+/// Resources of the agent's own making that a session holds: whoever wants one of them reads it before the next ones.
+const MADE_MAX: usize = 16;
 
 /// What one session holds.
 #[derive(Debug, Default)]
@@ -19,6 +22,8 @@ struct Held {
     /// Complete files that no resource of the session names yet.
     files: HashMap<Hash, Arc<Object>>,
     uploads: HashMap<PartName, Arc<Part>>,
+    /// Resources that the agent made, the latest last.
+    made: VecDeque<String>,
 }
 
 #[derive(Debug)]
@@ -60,6 +65,18 @@ impl Holdings {
             drop(gone);
         }
         Ok(())
+    }
+
+    /// A resource that it holds was made by the agent: the first of too many is let go of.
+    pub(crate) fn made(&self, id: String) {
+        let mut held = self.held();
+        held.made.push_back(id);
+        let first = if held.made.len() > MADE_MAX { held.made.pop_front() } else { None };
+        drop(held);
+        if let Some(first) = first {
+            // The guest may have let go of it.
+            let _ = self.unregister(&first, false);
+        }
     }
 
     /// Resources, by name.

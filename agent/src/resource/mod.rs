@@ -21,10 +21,11 @@ use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use bytes::Bytes;
 use sha2::{Digest, Sha256};
 use vaccel_proto::Error;
 use vaccel_proto::error::shown;
-use vaccel_proto::limits::{FILES_PER_RESOURCE_MAX, NAME_BYTES_MAX};
+use vaccel_proto::limits::{CHUNK_BYTES_MAX, FILES_PER_RESOURCE_MAX, NAME_BYTES_MAX};
 use vaccel_proto::v1::{File, MissingFile, ResourceKind};
 
 use crate::backend::{LoadedModels, Reader};
@@ -268,6 +269,45 @@ impl Store {
             })
         };
         self.0.threads.run(register).await
+    }
+
+    /// Stores files that are here already as a resource that a session holds.
+    ///
+    /// # Errors
+    /// Those of [`Store::register`] and [`Store::upload`].
+    pub(crate) async fn add(
+        &self,
+        tenant: &Tenant,
+        holdings: &Arc<Holdings>,
+        account: &Arc<Account>,
+        kind: ResourceKind,
+        files: Vec<(String, Bytes)>,
+    ) -> Result<Arc<Resource>, Error> {
+        let described = files.iter().map(|(name, content)| File {
+            name: name.clone(),
+            sha256: Sha256::digest(content).to_vec().into(),
+            size: content.len() as u64,
+        });
+        let described: Vec<File> = described.collect();
+        let register = || self.register(tenant, holdings, account, kind.into(), described.clone());
+        let registered = register().await?;
+        if registered.missing.is_empty() {
+            return holdings.resource(&registered.id);
+        }
+        for missing in registered.missing {
+            let of_missing = |(file, _): &(&File, _)| file.sha256 == missing.sha256;
+            let Some((_, (_, content))) = described.iter().zip(&files).find(of_missing) else { continue };
+            let hash = Hash::new("file", &missing.sha256)?;
+            let begin = UploadBegin { hash, size: content.len() as u64, offset: missing.offset };
+            let mut uploading = self.upload(tenant, holdings, account, begin).await?;
+            let begin = usize::try_from(missing.offset).unwrap_or(content.len()).min(content.len());
+            let rest = content.slice(begin..);
+            for at in (0..rest.len()).step_by(CHUNK_BYTES_MAX) {
+                uploading.append(rest.slice(at..rest.len().min(at + CHUNK_BYTES_MAX))).await?;
+            }
+            uploading.finish().await?;
+        }
+        holdings.resource(&register().await?.id)
     }
 }
 

@@ -4,6 +4,8 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use vaccel_proto::{Error, Reason};
+
 /// Tells a computation to stop, and whoever interrupts engines that nobody waits any more.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Cancel(Arc<State>);
@@ -24,6 +26,12 @@ impl Cancel {
     /// Whether the result is no longer wanted.
     pub(crate) fn is_set(&self) -> bool {
         self.0.set.load(Ordering::Relaxed)
+    }
+
+    /// # Errors
+    /// `CANCELLED` when the result is no longer wanted.
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        if self.is_set() { Err(Error::new(Reason::Cancelled, "nobody waits for the result")) } else { Ok(()) }
     }
 
     pub(crate) fn set(&self) {

@@ -17,6 +17,7 @@ mod gpu;
 mod guest;
 mod guest_programs;
 mod hostile;
+mod images;
 mod inference;
 mod instructions;
 mod large;

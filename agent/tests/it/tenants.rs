@@ -16,6 +16,7 @@ use vaccel_client::proto::v1::run_request::Op;
 use vaccel_client::proto::v1::sessions_client::SessionsClient;
 use vaccel_client::proto::v1::{
     CloseSessionRequest, ExecRequest, ExecWithResourceRequest, File, ImageClassificationRequest,
+    ImageDepthRequest, ImageDetectionRequest, ImagePoseRequest, ImageSegmentationRequest,
     ListResourcesRequest, ModelRunRequest, NoopRequest, ProfileRequest, ReadResourceRequest,
     RegisterResourceReply, RegisterResourceRequest, RenewSessionRequest, ResourceInfo, RunRequest, Shared,
     TfModelLoadRequest, TfModelRunRequest, TfModelUnloadRequest, TfliteModelLoadRequest,
@@ -36,7 +37,7 @@ const ABSENT_RESOURCE: &str = "2222222222222222222222222222222222222222222222222
 const MEBIBYTE: usize = 1 << 20;
 
 /// Text fields of requests that name nothing the agent holds.
-const NO_NAMES: [&str; 20] = [
+const NO_NAMES: [&str; 18] = [
     "File.name",
     "Label.name",
     "ModelRunRequest.outputs",
@@ -53,11 +54,8 @@ const NO_NAMES: [&str; 20] = [
     "OperationProfile.name",
     "ExecRequest.symbol",
     "ExecWithResourceRequest.symbol",
-    // Of operations that are not served yet.
-    "ImageDetectionRequest.model",
-    "ImageSegmentationRequest.model",
-    "ImagePoseRequest.model",
-    "ImageDepthRequest.model",
+    "Segment.name",
+    "Keypoint.name",
 ];
 
 /// What the .proto files say.
@@ -153,7 +151,8 @@ async fn ask(
     };
     let ran = OperationsClient::new(link.clone()).run(in_region).await;
     asked.push(("Shared.region", ran.map(drop)));
-    for (field, op) in families(resource).into_iter().chain(libraries(resource)) {
+    let held = families(resource).into_iter().chain(libraries(resource)).chain(sights(resource));
+    for (field, op) in held {
         asked.push(("RunRequest.session", run(link, session, op.clone()).await));
         asked.push((field, run(link, own, op).await));
     }
@@ -198,6 +197,21 @@ fn libraries(library: &str) -> [(&'static str, Op); 2] {
     [
         ("ExecRequest.library", Op::Exec(exec)),
         ("ExecWithResourceRequest.resource", Op::ExecWithResource(with)),
+    ]
+}
+
+/// The calls on one image.
+fn sights(model: &str) -> [(&'static str, Op); 4] {
+    let model = || model.to_owned();
+    let detection = ImageDetectionRequest { model: model(), ..Default::default() };
+    let segmentation = ImageSegmentationRequest { model: model(), ..Default::default() };
+    let pose = ImagePoseRequest { model: model(), ..Default::default() };
+    let depth = ImageDepthRequest { model: model(), ..Default::default() };
+    [
+        ("ImageDetectionRequest.model", Op::ImageDetection(detection)),
+        ("ImageSegmentationRequest.model", Op::ImageSegmentation(segmentation)),
+        ("ImagePoseRequest.model", Op::ImagePose(pose)),
+        ("ImageDepthRequest.model", Op::ImageDepth(depth)),
     ]
 }
 

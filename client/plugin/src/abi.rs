@@ -8,7 +8,10 @@ pub(crate) const OPERATIONS: usize = 24;
 /// What `info.kind` says: computes on another machine.
 pub(crate) const KIND_REMOTE: c_uint = 0x4000;
 
-/// `struct vaccel_session`, to its flag. There is more behind it.
+/// Linux's own, which libvaccel takes.
+const PATH_MAX: usize = 4096;
+
+/// `struct vaccel_session`, to its folder. There is more behind it.
 #[repr(C)]
 #[derive(Debug)]
 pub(crate) struct Session {
@@ -17,6 +20,8 @@ pub(crate) struct Session {
     hint: c_uint,
     /// A `bool`, which is there only once the session is open.
     pub(crate) is_remote: u8,
+    /// A text.
+    pub(crate) folder: [u8; PATH_MAX],
 }
 
 /// `struct vaccel_resource`, to its files.

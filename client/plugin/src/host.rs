@@ -14,6 +14,7 @@ use tokio::runtime::{Builder, Handle, Runtime};
 use vaccel_client::{CallOptions, Client, Error, Reason, Resource, Session, SessionOptions};
 
 use crate::abi;
+use crate::pictures::Pictures;
 use crate::signals;
 
 /// From this length on data is written where the agent may have it, too; shorter ones travel in messages in any case.
@@ -42,6 +43,7 @@ pub(crate) struct Opened {
     pub(crate) resources: Mutex<HashMap<i64, Resource>>,
     /// Files of this machine that the program names where libvaccel has a library's.
     pub(crate) libraries: Mutex<HashMap<PathBuf, Resource>>,
+    pub(crate) pictures: Mutex<Pictures>,
     /// The agent did not answer when something was let go of.
     is_left: AtomicBool,
 }
@@ -109,8 +111,8 @@ impl Opened {
         let host = Host::get()?;
         let session = host.open(hints)?;
         let number = name();
-        let (resources, libraries, is_left) = Default::default();
-        let opened = Self { host: Arc::clone(&host), session, resources, libraries, is_left };
+        let (resources, libraries, pictures, is_left) = Default::default();
+        let opened = Self { host: Arc::clone(&host), session, resources, libraries, pictures, is_left };
         lock(&host.sessions).insert(number, Arc::new(opened));
         Ok(number)
     }
@@ -119,6 +121,7 @@ impl Opened {
     pub(crate) fn close(number: i64) -> Result<(), Error> {
         let host = Host::present();
         let opened = host.and_then(|host| lock(&host.sessions).remove(&number)).ok_or_else(no_session)?;
+        lock(&opened.pictures).remove_all();
         opened.let_go(|session| async move { session.close().await })
     }
 

@@ -16,6 +16,7 @@ mod given;
 mod host;
 mod models;
 mod operations;
+mod pictures;
 mod resources;
 mod signals;
 

@@ -7,11 +7,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use vaccel_client::proto::v1::Arg;
-use vaccel_client::{ArgType, Error, Resource, arg, room};
+use vaccel_client::{ArgType, Error, Resource, ResourceKind, arg, room};
 
 use crate::abi;
 use crate::given::{array, array_mut, count, refused, text};
 use crate::host::{Opened, answer, lock};
+use crate::pictures::{folder, put};
 use crate::resources::{library, registered};
 
 /// Where an argument that comes out is to be.
@@ -250,6 +251,29 @@ pub(crate) unsafe extern "C" fn image_classification(
     unsafe { on(session, "image_classification", work) }
 }
 
+/// Room for the name that the agent gives a picture: 64 digits of a resource's, or another one of its.
+const NAME_ROOM: usize = 128;
+
+/// A picture as the agent names it, or itself.
+enum Shown {
+    Name(Vec<u8>),
+    Picture(Vec<u8>),
+}
+
+impl Opened {
+    /// Has the agent look at an image. It names a resource of the session, or with the engine `noop` what is none.
+    fn shown(&self, number: u8, image: Arg) -> Result<Shown, Error> {
+        let mut name = [0; NAME_ROOM];
+        self.generic(number, vec![image], vec![Place::new(ArgType::UcharArray, &mut name)])?;
+        let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
+        let digits = std::str::from_utf8(name).ok().filter(|name| Resource::is_id(name));
+        let Some(id) = digits else { return Ok(Shown::Name(name.to_vec())) };
+        let picture = Resource::of_session(id, ResourceKind::Data);
+        let reading = async { self.session.read_resource(&picture, "", 0, 0).await?.rest().await };
+        self.wait(reading).map(Shown::Picture)
+    }
+}
+
 macro_rules! images {
     ($($operation:ident = $number:literal;)*) => { $(
         pub(crate) unsafe extern "C" fn $operation(
@@ -261,12 +285,20 @@ macro_rules! images {
         ) -> c_int {
             let work = |opened: &Arc<Opened>| {
                 // SAFETY: arrays of such lengths; what goes in is copied before what comes out is anybody's.
-                let (image, name) = unsafe {
+                let (image, place) = unsafe {
                     let image = opened.numbers(ArgType::Buffer, array::<u8>("image", image.cast(), image_bytes)?);
                     (image, array_mut("out_imgname", out_name, name_room)?)
                 };
-                let places = vec![Place::new(ArgType::UcharArray, name)];
-                opened.generic($number, vec![image], places)
+                match opened.shown($number, image)? {
+                    // What has no place goes nowhere.
+                    _ if place.is_empty() => Ok(()),
+                    Shown::Name(name) => put(&name, place),
+                    Shown::Picture(picture) => {
+                        // SAFETY: an open session, or there would have been no answer.
+                        let folder = folder(unsafe { &*session });
+                        lock(&opened.pictures).write(&folder, stringify!($operation), &picture, place)
+                    }
+                }
             };
             // SAFETY: libvaccel's session.
             unsafe { on(session, stringify!($operation), work) }

@@ -1,13 +1,14 @@
 /* A program of vAccel with as much of libvaccel 0.8 as a plugin sees: it loads the plugin, makes every call of it on a
  * real agent, and ends with 1 at the first line that does not hold.
  *
- *     plugin PLUGIN [ADD_MODEL ECHO_MODEL IMAGE LABEL LIBRARY]
+ *     plugin PLUGIN [ADD_MODEL ECHO_MODEL IMAGE LABEL LIBRARY SEEING_MODEL FOLDER]
  *
  * The agent's address is in the environment. It writes "restart" and waits for a line when the agent shall be killed and
  * started again.
  */
 #define _GNU_SOURCE
 
+#include <dirent.h>
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -19,6 +20,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -228,9 +230,51 @@ static void images(struct session *session, struct session *debug, const char *p
             OP(type, struct session *, const void *, unsigned char *, size_t, size_t);
         RETURNS(0, find(debug, image, name, length, sizeof name));
         HOLDS(strcmp((char *)name, "This is a dummy imgname!") == 0);
-        /* Not served yet. */
-        RETURNS(ENOTSUP, find(session, image, name, length, sizeof name));
+        RETURNS(EINVAL, find(session, image, name, length, sizeof name));
     }
+}
+
+static int files_in(const char *path)
+{
+    int count = 0;
+    DIR *folder = opendir(path);
+    HOLDS(folder != NULL);
+    for (struct dirent *entry; (entry = readdir(folder));)
+        count += entry->d_name[0] != '.';
+    closedir(folder);
+    return count;
+}
+
+/* What a model sees: a picture of it, in a file of the session. */
+static void sights(char **model, const char *path, const char *folder)
+{
+    enum { PICTURES = 16 };
+    static struct session session;
+    static unsigned char image[65536], picture[65536];
+    struct blob blob, *blobs[1];
+    size_t length = read_file(path, image, sizeof image);
+    char name[PATH_MAX], before[PATH_MAX] = "";
+    HOLDS(mkdir(folder, 0700) == 0);
+    open_session(&session, 0);
+    snprintf(session.rundir, sizeof session.rundir, "%s", folder);
+    struct resource resource = from_file(MODEL, model, &blob, blobs);
+    RETURNS(0, plugin->info->resource_register(&resource, &session));
+    for (int turn = 0; turn < PICTURES + 4; turn++) {
+        int (*find)(struct session *, const void *, unsigned char *, size_t, size_t) =
+            OP(4 + turn % 4, struct session *, const void *, unsigned char *, size_t, size_t);
+        RETURNS(0, find(&session, image, (unsigned char *)name, length, sizeof name));
+        HOLDS(strncmp(name, folder, strlen(folder)) == 0 && strcmp(name, before) != 0);
+        HOLDS(read_file(name, picture, sizeof picture) > 2 && picture[0] == 0xff && picture[1] == 0xd8);
+        HOLDS(files_in(folder) == (turn < PICTURES ? turn + 1 : PICTURES));
+        memcpy(before, name, sizeof name);
+        RETURNS(EINVAL, find(&session, image, (unsigned char *)name, length, strlen(folder)));
+        RETURNS(EINVAL, find(&session, image, NULL, length, 9));
+        RETURNS(EINVAL, find(&session, "no image", (unsigned char *)name, 8, sizeof name));
+        HOLDS(files_in(folder) == (turn < PICTURES ? turn + 1 : PICTURES));
+    }
+    RETURNS(0, plugin->info->session_release(&session));
+    /* As libvaccel removes it. */
+    HOLDS(rmdir(folder) == 0);
 }
 
 /* What a library computes that the program names as a file, or has registered. */
@@ -609,7 +653,7 @@ int main(int count, char **argument)
     static struct session session, debug, preferring, local;
     if (count == 2)
         return leave(argument[1]);
-    HOLDS(count == 7);
+    HOLDS(count == 9);
     load(argument[1]);
     open_session(&session, 0);
     open_session(&debug, DEBUG_HINT);
@@ -621,6 +665,7 @@ int main(int count, char **argument)
     signals();
     RETURNS(0, OP(0, struct session *)(&session));
     images(&session, &debug, argument[4], argument[5]);
+    sights(&argument[7], argument[4], argument[8]);
     execution(&session, &debug);
     libraries(&session, &argument[6]);
     matrices(&session);

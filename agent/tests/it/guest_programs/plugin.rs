@@ -7,7 +7,7 @@ use std::process::Command;
 use super::programs::{compile, run, source};
 use super::{everything_holds, models};
 use crate::exec::compiled;
-use crate::support::{Agent, digits, output_text};
+use crate::support::{Agent, digits, output_text, seer};
 
 /// Where cargo put it, beside these tests.
 fn library() -> PathBuf {
@@ -36,7 +36,10 @@ fn every_operation_does_what_programs_of_vaccel_know() {
     let mut command = program(&agent);
     let (image, _) = digits("png").remove(0);
     compiled(agent.folder(), "library.c", &["-lm"]);
+    let seer = agent.folder().join("seer.onnx");
+    std::fs::write(&seer, seer::single()).unwrap();
     command.args(models(&agent)).arg(image).arg("two").arg(agent.folder().join("library.so"));
+    command.arg(seer).arg(agent.folder().join("pictures"));
     everything_holds(command, agent);
 }
 

@@ -1,6 +1,7 @@
 //! What the tests share: real agents in processes of their own, guests, and models made on the spot.
 
 pub mod onnx;
+pub mod seer;
 pub mod tensorflow;
 pub mod tflite;
 

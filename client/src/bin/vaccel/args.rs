@@ -16,7 +16,7 @@ const CONCURRENCY_MAX: i64 = 4096;
 /// Most calls a second that `bench` makes, for the same reason.
 const RATE_MAX: f64 = 1e6;
 
-/// Asks a vaccel agent what it can do, classifies images and runs models.
+/// Asks a vaccel agent what it can do, looks at images and runs models.
 #[derive(Debug, Parser)]
 #[command(name = "vaccel", version, propagate_version = true)]
 pub(crate) struct Args {
@@ -81,6 +81,14 @@ pub(crate) enum Command {
     Ops,
     /// Classify images
     Classify(ClassifyArgs),
+    /// Find things in images
+    Detect(FindArgs),
+    /// Tell what the parts of images are
+    Segment(MapArgs),
+    /// Find bodies in images, and their points
+    Pose(FindArgs),
+    /// Tell how far the parts of images are
+    Depth(MapArgs),
     /// Run a model on tensors from .npy files
     Run(RunArgs),
     /// Measure how fast a model of the Open Inference Protocol answers under load
@@ -100,6 +108,47 @@ pub(crate) struct ClassifyArgs {
     /// Labels per image
     #[arg(long, value_name = "K", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) top: u32,
+}
+
+/// Images, and a model that looks at them.
+#[derive(Debug, clap::Args)]
+pub(crate) struct LookArgs {
+    /// PNG or JPEG files
+    #[arg(required = true, value_name = "IMAGE")]
+    pub(crate) images: Vec<PathBuf>,
+
+    /// Model file, or folder with the model's files, that describes how images become its input and what its outputs
+    /// mean
+    #[arg(long, value_name = "FILE|DIR")]
+    pub(crate) model: PathBuf,
+
+    /// Folder for pictures, the images with what was found drawn into them, as JPEG files
+    #[arg(long, value_name = "DIR")]
+    pub(crate) pictures: Option<PathBuf>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct FindArgs {
+    #[command(flatten)]
+    pub(crate) look: LookArgs,
+
+    /// Least probability of what is found; what the model's description says if not said
+    #[arg(long, value_name = "P", default_value = "0", hide_default_value = true)]
+    pub(crate) threshold: f32,
+
+    /// Most things in an image, the most probable ones
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) at_most: u32,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct MapArgs {
+    #[command(flatten)]
+    pub(crate) look: LookArgs,
+
+    /// Folder for the maps, a .npy file for each image
+    #[arg(long, value_name = "DIR")]
+    pub(crate) maps: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]

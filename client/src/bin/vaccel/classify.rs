@@ -1,6 +1,6 @@
 //! `vaccel classify`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use serde_json::{Value, json};
@@ -44,13 +44,17 @@ pub(crate) async fn classify(
     Ok(())
 }
 
+pub(crate) fn read(path: &Path) -> Result<Bytes, Error> {
+    let unreadable = |e| Error::new(Reason::BadArgument, format!("cannot read {}: {e}", path.display()));
+    Ok(Bytes::from(std::fs::read(path).map_err(unreadable)?))
+}
+
 /// Reads as many of the files as one call takes, at least one.
 fn next_batch<'a>(left: &mut &'a [PathBuf]) -> Result<(Vec<Bytes>, &'a [PathBuf]), Error> {
     let mut images = Vec::new();
     let mut room = MESSAGE_BYTES_MAX - ENVELOPE_BYTES;
     for path in left.iter().take(IMAGES_PER_CALL_MAX) {
-        let unreadable = |e| Error::new(Reason::BadArgument, format!("cannot read {}: {e}", path.display()));
-        let image = Bytes::from(std::fs::read(path).map_err(unreadable)?);
+        let image = read(path)?;
         if image.len() > room && !images.is_empty() {
             break;
         }
@@ -63,8 +67,9 @@ fn next_batch<'a>(left: &mut &'a [PathBuf]) -> Result<(Vec<Bytes>, &'a [PathBuf]
 }
 
 /// Puts the file before the text of an error that is about one image.
-fn name_file(error: Error, files: &[PathBuf]) -> Error {
+pub(crate) fn name_file(error: Error, files: &[PathBuf]) -> Error {
     let file = match (error.detail(), files) {
+        (Detail::Field(path), [only]) if path.ends_with("image") => Some(only),
         (Detail::Field(path), _) => image_index(path).and_then(|index| files.get(index)),
         // Nothing else in the message is large.
         (Detail::Limit { .. }, [only]) if error.reason() == Reason::MessageTooLarge => Some(only),
@@ -89,17 +94,23 @@ fn text(file: &str, width: usize, labels: &[Label]) -> String {
     let row = |(rank, label): (usize, &Label)| {
         // The name stands before the first label only.
         let file = if rank == 0 { plain(file) } else { String::new() };
-        let percent = format!("{:5.1} %", label.probability * 100.0);
-        vec![format!("{file:width$}"), percent, plain(&label.name)]
+        vec![format!("{file:width$}"), percent(label.probability), plain(&label.name)]
     };
     table(&labels.iter().enumerate().map(row).collect::<Vec<_>>())
 }
 
-fn label(label: &Label) -> Value {
-    // As an f64 the shortest text of the f32 is not the shortest any more: 0.1 would print as
-    // 0.10000000149011612.
-    let probability: f64 = label.probability.to_string().parse().unwrap_or(f64::from(label.probability));
-    json!({"name": label.name, "index": label.index, "probability": probability})
+pub(crate) fn percent(part: f32) -> String {
+    format!("{:5.1} %", part * 100.0)
+}
+
+pub(crate) fn label(label: &Label) -> Value {
+    json!({"name": label.name, "index": label.index, "probability": digits(label.probability)})
+}
+
+/// The number with the digits that it has: as an f64 the shortest text of an f32 is not the shortest any more, and 0.1
+/// would print as 0.10000000149011612.
+pub(crate) fn digits(number: f32) -> f64 {
+    number.to_string().parse().unwrap_or(f64::from(number))
 }
 
 #[cfg(test)]

@@ -1,10 +1,11 @@
-//! `vaccel`: asks an agent what it can do, classifies images, runs models and measures them, from a shell.
+//! `vaccel`: asks an agent what it can do, looks at images, runs models and measures them, from a shell.
 //!
 //! Exit codes: 0 done, 1 the call failed, 2 the command line or the environment is wrong.
 
 mod args;
 mod bench;
 mod classify;
+mod images;
 mod info;
 mod model;
 mod output;
@@ -54,6 +55,10 @@ async fn execute(target: &Target, command: Command, output: &mut Output) -> Resu
         Command::Classify(args) => {
             let session = open(builder, target).await?;
             give_back(&session, classify::classify(&session, &args, output).await).await
+        }
+        Command::Detect(_) | Command::Segment(_) | Command::Pose(_) | Command::Depth(_) => {
+            let session = open(builder, target).await?;
+            give_back(&session, images::look(&session, &command, output).await).await
         }
         Command::Run(args) => {
             let session = open(builder, target).await?;

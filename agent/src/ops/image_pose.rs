@@ -1,0 +1,241 @@
+//! Bodies in an image, and where their points are: joints, eyes, or whatever a model was trained to find.
+//!
+//! *Shapes:* the model takes one image ([`super::vision`]) and gives, as its description says, a row for each body with
+//! its box and its points; or the points alone, `[1, bodies, points, 2 or 3]`; or a map for each point of one body,
+//! `[1, points, rows, columns]`, whose highest number is where it is. *Units:* pixels of the image, probabilities in
+//! [0, 1]; points of which a model says none have that of their body. *Errors:* as those of `image_detection`.
+//! *Source:* vAccel's `image_pose`; rows as YOLO's, points as MoveNet's, maps as HRNet's and simple baselines'.
+
+use serde::Deserialize;
+use vaccel_proto::v1::{Area, ImagePoseReply, ImagePoseRequest, Keypoint, Label, Pose, Tensor};
+use vaccel_proto::{Error, Reason};
+
+use super::vision::{
+    self, Canvas, Description, Found, Grid, Placed, Rows, Sight, Wish, check_names, check_picture,
+    check_wish, numbers,
+};
+use super::{Context, Operation};
+use crate::scheduler::{Cancel, Timed};
+
+/// Bodies that a call can ask for: with all their points they are far shorter than a message.
+const AT_MOST_MAX: usize = 100;
+
+/// Points of a body, and lines between them: the whole of a body with its hands and face has 133.
+const POINTS_MAX: usize = 256;
+
+/// The class of bodies where a model names none.
+const BODY: &str = "person";
+
+impl Operation for ImagePoseRequest {
+    const NAME: &'static str = "image_pose";
+    const SUMMARY: &'static str = "find bodies in an image, and their points";
+    type Reply = ImagePoseReply;
+
+    fn validate(&self) -> Result<(), Error> {
+        check_picture(self.picture)?;
+        check_wish(self.threshold, self.at_most, AT_MOST_MAX).map(drop)
+    }
+
+    fn dummy(self, context: &Context<'_>) -> Result<ImagePoseReply, Error> {
+        let image_name = vision::dummy(context, &self.model)?;
+        Ok(ImagePoseReply { image_name, ..ImagePoseReply::default() })
+    }
+
+    async fn execute(self, context: &Context<'_>) -> Result<Timed<ImagePoseReply>, Error> {
+        let wish = check_wish(self.threshold, self.at_most, AT_MOST_MAX)?;
+        let seen = vision::look::<Bodies>(context, &self.model, self.image, self.picture, wish).await?;
+        Ok(seen.map(|seen| ImagePoseReply {
+            image_name: seen.image_name,
+            poses: seen.found,
+            picture: seen.picture,
+        }))
+    }
+}
+
+/// What a model says of the bodies that it finds.
+struct Bodies {
+    rows: Rows,
+    points: Points,
+}
+
+#[derive(Debug, Deserialize)]
+struct Points {
+    /// Their names, in the model's order.
+    points: Vec<String>,
+    /// Lines of the picture, each from one point to another, by number.
+    #[serde(default)]
+    links: Vec<[usize; 2]>,
+    #[serde(default)]
+    given: Given,
+    #[serde(default)]
+    point: Form,
+}
+
+/// How a model gives bodies.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Given {
+    #[default]
+    Rows,
+    Points,
+    Maps,
+}
+
+/// The numbers of a point: where it is, and how probably.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Form {
+    #[default]
+    Xyp,
+    Yxp,
+    Xy,
+}
+
+impl Form {
+    fn numbers(self) -> usize {
+        if matches!(self, Self::Xy) { 2 } else { 3 }
+    }
+}
+
+/// A point in pixels of the input, and how probable it is.
+type Point = ([f32; 2], f32);
+
+impl Bodies {
+    /// A body's points from its numbers; `whole` is the probability of those that have none.
+    fn points(&self, numbers: &[f32], whole: f32, placed: &Placed) -> Vec<Point> {
+        let [across, down] = self.rows.unit(placed);
+        let point = |numbers: &[f32]| match (self.points.point, numbers) {
+            (Form::Xy, [x, y]) => ([x * across, y * down], whole),
+            (Form::Xyp, [x, y, p]) => ([x * across, y * down], self.rows.activation.of(*p)),
+            (_, [y, x, p]) => ([x * across, y * down], self.rows.activation.of(*p)),
+            _ => ([0.0; 2], 0.0),
+        };
+        numbers.chunks_exact(self.points.point.numbers()).map(point).collect()
+    }
+
+    /// The points in pixels of the image, with their names.
+    fn named(&self, points: Vec<Point>, placed: &Placed) -> Vec<Keypoint> {
+        let names = self.points.points.iter();
+        let named = |(([x, y], p), name): (Point, &String)| {
+            let probability = if p.is_nan() { 0.0 } else { p.clamp(0.0, 1.0) };
+            Keypoint { name: name.clone(), x: placed.x(x), y: placed.y(y), probability }
+        };
+        points.into_iter().zip(names).map(named).collect()
+    }
+
+    /// A body of which nothing but its points is known: it is as probable as they are on the whole, and where they are.
+    fn around(&self, points: Vec<Point>, placed: &Placed) -> Pose {
+        let points = self.named(points, placed);
+        #[allow(clippy::cast_precision_loss, reason = "at most 256")]
+        let probability = points.iter().map(|point| point.probability).sum::<f32>() / points.len() as f32;
+        let bounds = |of: fn(&Keypoint) -> f32| {
+            let each = || points.iter().map(of);
+            (each().reduce(f32::min).unwrap_or(0.0), each().reduce(f32::max).unwrap_or(0.0))
+        };
+        let ((left, right), (top, bottom)) = (bounds(|point| point.x), bounds(|point| point.y));
+        let area = Area { left, top, right, bottom };
+        let label = Label { index: 0, name: self.rows.labels[0].clone(), probability };
+        Pose { label: Some(label), area: Some(area), points }
+    }
+
+    /// Bodies as `[…, points, numbers]`.
+    fn of_points(&self, output: &Tensor, placed: &Placed) -> Result<Vec<Pose>, Error> {
+        let (points, each) = (self.points.points.len(), self.points.point.numbers());
+        let numbers = numbers(output)?;
+        let wanted = [points, each].map(|side| i64::try_from(side).unwrap_or(i64::MAX));
+        if !output.shape.ends_with(&wanted) {
+            let got = output.signature();
+            let message = format!("expected an output [1, bodies, {points}, {each}], this model gives {got}");
+            return Err(Error::new(Reason::ModelRejected, message));
+        }
+        let bodies = numbers.chunks_exact(points * each);
+        Ok(bodies.map(|body| self.around(self.points(body, 0.0, placed), placed)).collect())
+    }
+
+    /// One body as a map for each point.
+    fn of_maps(&self, output: &Tensor, placed: &Placed, cancel: &Cancel) -> Result<Vec<Pose>, Error> {
+        let grid = Grid::of(output, &[self.points.points.len()])?;
+        let mut points = Vec::with_capacity(grid.channels);
+        for point in 0..grid.channels {
+            cancel.check()?;
+            let ([x, y], number) = grid.peak(point);
+            let place = [x * placed.input[0], y * placed.input[1]];
+            points.push((place, self.rows.activation.of(number)));
+        }
+        Ok(vec![self.around(points, placed)])
+    }
+}
+
+impl Sight for Bodies {
+    const NAME: &'static str = ImagePoseRequest::NAME;
+    type Wish = Wish;
+    type Found = Vec<Pose>;
+
+    fn read(description: &mut Description<'_>) -> Result<Self, String> {
+        let mut bodies = Self { rows: description.part()?, points: description.part()? };
+        if bodies.rows.labels.is_empty() {
+            bodies.rows.labels.push(BODY.into());
+        }
+        let Points { points, links, given, .. } = &bodies.points;
+        check_names("points", points)?;
+        if points.len() > POINTS_MAX || links.len() > POINTS_MAX {
+            return Err(format!("points and links: expected at most {POINTS_MAX}"));
+        }
+        if links.iter().flatten().any(|point| *point >= points.len()) {
+            return Err(format!("links: expected numbers of points, from 0 to {}", points.len() - 1));
+        }
+        bodies.rows.check(*given == Given::Rows)?;
+        Ok(bodies)
+    }
+
+    fn outputs(&self) -> Vec<String> {
+        if self.points.given == Given::Rows { self.rows.outputs() } else { vec![self.rows.output.clone()] }
+    }
+
+    fn find(
+        &self,
+        outputs: &[Tensor],
+        placed: &Placed,
+        wish: &Wish,
+        cancel: &Cancel,
+    ) -> Result<Vec<Pose>, Error> {
+        let mut poses = match self.points.given {
+            Given::Rows => {
+                let numbers = self.points.points.len() * self.points.point.numbers();
+                let found = self.rows.find(outputs, numbers, placed, wish, cancel)?;
+                let pose = |Found { label, area, points }| {
+                    let points = self.points(&points, label.probability, placed);
+                    let points = self.named(points, placed);
+                    Pose { label: Some(label), area: Some(area), points }
+                };
+                return Ok(found.into_iter().map(pose).collect());
+            }
+            Given::Points => self.of_points(&outputs[0], placed)?,
+            Given::Maps => self.of_maps(&outputs[0], placed, cancel)?,
+        };
+        let threshold = self.rows.threshold(wish);
+        let probability = |pose: &Pose| pose.label.as_ref().map_or(0.0, |label| label.probability);
+        poses.retain(|pose| probability(pose) >= threshold);
+        poses.sort_by(|a, b| probability(b).total_cmp(&probability(a)));
+        poses.truncate(wish.at_most);
+        Ok(poses)
+    }
+
+    fn draw(&self, found: &Vec<Pose>, canvas: &mut Canvas) {
+        for (number, pose) in (0..).zip(found) {
+            let color = vision::color(number);
+            let place = |point: &Keypoint| [point.x, point.y];
+            let is_seen = |point: &Keypoint| point.probability >= self.rows.threshold;
+            for link in &self.points.links {
+                let [from, to] = link.map(|point| &pose.points[point]);
+                if is_seen(from) && is_seen(to) {
+                    canvas.line(place(from), place(to), color);
+                }
+            }
+            pose.points
+                .iter()
+                .filter(|point| is_seen(point))
+                .for_each(|point| canvas.dot(place(point), color));
+        }
+    }
+}
