@@ -2,7 +2,7 @@
 
 use std::any::Any;
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use tokio::sync::OnceCell;
 use vaccel_proto::Error;
@@ -20,8 +20,8 @@ pub(crate) struct Model {
     pub(crate) program: Arc<dyn Program>,
     /// How its calls run together.
     pub(crate) batcher: Batcher,
-    /// What the operation that uses this model worked out about it.
-    note: OnceLock<Arc<dyn Any + Send + Sync>>,
+    /// What the operations that use this model worked out about it, one of each type.
+    notes: Mutex<Vec<Arc<dyn Any + Send + Sync>>>,
 }
 
 impl std::fmt::Debug for Model {
@@ -43,7 +43,7 @@ impl Model {
             delay: rules.delay,
         };
         let batcher = Batcher::new(Arc::clone(&program) as Arc<dyn Runner>, batching);
-        Self { file, program, batcher, note: OnceLock::new() }
+        Self { file, program, batcher, notes: Mutex::default() }
     }
 
     /// What an operation needs to know about the model, worked out on its first use.
@@ -54,11 +54,17 @@ impl Model {
         &self,
         read: impl FnOnce(&Self) -> Result<T, Error>,
     ) -> Result<Arc<T>, Error> {
-        if let Some(Ok(note)) = self.note.get().map(|note| Arc::clone(note).downcast()) {
+        let notes = || self.notes.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = notes().iter().find_map(|note| Arc::clone(note).downcast().ok());
+        if let Some(note) = known {
             return Ok(note);
         }
         let note = Arc::new(read(self)?);
-        let _ = self.note.set(Arc::clone(&note) as Arc<dyn Any + Send + Sync>);
+        let mut notes = notes();
+        // Two first calls can both have read it.
+        if !notes.iter().any(|other| other.is::<T>()) {
+            notes.push(Arc::clone(&note) as Arc<dyn Any + Send + Sync>);
+        }
         Ok(note)
     }
 }

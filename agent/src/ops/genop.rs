@@ -149,7 +149,8 @@ fn mean(request: &GenopRequest, context: &Context<'_>) -> Result<Meaning, Error>
         // An image; out comes the name of the picture.
         4..=7 => {
             let (model, image) = (first_model(context), read.bytes("image")?);
-            let picture = Picture::Resource.into();
+            let is_wanted = request.write.iter().any(|place| place.room() > 0);
+            let picture = if is_wanted { Picture::Resource } else { Picture::None }.into();
             let op = match number {
                 4 => {
                     let all = ImageDetectionRequest::default();

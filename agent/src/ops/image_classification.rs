@@ -53,11 +53,14 @@ impl Operation for ImageClassificationRequest {
 
     async fn execute(self, context: &Context<'_>) -> Result<Timed<ImageClassificationReply>, Error> {
         let (model, loading) = context.model(&self.model).await?;
-        let classifier = Classifier::new(Arc::clone(&model))?;
         let top_k = usize::try_from(self.top_k.max(1)).unwrap_or(usize::MAX);
         let images = self.images;
-        let mut ran =
-            context.compute_on(&model, move |cancel| classifier.classify(&images, top_k, cancel)).await?;
+        let classifying = {
+            let model = Arc::clone(&model);
+            // A description can be long, and is read here, too.
+            move |cancel: &Cancel| Classifier::new(model)?.classify(&images, top_k, cancel)
+        };
+        let mut ran = context.compute_on(&model, classifying).await?;
         ran.spans.run += loading;
         Ok(ran.map(|classifications| ImageClassificationReply { classifications }))
     }

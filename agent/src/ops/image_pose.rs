@@ -23,6 +23,9 @@ const AT_MOST_MAX: usize = 100;
 /// Points of a body, and lines between them: the whole of a body with its hands and face has 133.
 const POINTS_MAX: usize = 256;
 
+/// Bodies that are looked at between two looks whether somebody still waits.
+const BODIES_PER_CHECK: usize = 4096;
+
 /// The class of bodies where a model names none.
 const BODY: &str = "person";
 
@@ -97,6 +100,17 @@ impl Form {
     }
 }
 
+/// What is no number is nothing, and what a network computes can be somewhat more than 1.
+fn bounded(probability: f32) -> f32 {
+    if probability.is_nan() { 0.0 } else { probability.clamp(0.0, 1.0) }
+}
+
+#[allow(clippy::cast_precision_loss, reason = "at most 256")]
+fn mean(probabilities: impl ExactSizeIterator<Item = f32>) -> f32 {
+    let count = probabilities.len() as f32;
+    probabilities.sum::<f32>() / count
+}
+
 /// A point in pixels of the input, and how probable it is.
 type Point = ([f32; 2], f32);
 
@@ -106,8 +120,8 @@ impl Bodies {
         let [across, down] = self.rows.unit(placed);
         let point = |numbers: &[f32]| match (self.points.point, numbers) {
             (Form::Xy, [x, y]) => ([x * across, y * down], whole),
-            (Form::Xyp, [x, y, p]) => ([x * across, y * down], self.rows.activation.of(*p)),
-            (_, [y, x, p]) => ([x * across, y * down], self.rows.activation.of(*p)),
+            (Form::Xyp, [x, y, _]) => ([x * across, y * down], self.probability(numbers)),
+            (_, [y, x, _]) => ([x * across, y * down], self.probability(numbers)),
             _ => ([0.0; 2], 0.0),
         };
         numbers.chunks_exact(self.points.point.numbers()).map(point).collect()
@@ -116,9 +130,11 @@ impl Bodies {
     /// The points in pixels of the image, with their names.
     fn named(&self, points: Vec<Point>, placed: &Placed) -> Vec<Keypoint> {
         let names = self.points.points.iter();
-        let named = |(([x, y], p), name): (Point, &String)| {
-            let probability = if p.is_nan() { 0.0 } else { p.clamp(0.0, 1.0) };
-            Keypoint { name: name.clone(), x: placed.x(x), y: placed.y(y), probability }
+        let named = |(([x, y], p), name): (Point, &String)| Keypoint {
+            name: name.clone(),
+            x: placed.x(x),
+            y: placed.y(y),
+            probability: bounded(p),
         };
         points.into_iter().zip(names).map(named).collect()
     }
@@ -126,8 +142,7 @@ impl Bodies {
     /// A body of which nothing but its points is known: it is as probable as they are on the whole, and where they are.
     fn around(&self, points: Vec<Point>, placed: &Placed) -> Pose {
         let points = self.named(points, placed);
-        #[allow(clippy::cast_precision_loss, reason = "at most 256")]
-        let probability = points.iter().map(|point| point.probability).sum::<f32>() / points.len() as f32;
+        let probability = mean(points.iter().map(|point| point.probability));
         let bounds = |of: fn(&Keypoint) -> f32| {
             let each = || points.iter().map(of);
             (each().reduce(f32::min).unwrap_or(0.0), each().reduce(f32::max).unwrap_or(0.0))
@@ -139,7 +154,13 @@ impl Bodies {
     }
 
     /// Bodies as `[…, points, numbers]`.
-    fn of_points(&self, output: &Tensor, placed: &Placed) -> Result<Vec<Pose>, Error> {
+    fn of_points(
+        &self,
+        output: &Tensor,
+        placed: &Placed,
+        wish: &Wish,
+        cancel: &Cancel,
+    ) -> Result<Vec<Pose>, Error> {
         let (points, each) = (self.points.points.len(), self.points.point.numbers());
         let numbers = numbers(output)?;
         let wanted = [points, each].map(|side| i64::try_from(side).unwrap_or(i64::MAX));
@@ -148,12 +169,36 @@ impl Bodies {
             let message = format!("expected an output [1, bodies, {points}, {each}], this model gives {got}");
             return Err(Error::new(Reason::ModelRejected, message));
         }
-        let bodies = numbers.chunks_exact(points * each);
-        Ok(bodies.map(|body| self.around(self.points(body, 0.0, placed), placed)).collect())
+        // There may be millions; only those that are given back are made.
+        let mut bodies = Vec::new();
+        for (body, numbers) in numbers.chunks_exact(points * each).enumerate() {
+            if body % BODIES_PER_CHECK == 0 {
+                cancel.check()?;
+            }
+            let probability = mean(numbers.chunks_exact(each).map(|point| self.probability(point)));
+            if probability >= self.rows.threshold(wish) {
+                bodies.push((probability, numbers));
+            }
+        }
+        bodies.sort_by(|(a, _), (b, _)| b.total_cmp(a));
+        bodies.truncate(wish.at_most);
+        let pose = |(_, numbers): (f32, &[f32])| self.around(self.points(numbers, 1.0, placed), placed);
+        Ok(bodies.into_iter().map(pose).collect())
+    }
+
+    /// The probability of a point from its numbers; 1 where a model says none.
+    fn probability(&self, point: &[f32]) -> f32 {
+        point.get(2).map_or(1.0, |number| bounded(self.rows.activation.of(*number)))
     }
 
     /// One body as a map for each point.
-    fn of_maps(&self, output: &Tensor, placed: &Placed, cancel: &Cancel) -> Result<Vec<Pose>, Error> {
+    fn of_maps(
+        &self,
+        output: &Tensor,
+        placed: &Placed,
+        wish: &Wish,
+        cancel: &Cancel,
+    ) -> Result<Vec<Pose>, Error> {
         let grid = Grid::of(output, &[self.points.points.len()])?;
         let mut points = Vec::with_capacity(grid.channels);
         for point in 0..grid.channels {
@@ -162,7 +207,9 @@ impl Bodies {
             let place = [x * placed.input[0], y * placed.input[1]];
             points.push((place, self.rows.activation.of(number)));
         }
-        Ok(vec![self.around(points, placed)])
+        let probability = mean(points.iter().map(|(_, probability)| bounded(*probability)));
+        let is_there = probability >= self.rows.threshold(wish);
+        Ok(is_there.then(|| self.around(points, placed)).into_iter().collect())
     }
 }
 
@@ -199,26 +246,19 @@ impl Sight for Bodies {
         wish: &Wish,
         cancel: &Cancel,
     ) -> Result<Vec<Pose>, Error> {
-        let mut poses = match self.points.given {
+        match self.points.given {
             Given::Rows => {
                 let numbers = self.points.points.len() * self.points.point.numbers();
                 let found = self.rows.find(outputs, numbers, placed, wish, cancel)?;
                 let pose = |Found { label, area, points }| {
-                    let points = self.points(&points, label.probability, placed);
-                    let points = self.named(points, placed);
+                    let points = self.named(self.points(&points, label.probability, placed), placed);
                     Pose { label: Some(label), area: Some(area), points }
                 };
-                return Ok(found.into_iter().map(pose).collect());
+                Ok(found.into_iter().map(pose).collect())
             }
-            Given::Points => self.of_points(&outputs[0], placed)?,
-            Given::Maps => self.of_maps(&outputs[0], placed, cancel)?,
-        };
-        let threshold = self.rows.threshold(wish);
-        let probability = |pose: &Pose| pose.label.as_ref().map_or(0.0, |label| label.probability);
-        poses.retain(|pose| probability(pose) >= threshold);
-        poses.sort_by(|a, b| probability(b).total_cmp(&probability(a)));
-        poses.truncate(wish.at_most);
-        Ok(poses)
+            Given::Points => self.of_points(&outputs[0], placed, wish, cancel),
+            Given::Maps => self.of_maps(&outputs[0], placed, wish, cancel),
+        }
     }
 
     fn draw(&self, found: &Vec<Pose>, canvas: &mut Canvas) {

@@ -60,6 +60,7 @@ impl Holdings {
         registration.times -= 1;
         if all || registration.times == 0 {
             let gone = held.resources.remove(id);
+            held.made.retain(|made| made != id);
             // Freeing a model takes time.
             drop(held);
             drop(gone);

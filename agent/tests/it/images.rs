@@ -165,43 +165,53 @@ async fn a_session_holds_its_last_pictures_and_no_more() {
     let (_, session) = agent.session().await;
     seeing(&session).await;
     let mut names = Vec::new();
-    for place in 0..PICTURES_MAX as u32 + 2 {
-        let image = seer::image([place % 4, place / 4 % 4], [9, place / 16]).to_vec();
-        // What is drawn at another place, or is cut elsewhere, is another picture.
-        let read = vec![arg(ArgType::Uint8, vec![7]), arg(ArgType::Buffer, image)];
+    // Red in each part of the first columns, then green too.
+    let places = (0..12).map(|place| ([place % 3, place / 3], [9, 9]));
+    let places = places.chain((0..6).map(|place| ([0, 0], [3 - place / 4, place % 4])));
+    for (red, green) in places {
+        let image = seer::image(red, green).to_vec();
+        let read = vec![arg(ArgType::Uint8, vec![5]), arg(ArgType::Buffer, image)];
         names.push(named_picture(&session, read).await);
     }
     let held: BTreeSet<String> =
         session.list_resources().await.unwrap().into_iter().map(|held| held.resource).collect();
-    let pictures = names.iter().filter(|name| held.contains(*name)).collect::<BTreeSet<_>>();
-    assert!(pictures.len() <= PICTURES_MAX && held.contains(names.last().unwrap()), "{held:?}");
-    assert!(held.len() <= PICTURES_MAX + 1, "the model and the pictures: {held:?}");
+    let kept: Vec<bool> = names.iter().map(|name| held.contains(name)).collect();
+    assert_eq!(kept, [vec![false; names.len() - PICTURES_MAX], vec![true; PICTURES_MAX]].concat());
+    assert_eq!(held.len(), PICTURES_MAX + 1, "the model and the pictures");
 }
 
-/// A detector whose rows are a million numbers that the model makes from one, `[1, 6, rows]`.
-fn crowd(rows: i64) -> Vec<(String, Bytes)> {
+/// A model that makes an output of this shape from a few numbers, which it repeats along one axis.
+fn crowd(numbers: &[f32], axis: usize, shape: &[i64], file: &str, said: &str) -> Vec<(String, Bytes)> {
     let nodes = vec![
         onnx::node("ReduceMax", &["x"], &["one"]).message(5, onnx::number_attribute("keepdims", 1)),
         onnx::node("Reshape", &["one", "flat"], &["row"]),
-        onnx::node("Mul", &["row", "box"], &["first"]),
+        onnx::node("Mul", &["row", "few"], &["first"]),
         onnx::node("Expand", &["first", "shape"], &["y"]),
     ];
+    let few: Vec<u64> =
+        shape.iter().enumerate().map(|(at, side)| if at == axis { 1 } else { side.unsigned_abs() }).collect();
     let weights = vec![
-        onnx::i64s("flat", &[1, 1, 1]),
-        onnx::i64s("shape", &[1, 6, rows]),
-        onnx::f32s("box", &[1, 6, 1], &[4.0, 4.0, 2.0, 2.0, 0.9, 0.8]),
+        onnx::i64s("flat", &vec![1; shape.len()]),
+        onnx::i64s("shape", shape),
+        onnx::f32s("few", &few, numbers),
     ];
     let input = onnx::port("x", onnx::F32, &[1, 3, 8, 8]);
-    let model = onnx::model(nodes, weights, vec![input], vec![onnx::port("y", onnx::F32, &[1, 6, rows])]);
+    let model = onnx::model(nodes, weights, vec![input], vec![onnx::port("y", onnx::F32, shape)]);
+    vec![("crowd.onnx".into(), model), (file.into(), said.to_owned().into())]
+}
+
+fn detector(rows: i64) -> Vec<(String, Bytes)> {
     let said = r#"{"width":8,"height":8,"form":"cxcywh","labels":["a","b"],"overlap":1}"#;
-    vec![("crowd.onnx".into(), model), ("image_detection.json".into(), said.into())]
+    crowd(&[4.0, 4.0, 2.0, 2.0, 0.9, 0.8], 2, &[1, 6, rows], "image_detection.json", said)
 }
 
 #[tokio::test]
 async fn a_model_that_sees_a_million_things_gives_as_many_as_were_asked_for() {
     let agent = Agent::unix(&["--engine", "tract"]);
     let (_, session) = agent.session().await;
-    let model = session.register(ResourceFiles::new(ResourceKind::Model, crowd(1_000_000))).await.unwrap();
+    let register =
+        async |files| session.register(ResourceFiles::new(ResourceKind::Model, files)).await.unwrap();
+    let model = register(detector(1_000_000)).await;
     let white = || {
         let mut png = std::io::Cursor::new(Vec::new());
         RgbImage::from_pixel(8, 8, image::Rgb([255; 3])).write_to(&mut png, ImageFormat::Png).unwrap();
@@ -211,13 +221,22 @@ async fn a_model_that_sees_a_million_things_gives_as_many_as_were_asked_for() {
     assert_eq!(seen.detections.len(), 100);
     let most = session.detect(&model, white(), ImageOptions { at_most: 1000, ..PLAIN }).await.unwrap();
     assert_eq!(most.detections.len(), 1000);
-    let wider = session.register(ResourceFiles::new(ResourceKind::Model, crowd(10_000_000))).await.unwrap();
+    let wider = register(detector(10_000_000)).await;
     let refusal = session.detect(&wider, white(), PLAIN).await.unwrap_err();
     assert_eq!(
         refusal.reason(),
         Reason::MessageTooLarge,
         "outputs are bounded as those of every run: {refusal}"
     );
+    // Bodies of one point, each of which would take a hundred times its numbers.
+    let said = r#"{"width":8,"height":8,"given":"points","point":"xy","points":["a"],"threshold":0}"#;
+    let bodies = register(crowd(&[4.0, 2.0], 1, &[1, 4_000_000, 1, 2], "image_pose.json", said)).await;
+    let before = agent.peak();
+    let seen = session.pose(&bodies, white(), PLAIN).await.unwrap();
+    assert_eq!(seen.poses.len(), 100);
+    assert_eq!((seen.poses[0].points[0].x, seen.poses[0].points[0].probability), (4.0, 1.0));
+    let grown = agent.peak() - before;
+    assert!(grown < 300 << 20, "{} MiB", grown >> 20);
 }
 
 #[tokio::test]

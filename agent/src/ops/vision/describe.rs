@@ -13,6 +13,9 @@ use crate::backend::ModelFile;
 /// Names of one kind in a description: classes, or points of a body. The largest sets in use have some 20,000.
 const NAMES_MAX: usize = 1 << 16;
 
+/// Bytes of a description: the names of 20,000 classes, each as long as a line, fit four times.
+const BYTES_MAX: usize = 4 << 20;
+
 /// A description that is read in parts, each with keys of its own.
 pub(in crate::ops) struct Description<'a> {
     text: &'a str,
@@ -60,6 +63,9 @@ pub(in crate::ops) fn read<T>(
     })?;
     let wrong = |why: String| refuse(format!("the image description of this model is wrong: {why}"));
     let read = || -> Result<_, String> {
+        if text.len() > BYTES_MAX {
+            return Err(format!("expected at most {BYTES_MAX} bytes, got {}", text.len()));
+        }
         let mut description = Description { text: &text, known: Vec::new() };
         let input: ImageInput = description.part()?;
         input.check()?;

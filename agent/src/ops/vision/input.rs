@@ -8,6 +8,7 @@ use serde::Deserialize;
 use vaccel_proto::v1::{Area, DType, Tensor};
 use vaccel_proto::{Error, Reason};
 
+use super::super::pixels::{Function, Image};
 use super::file::decode;
 use crate::backend::ModelFile;
 use crate::scheduler::Cancel;
@@ -102,6 +103,8 @@ enum Place {
 #[serde(rename_all = "lowercase")]
 enum Filter {
     Nearest,
+    /// Between the four nearest pixels, also when scaling down, as OpenCV does by default.
+    Linear,
     /// Average over the area of each target pixel.
     Box,
     /// Linear, over the area when scaling down, as training libraries do with antialiasing.
@@ -313,6 +316,7 @@ impl ImageInput {
                 DynamicImage::ImageLuma8(gray) => imageops::thumbnail(gray, width, height).into(),
                 other => imageops::thumbnail(&other.to_rgb8(), width, height).into(),
             },
+            Filter::Linear => between(image, width, height),
             Filter::Triangle => image.resize_exact(width, height, FilterType::Triangle),
             Filter::Lanczos3 => image.resize_exact(width, height, FilterType::Lanczos3),
         }
@@ -344,6 +348,22 @@ impl ImageInput {
             }
         }
     }
+}
+
+/// OpenCV's bilinear scaling.
+fn between(image: &DynamicImage, width: u32, height: u32) -> DynamicImage {
+    let channels = usize::from(image.color().channel_count());
+    let size = [image.height(), image.width(), height, width].map(|side| side as usize);
+    let [rows, columns, new_rows, new_columns] = size;
+    let from = Image { rows, columns, channels, data: image.as_bytes() };
+    let function = Function::Resize { rows: new_rows, columns: new_columns, linear: true };
+    let samples = function.apply(&from, &Cancel::default()).unwrap_or_default();
+    let scaled = match image {
+        DynamicImage::ImageLuma8(_) => GrayImage::from_raw(width, height, samples).map(DynamicImage::from),
+        _ => RgbImage::from_raw(width, height, samples).map(DynamicImage::from),
+    };
+    // As many samples as it takes come of an image of bytes, which all are here.
+    scaled.unwrap_or_default()
 }
 
 /// A length that grows as another one of the same image does, at least a pixel.
@@ -413,6 +433,10 @@ mod tests {
         assert_eq!(elements(&average, blocks).1, [200.0, 100.0, 100.0, 200.0]);
         let crop =
             input(r#"{"width":2,"height":2,"color":"gray","fit":"crop","filter":"nearest","scale":1}"#);
+        // Between the second and the third of four, where the middle of the new pixel is.
+        let linear = input(r#"{"width":1,"height":1,"color":"gray","filter":"linear","scale":1}"#);
+        let four = gray(4, 4, |x, _| [0, 100, 200, 0][x as usize]);
+        assert_eq!(elements(&linear, four).1, [150.0]);
         let wide = gray(6, 2, |x, _| u8::try_from(x).expect("small"));
         assert_eq!(elements(&crop, wide).1, [2.0, 3.0, 2.0, 3.0]);
         let strip = gray(1, 5000, |_, _| 9);

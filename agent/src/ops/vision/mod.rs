@@ -139,10 +139,13 @@ pub(super) async fn look<S: Sight>(
     }
     let picture = Picture::try_from(picture).unwrap_or_default();
     let (model, loading) = context.model(model).await?;
-    let seer = model.note(Seer::<S>::of)?;
     let looking = {
         let model = Arc::clone(&model);
-        move |cancel: &Cancel| seer.look(&model, &image, &wish, picture != Picture::None, cancel)
+        // A description can be long, and is read here, too.
+        move |cancel: &Cancel| {
+            let seer = model.note(Seer::<S>::of)?;
+            seer.look(&model, &image, &wish, picture != Picture::None, cancel)
+        }
     };
     let mut seen = context.compute_on(&model, looking).await?;
     seen.spans.run += loading;

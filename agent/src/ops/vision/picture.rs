@@ -4,7 +4,6 @@ use std::io::Cursor;
 
 use bytes::Bytes;
 use image::codecs::jpeg::JpegEncoder;
-use image::imageops::FilterType;
 use image::{DynamicImage, Rgb, RgbImage};
 use vaccel_proto::v1::Area;
 use vaccel_proto::{Error, Reason};
@@ -45,10 +44,11 @@ pub(in crate::ops) fn color(class: u32) -> Rgb<u8> {
 impl Canvas {
     pub(super) fn new(image: &DynamicImage) -> Self {
         let longer = image.width().max(image.height());
+        // Averages over areas, which takes no memory beside the picture's own.
         let shown = if longer <= SIDE_MAX {
             image.to_rgb8()
         } else {
-            image.resize(SIDE_MAX, SIDE_MAX, FilterType::Triangle).into_rgb8()
+            image.thumbnail(SIDE_MAX, SIDE_MAX).into_rgb8()
         };
         #[allow(clippy::cast_precision_loss, reason = "sides of images are far below 2^24")]
         let scale = shown.width().max(shown.height()) as f32 / longer as f32;

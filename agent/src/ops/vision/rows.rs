@@ -253,24 +253,27 @@ impl Rows {
         candidates.sort_by(|a, b| b.probability.total_cmp(&a.probability));
         candidates.truncate(CANDIDATES_MAX);
         let begin = columns.of(Field::Box).unwrap_or(0);
-        let mut found: Vec<Found> = Vec::new();
+        // Boxes are compared as the model gives them: what is beside the image is part of them.
+        let mut found: Vec<(Area, Found)> = Vec::new();
         for Candidate { row, class, probability } in candidates {
             if found.len() >= wish.at_most {
                 break;
             }
-            let area = placed.area(self.area([0, 1, 2, 3].map(|side| rows.at(row, begin + side)), placed));
+            let given = self.area([0, 1, 2, 3].map(|side| rows.at(row, begin + side)), placed);
+            let area = placed.area(given);
             let index = u32::try_from(class).unwrap_or(u32::MAX);
-            let is_hidden =
-                |other: &Found| other.label.index == index && overlaps(&other.area, &area) > self.overlap;
+            let is_hidden = |(other, found): &(Area, Found)| {
+                found.label.index == index && overlaps(other, &given) > self.overlap
+            };
             if surface(&area) <= 0.0 || found.iter().any(is_hidden) {
                 continue;
             }
             let label = Label { index, name: self.labels[class].clone(), probability };
             let of_points = columns.of(Field::Points).unwrap_or(0);
             let points = (0..points).map(|point| rows.at(row, of_points + point)).collect();
-            found.push(Found { label, area, points });
+            found.push((given, Found { label, area, points }));
         }
-        Ok(found)
+        Ok(found.into_iter().map(|(_, found)| found).collect())
     }
 
     /// Least probability of what a call finds.

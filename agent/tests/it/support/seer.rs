@@ -10,8 +10,8 @@ const INPUT: usize = 16;
 const PART: usize = 4;
 pub const IMAGE: u32 = 32;
 
-/// Pixels of the image that are one of the input.
-const SCALE: u32 = 2;
+/// Parts beside each other.
+const PARTS: u32 = 4;
 
 /// The model and what it says of itself, for each operation.
 pub fn files() -> Vec<(String, Bytes)> {
@@ -89,7 +89,7 @@ fn network() -> Bytes {
 
 /// A black image, red and green in one part each, which are named by column and row.
 pub fn image(red: [u32; 2], green: [u32; 2]) -> Bytes {
-    let part = PART as u32 * SCALE;
+    let part = IMAGE / PARTS;
     let color = |x: u32, y: u32| {
         let within = |[column, row]: [u32; 2]| (x / part, y / part) == (column, row);
         match (within(red), within(green)) {
