@@ -78,6 +78,12 @@ typedef struct {
     char name[65];     /* of the class, cut off where it is longer */
 } vaccel_guest_label;
 
+/* A thing in an image, and where it is: in pixels of the image, from its upper left corner. */
+typedef struct {
+    vaccel_guest_label label;
+    float left, top, right, bottom;
+} vaccel_guest_detection;
+
 /* A tensor that goes in: dense, row-major, little-endian. */
 typedef struct {
     const char *name; /* of the model's input; NULL or "" for its place in the list */
@@ -264,6 +270,13 @@ int vaccel_guest_noop(vaccel_guest *guest, vaccel_guest_timings *timings);
 int vaccel_guest_classify(vaccel_guest *guest, const vaccel_guest_resource *model, const vaccel_guest_bytes *images,
                           size_t image_count, vaccel_guest_label *labels, size_t label_count, size_t *labels_found,
                           vaccel_guest_timings *timings);
+
+/* Finds things in a PNG or JPEG file with a model that describes itself: as many as there are places for and at most 64,
+ * the most probable first. Those less probable than threshold, or with 0 than the model says, are none.
+ * detections_found is how many there are; it may be NULL. */
+int vaccel_guest_detect(vaccel_guest *guest, const vaccel_guest_resource *model, const vaccel_guest_bytes *image,
+                        float threshold, vaccel_guest_detection *detections, size_t detection_count,
+                        size_t *detections_found, vaccel_guest_timings *timings);
 
 /* Runs a model. names are the outputs wanted, none for all; each goes to the output of the same number. */
 int vaccel_guest_run(vaccel_guest *guest, const vaccel_guest_resource *model, const vaccel_guest_input *inputs,

@@ -75,6 +75,6 @@ pub use posix::{Posix, SharedMemory};
 pub use text::Text;
 pub use transport::{Fault, Memory, NoMemory, Ready, Transport};
 pub use types::{
-    Arg, ArgOut, ArgType, DType, File, ITEMS_MAX, Info, Input, Label, Output, RANK_MAX, ResourceId,
-    ResourceKind, Sgemm, Timings,
+    Arg, ArgOut, ArgType, DType, Detection, File, ITEMS_MAX, Info, Input, Label, Output, RANK_MAX,
+    ResourceId, ResourceKind, Sgemm, Timings,
 };

@@ -15,6 +15,10 @@ pub(crate) const fn field_len(length: usize) -> usize {
 }
 
 const LENGTH_DELIMITED: u64 = 2;
+const FIXED: u64 = 5;
+
+/// Bytes of a field that is a number of 4 bytes: a tag of one, and the number.
+pub(crate) const FIXED_BYTES: usize = 5;
 
 /// Writes fields; what does not fit is noticed, not written.
 #[derive(Debug)]
@@ -63,6 +67,14 @@ impl<'a> Writer<'a> {
         if value != 0 {
             self.varint(u64::from(field) << 3);
             self.varint(value);
+        }
+    }
+
+    /// A number of 4 bytes, unless it is 0, as an absent one is.
+    pub(crate) fn fixed(&mut self, field: u32, value: f32) {
+        if value != 0.0 {
+            self.varint(u64::from(field) << 3 | FIXED);
+            self.put(&value.to_le_bytes());
         }
     }
 

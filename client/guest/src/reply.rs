@@ -5,8 +5,8 @@ use crate::request::op;
 use crate::shared::Place;
 use crate::text::Text;
 use crate::types::{
-    ArgOut, DType, ITEMS_MAX, Info, Label, Output, RESOURCE_BYTES, ResourceId, SESSION_BYTES, SessionId,
-    Timings,
+    ArgOut, DType, Detection, ITEMS_MAX, Info, Label, Output, RESOURCE_BYTES, ResourceId, SESSION_BYTES,
+    SessionId, Timings,
 };
 
 /// A reply that says nothing.
@@ -132,6 +132,72 @@ impl Reader for Classified<'_> {
     fn placed(&mut self, count: usize) {
         if let Some(label) = self.label() {
             label.name.grow(count);
+        }
+    }
+}
+
+/// `RunReply{timings, image_detection{2: detections{1: label{1: index, 2: name, 3: probability}, 2: area{1: left, 2: top,
+/// 3: right, 4: bottom}}}}`.
+#[derive(Debug)]
+pub(crate) struct Detected<'a> {
+    pub(crate) detections: &'a mut [Detection],
+    pub(crate) count: usize,
+    pub(crate) timings: Timings,
+}
+
+const DETECTION: [u32; 2] = [op::IMAGE_DETECTION, 2];
+
+impl<'a> Detected<'a> {
+    pub(crate) fn new(detections: &'a mut [Detection]) -> Self {
+        Self { detections, count: 0, timings: Timings::default() }
+    }
+
+    fn detection(&mut self) -> Option<&mut Detection> {
+        self.count.checked_sub(1).and_then(|last| self.detections.get_mut(last))
+    }
+}
+
+impl Reader for Detected<'_> {
+    fn begin(&mut self, path: &[u32], _length: usize) -> Reading<Take> {
+        match path {
+            [1] | [op::IMAGE_DETECTION] => Ok(Take::Enter),
+            path if *path == DETECTION => {
+                *self.detections.get_mut(self.count).ok_or(Malformed)? = Detection::default();
+                self.count += 1;
+                Ok(Take::Enter)
+            }
+            [detection @ .., 1 | 2] if *detection == DETECTION => Ok(Take::Enter),
+            [detection @ .., 1, 2] if *detection == DETECTION => Ok(Take::Bytes),
+            _ => Ok(Take::Skip),
+        }
+    }
+
+    fn number(&mut self, path: &[u32], value: u64) -> Reading<()> {
+        timing(&mut self.timings, path, value);
+        let ([detection @ .., part, field], Some(place)) = (path, self.detection()) else { return Ok(()) };
+        if *detection != DETECTION {
+            return Ok(());
+        }
+        let number = f32::from_bits(value as u32);
+        match (part, field) {
+            (1, 1) => place.label.index = value as u32,
+            (1, 3) => place.label.probability = number,
+            (2, 1) => place.left = number,
+            (2, 2) => place.top = number,
+            (2, 3) => place.right = number,
+            (2, 4) => place.bottom = number,
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn place(&mut self) -> &mut [u8] {
+        self.detection().map(|detection| detection.label.name.spare()).unwrap_or_default()
+    }
+
+    fn placed(&mut self, count: usize) {
+        if let Some(detection) = self.detection() {
+            detection.label.name.grow(count);
         }
     }
 }

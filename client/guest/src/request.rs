@@ -5,7 +5,7 @@
 
 use crate::connection::MESSAGE_BYTES_MAX;
 use crate::error::{Error, Reason, Result};
-use crate::protobuf::{Writer, field_len, varint_len};
+use crate::protobuf::{FIXED_BYTES, Writer, field_len, varint_len};
 use crate::shared::{Lent, Place};
 use crate::types::{
     Arg, ArgType, DType, File, ITEMS_MAX, Input, RESOURCE_BYTES, ResourceId, ResourceKind, SESSION_BYTES,
@@ -93,6 +93,7 @@ pub(crate) enum Ask<'a> {
     Unregister(&'a ResourceId),
     Noop,
     Classify { model: &'a [u8], top_k: u32, images: &'a [&'a [u8]] },
+    Detect { model: &'a ResourceId, image: &'a [u8], threshold: f32, at_most: u32 },
     ModelRun { model: &'a ResourceId, inputs: &'a [Input<'a>], outputs: &'a [&'a str], beside: Beside<'a> },
     Genop { read: &'a [Arg<'a>], write: &'a [Room<'a>], beside: Beside<'a> },
 }
@@ -123,9 +124,11 @@ impl<'a> Ask<'a> {
             Self::Register { .. } => "/vaccel.v1.Resources/Register",
             Self::Upload(_) => "/vaccel.v1.Resources/Upload",
             Self::Unregister(_) => "/vaccel.v1.Resources/Unregister",
-            Self::Noop | Self::Classify { .. } | Self::ModelRun { .. } | Self::Genop { .. } => {
-                "/vaccel.v1.Operations/Run"
-            }
+            Self::Noop
+            | Self::Classify { .. }
+            | Self::Detect { .. }
+            | Self::ModelRun { .. }
+            | Self::Genop { .. } => "/vaccel.v1.Operations/Run",
         }
     }
 
@@ -147,6 +150,9 @@ impl<'a> Ask<'a> {
             }),
             Self::Noop => noop(scratch, session),
             Self::Classify { model, top_k, images } => classify(scratch, session, model, top_k, images),
+            Self::Detect { model, image, threshold, at_most } => {
+                detect(scratch, session, model, image, threshold, at_most)
+            }
             Self::ModelRun { model, inputs, outputs, beside } => {
                 model_run(scratch, session, beside, model, inputs, outputs)
             }
@@ -161,6 +167,7 @@ pub(crate) mod op {
     pub(crate) const IMAGE_CLASSIFICATION: u32 = 17;
     pub(crate) const MODEL_RUN: u32 = 18;
     pub(crate) const GENOP: u32 = 37;
+    pub(crate) const IMAGE_DETECTION: u32 = 38;
 }
 
 /// Tags of operations take two bytes, all others one.
@@ -254,6 +261,30 @@ fn classify<'a>(
     }
     let written = writer.finish().ok_or(TOO_LONG)?;
     Ok(Parts::interleaved(written, cuts.get(..images.len()).unwrap_or_default(), images.iter().copied()))
+}
+
+/// `RunRequest{session, image_detection{1: model, 3: threshold, 4: at_most, 2: image}}`, the longest last.
+fn detect<'a>(
+    scratch: &'a mut [u8],
+    session: &SessionId,
+    model: &ResourceId,
+    image: &'a [u8],
+    threshold: f32,
+    at_most: u32,
+) -> Result<Parts<'a>> {
+    let length = field_len(RESOURCE_BYTES)
+        + FIXED_BYTES * usize::from(threshold != 0.0)
+        + number_len(u64::from(at_most))
+        + field_len(image.len());
+    let mut writer = Writer::new(scratch);
+    begin_run(&mut writer, session, &[], op::IMAGE_DETECTION, length)?;
+    writer.bytes(1, &model.0);
+    writer.fixed(3, threshold);
+    writer.number(4, u64::from(at_most));
+    writer.begin(2, image.len());
+    let cut = [writer.len()];
+    let written = writer.finish().ok_or(TOO_LONG)?;
+    Ok(Parts::interleaved(written, &cut, core::iter::once(image)))
 }
 
 /// `RunRequest{session, beside, model_run{1: model, 2: outputs, 3: inputs}}`, each input's data on a boundary.

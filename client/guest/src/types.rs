@@ -213,6 +213,21 @@ pub struct Label {
     pub name: Text<64>,
 }
 
+/// A thing in an image, and where it is: in pixels of the image, from its upper left corner.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Detection {
+    /// What it is. The probabilities of all things have nothing to do with each other.
+    pub label: Label,
+    /// Its left side.
+    pub left: f32,
+    /// Its upper side.
+    pub top: f32,
+    /// Its right side.
+    pub right: f32,
+    /// Its lower side.
+    pub bottom: f32,
+}
+
 /// Where the agent spent its time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Timings {

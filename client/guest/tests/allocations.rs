@@ -8,7 +8,7 @@ use std::io::{self, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 
 use prost::Message;
-use vaccel_guest::{DType, File, Guest, Input, Label, Output, Posix, ResourceKind};
+use vaccel_guest::{DType, Detection, File, Guest, Input, Label, Output, Posix, ResourceKind};
 use vaccel_proto::v1::{self, RunReply, run_reply::Outcome};
 
 /// The system's allocator, which counts what each thread asks of it: the server here may allocate.
@@ -71,6 +71,7 @@ fn calls_allocate_nothing() {
     let image = [7; 3000];
     let images = [&image[..], &image[..]];
     let mut labels = [Label::default(); 4];
+    let mut things = [Detection::default(); 3];
     // More than the window of the server and than a frame of it.
     let data = vec![7; 4 * TENSOR_ELEMENTS];
     let inputs = [Input { name: "x", dtype: DType::F32, shape: &[TENSOR_ELEMENTS as i64], data: &data }];
@@ -79,6 +80,7 @@ fn calls_allocate_nothing() {
     let mut calls = || {
         guest.noop().unwrap();
         assert_eq!(guest.classify(Some(&model), &images, &mut labels).unwrap().0, 4);
+        assert_eq!(guest.detect(&model, &image[..1000], 0.5, &mut things).unwrap().0, 1);
         guest.run(&model, &inputs, &["y"], &mut outputs).unwrap();
         guest.renew().unwrap();
         guest.info().unwrap();
@@ -159,9 +161,15 @@ fn reply(headers: &[u8], content: &[u8], stream: u32) -> Vec<u8> {
 fn ran(content: &[u8]) -> RunReply {
     let timings = Some(v1::Timings { queue_us: 1, run_us: 2, batch_size: 3 });
     let label = v1::Label { index: 1, name: "a label".into(), probability: 0.5 };
-    let classification = v1::Classification { labels: vec![label; 2] };
+    let classification = v1::Classification { labels: vec![label.clone(); 2] };
     let outcome = match content.len() {
         ..64 => Outcome::Noop(v1::NoopReply {}),
+        // An image half as long as one of those below.
+        64..2000 => {
+            let (label, area) = (Some(label), Some(v1::Area::default()));
+            let detections = vec![v1::Detection { label, area }];
+            Outcome::ImageDetection(v1::ImageDetectionReply { detections, ..Default::default() })
+        }
         // Two images and the little around them fit in one frame; a tensor ends with a shorter one.
         6000..7000 => Outcome::ImageClassification(v1::ImageClassificationReply {
             classifications: vec![classification; 2],

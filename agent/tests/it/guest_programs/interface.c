@@ -1,6 +1,6 @@
 /* Calls every function of the C interface on a real agent, and ends with 1 at the first line that does not hold.
  *
- *     interface ADDRESS ADD_MODEL ECHO_MODEL IMAGE IMAGE
+ *     interface ADDRESS ADD_MODEL ECHO_MODEL IMAGE IMAGE SEEING_MODEL THINGS
  *
  * It writes "restart" and waits for a line when the agent shall be killed and started again.
  */
@@ -50,7 +50,7 @@ struct content {
     size_t length;
 };
 
-static struct content add_model, echo_model, images[2];
+static struct content add_model, echo_model, images[2], seeing_model, things;
 static _Alignas(64) unsigned char memory[VACCEL_GUEST_MEMORY + 64];
 
 static uint64_t now(void)
@@ -209,6 +209,41 @@ static void images_get_labels(vaccel_guest *guest)
     memset(&unknown, 'a', sizeof unknown);
     RETURNS(guest, ENOENT, vaccel_guest_classify(guest, &unknown, both + 1, 1, labels, 1, &found, NULL));
     HOLDS(is_reason(guest, "NOT_FOUND") && !vaccel_guest_session_lost(guest));
+}
+
+/* A red square and a green one. */
+static void things_in_images_have_places(vaccel_guest *guest)
+{
+    vaccel_guest_file file = {"seer.onnx", seeing_model.data, seeing_model.length};
+    vaccel_guest_resource model;
+    vaccel_guest_bytes image = {things.data, things.length}, none = {"no image", 8}, null = {NULL, 1};
+    vaccel_guest_detection detections[65];
+    vaccel_guest_timings timings;
+    size_t found = 77;
+    RETURNS(guest, 0, vaccel_guest_register(guest, VACCEL_GUEST_MODEL, &file, 1, &model));
+    SET_UNTOUCHED(detections);
+    RETURNS(guest, 0, vaccel_guest_detect(guest, &model, &image, 0, detections, 65, &found, &timings));
+    HOLDS(found == 2 && timings.batch_size >= 1);
+    for (size_t at = 0; at < found; at++) {
+        const vaccel_guest_detection *thing = detections + at;
+        int is_red = strcmp(thing->label.name, "red") == 0;
+        HOLDS(is_red == (thing->label.index == 0) && thing->label.image == 0 && thing->label.probability == 1);
+        HOLDS(is_red || strcmp(thing->label.name, "green") == 0);
+        HOLDS(thing->left == (is_red ? 16 : 0) && thing->right == thing->left + 8);
+        HOLDS(thing->top == (is_red ? 8 : 24) && thing->bottom == thing->top + 8);
+    }
+    HOLDS(untouched(detections + found, sizeof detections - found * sizeof *detections));
+    RETURNS(guest, 0, vaccel_guest_detect(guest, &model, &image, 0.5f, detections, 1, NULL, NULL));
+    RETURNS(guest, EINVAL, vaccel_guest_detect(guest, &model, &image, 2, detections, 1, &found, NULL));
+    HOLDS(found == 0 && is_reason(guest, "BAD_ARGUMENT"));
+    RETURNS(guest, EINVAL, vaccel_guest_detect(guest, &model, &image, 0, detections, 0, &found, NULL));
+    RETURNS(guest, EINVAL, vaccel_guest_detect(guest, &model, &image, 0, NULL, 1, &found, NULL));
+    RETURNS(guest, EINVAL, vaccel_guest_detect(guest, NULL, &image, 0, detections, 1, &found, NULL));
+    RETURNS(guest, EINVAL, vaccel_guest_detect(guest, &model, NULL, 0, detections, 1, &found, NULL));
+    RETURNS(guest, EINVAL, vaccel_guest_detect(guest, &model, &null, 0, detections, 1, &found, NULL));
+    RETURNS(guest, EINVAL, vaccel_guest_detect(guest, &model, &none, 0, detections, 1, &found, NULL));
+    RETURNS(guest, 0, vaccel_guest_unregister(guest, &model));
+    RETURNS(guest, ENOENT, vaccel_guest_detect(guest, &model, &image, 0, detections, 1, &found, NULL));
 }
 
 static void registering(vaccel_guest *guest, vaccel_guest_resource *model)
@@ -579,11 +614,13 @@ int main(int argc, char **argv)
 {
     vaccel_guest_resource model;
     vaccel_guest *guest;
-    HOLDS(argc == 6);
+    HOLDS(argc == 8);
     load(&add_model, argv[2]);
     load(&echo_model, argv[3]);
     load(&images[0], argv[4]);
     load(&images[1], argv[5]);
+    load(&seeing_model, argv[6]);
+    load(&things, argv[7]);
     a_guest_fits_in_its_memory();
     what_is_no_guest_is_refused();
     guest = vaccel_guest_init(memory, sizeof memory, argv[1]);
@@ -593,6 +630,7 @@ int main(int argc, char **argv)
     the_agent_tells_what_it_is(guest);
     an_empty_call_says_how_long_it_took(guest);
     images_get_labels(guest);
+    things_in_images_have_places(guest);
     registering(guest, &model);
     a_model_runs(guest, &model);
     long_data_lies_in_memory(guest, &model);

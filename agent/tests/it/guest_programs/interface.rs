@@ -9,7 +9,7 @@ use vaccel_guest::{DType, FILES_MAX, ITEMS_MAX, RANK_MAX, ResourceKind};
 
 use super::programs::{compile, dynamic_library, header, run, source, static_library};
 use super::{everything_holds, models};
-use crate::support::{Agent, digits};
+use crate::support::{Agent, digits, seer};
 
 /// The header without its comments.
 fn declarations() -> String {
@@ -68,8 +68,14 @@ fn exercise(compiler: &str, library: &Path, flags: &[&str]) {
     what.extend(flags.iter().map(OsStr::new));
     compile(compiler, &what, &program);
     let images = digits("png").into_iter().take(2).map(|(path, _)| path);
+    let seeing = [("seer.onnx", seer::single()), ("things.png", seer::image([2, 1], [0, 3]))];
+    let seeing = seeing.map(|(name, content)| {
+        let path = agent.folder().join(name);
+        std::fs::write(&path, content).unwrap();
+        path
+    });
     let mut command = Command::new(&program);
-    command.arg(agent.address()).args(models(&agent)).args(images);
+    command.arg(agent.address()).args(models(&agent)).args(images).args(seeing);
     command.env("LD_LIBRARY_PATH", library.parent().unwrap());
     everything_holds(command, agent);
 }

@@ -10,12 +10,25 @@
 mod types;
 mod way;
 
+macro_rules! guest {
+    ($guest:ident) => {
+        // SAFETY: null, or a guest that is this call's own.
+        match unsafe { $guest.as_mut() } {
+            Some(guest) => guest,
+            None => return NO_GUEST,
+        }
+    };
+}
+
+// It has the macro.
+mod images;
+
 use core::ffi::{c_char, c_int, c_void};
 use core::ptr;
 
 use self::types::{
-    Bytes, CArg, CArgOut, CFile, CInfo, CInput, CLabel, COutput, CResource, CTimings, array, array_mut,
-    resource, terminate, text,
+    CArg, CArgOut, CFile, CInfo, CInput, COutput, CResource, CTimings, array, array_mut, resource, terminate,
+    text,
 };
 use self::way::{Io, Way};
 use crate::error::{Error, Reason, Result};
@@ -23,7 +36,7 @@ use crate::posix::{Posix, SharedMemory};
 use crate::status::TEXT_BYTES;
 use crate::text::Text;
 use crate::types::{
-    Arg, ArgOut, ArgType, DType, File, ITEMS_MAX, Input, Label, Output, RESOURCE_BYTES, ResourceKind, Timings,
+    Arg, ArgOut, ArgType, DType, File, ITEMS_MAX, Input, Output, RESOURCE_BYTES, ResourceKind, Timings,
 };
 use crate::{FILES_MAX, Guest};
 
@@ -72,16 +85,6 @@ impl Handle {
 /// Bad pointers of C programs that can be told.
 const NO_GUEST: c_int = Reason::BadArgument.errno();
 const NO_ARRAY: &str = "expected an array, and got NULL";
-
-macro_rules! guest {
-    ($guest:ident) => {
-        // SAFETY: null, or a guest that is this call's own.
-        match unsafe { $guest.as_mut() } {
-            Some(guest) => guest,
-            None => return NO_GUEST,
-        }
-    };
-}
 
 /// Whether data is in memory that the agent has, too.
 fn lies_in(memory: &SharedMemory, data: &[u8]) -> bool {
@@ -272,57 +275,6 @@ unsafe extern "C" fn vaccel_guest_noop(guest: *mut Handle, timings: *mut CTiming
     let outcome = guest.guest.noop();
     // SAFETY: the module's contract.
     unsafe { guest.returns_timed(outcome, timings) }
-}
-
-#[unsafe(no_mangle)]
-unsafe extern "C" fn vaccel_guest_classify(
-    guest: *mut Handle,
-    model: *const CResource,
-    images: *const Bytes,
-    image_count: usize,
-    labels: *mut CLabel,
-    label_count: usize,
-    labels_found: *mut usize,
-    timings: *mut CTimings,
-) -> c_int {
-    /// Labels of all images of one call, each of which is held once more on the stack.
-    const LABELS_MAX: usize = 5 * ITEMS_MAX;
-    let guest = guest!(guest);
-    // SAFETY: null, or a place for a number.
-    let mut labels_found = unsafe { labels_found.as_mut() };
-    if let Some(place) = &mut labels_found {
-        **place = 0;
-    }
-    // SAFETY: the module's contract.
-    let (model, Some(given), Some(places)) =
-        (unsafe { (resource(model), array(images, image_count), array_mut(labels, label_count)) })
-    else {
-        return guest.refuses(NO_ARRAY);
-    };
-    let mut images: [&[u8]; ITEMS_MAX] = [&[]; ITEMS_MAX];
-    let Some(images) = images.get_mut(..given.len()) else { return guest.refuses("expected 1 to 16 images") };
-    for (image, given) in images.iter_mut().zip(given) {
-        // SAFETY: the module's contract.
-        let Some(given) = (unsafe { array(given.data, given.length) }) else {
-            return guest.refuses(NO_ARRAY);
-        };
-        *image = given;
-    }
-    let mut labels = [Label::default(); LABELS_MAX];
-    // More labels than there are places here for are not asked for.
-    let whole = places.len().min(LABELS_MAX) / given.len().max(1) * given.len();
-    let labels = labels.get_mut(..whole).unwrap_or_default();
-    let outcome = guest.guest.classify(model.as_ref(), images, labels);
-    let found = outcome.map_or(0, |(found, _)| found);
-    for (place, label) in places.iter_mut().zip(labels.iter().take(found)) {
-        (place.image, place.index, place.probability) = (label.image, label.index, label.probability);
-        terminate(&label.name, &mut place.name);
-    }
-    if let Some(place) = labels_found {
-        *place = found;
-    }
-    // SAFETY: the module's contract.
-    unsafe { guest.returns_timed(outcome.map(|(_, timings)| timings), timings) }
 }
 
 #[unsafe(no_mangle)]

@@ -40,6 +40,16 @@ pub(crate) struct CLabel {
 
 #[repr(C)]
 #[derive(Debug)]
+pub(crate) struct CDetection {
+    pub(super) label: CLabel,
+    pub(super) left: f32,
+    pub(super) top: f32,
+    pub(super) right: f32,
+    pub(super) bottom: f32,
+}
+
+#[repr(C)]
+#[derive(Debug)]
 pub(crate) struct CInput {
     pub(super) name: *const c_char,
     pub(super) dtype: c_int,

@@ -8,13 +8,14 @@ use crate::error::{Error, Reason, Result};
 use crate::link::{Link, Request};
 use crate::protobuf::Reader;
 use crate::protobuf::Writer;
-use crate::reply::{Classified, Informed, Nothing, Opened, Ran, Received, Registered};
+use crate::reply::{Classified, Detected, Informed, Nothing, Opened, Ran, Received, Registered};
 use crate::request::{self, Ask, Piece, SCRATCH_BYTES, UPLOAD_BYTES};
 use crate::shared::Shared;
 use crate::text::Text;
 use crate::transport::Transport;
 use crate::types::{
-    DType, File, ITEMS_MAX, Info, Label, NAME_BYTES_MAX, ResourceId, ResourceKind, SessionId, Timings,
+    DType, Detection, File, ITEMS_MAX, Info, Label, NAME_BYTES_MAX, ResourceId, ResourceKind, SessionId,
+    Timings,
 };
 
 /// How long a call may take when nothing else is said, in milliseconds.
@@ -23,6 +24,9 @@ const DEADLINE_MS: u32 = 60_000;
 /// Files of one resource that a guest registers. The agent takes more; their descriptions have to fit in one request
 /// here.
 pub const FILES_MAX: usize = 8;
+
+/// Things of one call: an agent gives no more.
+const DETECTIONS_MAX: u32 = 1000;
 
 /// Connections that may break during the upload of one resource.
 const BREAKS_MAX: usize = 8;
@@ -213,6 +217,28 @@ impl<T: Transport> Guest<T> {
         let model = model.map_or(&[][..], |model| &model.0);
         self.ask(&Ask::Classify { model, top_k, images }, &mut classified)?;
         Ok((classified.count, classified.timings))
+    }
+
+    /// Finds things in a PNG or JPEG file with a model that describes itself, as many as there are places for and at most
+    /// 1000, the most probable first. Returns how many there are. Those less probable than `threshold`, or with 0 than the
+    /// model says, are none.
+    ///
+    /// # Errors
+    /// Those of [`Guest::classify`].
+    pub fn detect(
+        &mut self,
+        model: &ResourceId,
+        image: &[u8],
+        threshold: f32,
+        detections: &mut [Detection],
+    ) -> Result<(usize, Timings)> {
+        if detections.is_empty() {
+            return self.refuse("expected a place for at least one thing");
+        }
+        let at_most = u32::try_from(detections.len()).unwrap_or(DETECTIONS_MAX).min(DETECTIONS_MAX);
+        let mut detected = Detected::new(detections);
+        self.ask(&Ask::Detect { model, image, threshold, at_most }, &mut detected)?;
+        Ok((detected.count, detected.timings))
     }
 
     /// Makes the session hold a resource; only what the agent lacks is sent. A file that broke off goes on where it

@@ -2,7 +2,7 @@
 
 use prost::Message;
 use prost::bytes::Bytes;
-use vaccel_guest::{Arg, ArgOut, ArgType, DType, File, Guest, Input, Label, Output, ResourceKind};
+use vaccel_guest::{Arg, ArgOut, ArgType, DType, Detection, File, Guest, Input, Label, Output, ResourceKind};
 use vaccel_proto::v1::{self, RunReply, RunRequest, run_reply::Outcome, run_request::Op};
 use vaccel_proto::{carrier, limits};
 
@@ -114,6 +114,43 @@ fn images_of_every_size_are_sent_as_they_are() {
             );
         }
     }
+}
+
+#[test]
+fn an_image_is_sent_as_it_is_and_what_is_in_it_comes_back() {
+    let (mut guest, calls) = recording();
+    let model = flow::model(&mut guest);
+    for (size, (threshold, count)) in
+        SIZES.into_iter().zip([(0.0, 1), (0.5, 7), (1.0, 1000), (0.25, 1200)].iter().cycle())
+    {
+        let image = Random::new(size as u64).bytes(size);
+        let mut detections = vec![Detection::default(); *count];
+        let (got, timings) = guest.detect(&model, &image, *threshold, &mut detections).unwrap();
+        assert_eq!((got, timings.batch_size), ((*count).min(1000), 3));
+        for (index, found) in detections.iter().take(got).enumerate() {
+            let Detection { label, left, top, right, bottom } = found;
+            assert_eq!(
+                (label.index as usize, label.name.as_str()),
+                (index, format!("class {index}").as_str())
+            );
+            assert_eq!(
+                [label.probability, *left, *top, *right, *bottom],
+                [*threshold, index as f32, -0.5, 1e9, 4.0]
+            );
+        }
+        let request: RunRequest = calls.borrow().last().unwrap().message();
+        let (image, at_most) = (image.into(), got as u32);
+        let op = v1::ImageDetectionRequest {
+            model: MODEL.into(),
+            image,
+            threshold: *threshold,
+            at_most,
+            picture: 0,
+        };
+        let op = Some(Op::ImageDetection(op));
+        assert_eq!(request, RunRequest { session: SESSION.into(), op, ..RunRequest::default() });
+    }
+    assert!(guest.detect(&model, b"", 0.0, &mut []).is_err());
 }
 
 /// The tensors of one run.

@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use prost::Message;
-use vaccel_guest::{Guest, Label, Reason};
+use vaccel_guest::{Detection, Guest, Label, Reason};
 use vaccel_proto::error::Detail;
-use vaccel_proto::v1::RunReply;
+use vaccel_proto::v1::{self, RunReply, run_reply::Outcome};
 
 use crate::frames::{self, CONTINUATION, END_HEADERS, END_STREAM, Frame, HEADERS};
 use crate::peer::{Event, Peer, prefixed, timings};
@@ -339,6 +339,30 @@ fn a_message_before_an_error_is_not_taken_for_half_a_reply() {
     let mut labels = [Label::default(); 2];
     let outcome = guest.classify(None, &[b"a", b"b"], &mut labels);
     fails(&guest, outcome, Reason::Overloaded, "busy");
+}
+
+#[test]
+fn more_things_than_there_are_places_for_are_no_reply() {
+    let detection = v1::Detection { label: Some(v1::Label::default()), area: None };
+    let reply = v1::ImageDetectionReply { detections: vec![detection; 3], ..Default::default() };
+    let outcome = Some(Outcome::ImageDetection(reply));
+    let body =
+        prefixed(&RunReply { timings: Some(timings()), outcome, ..RunReply::default() }.encode_to_vec());
+    let mut guest = opened(move |peer, event| match event {
+        Event::Asked(call) if call.is("Run") => {
+            peer.send(frames::headers(call.stream, frames::REPLY));
+            peer.send(frames::data(call.stream, &body));
+            peer.send(frames::trailers(call.stream, frames::OK));
+            true
+        }
+        _ => false,
+    });
+    let model = flow::model(&mut guest);
+    let mut things = [Detection { left: 7.0, ..Detection::default() }; 3];
+    assert_eq!(guest.detect(&model, b"image", 0.0, &mut things).unwrap().0, 3);
+    assert!(things.iter().all(|thing| (thing.left, thing.label.index) == (0.0, 0)), "what is not said is 0");
+    let outcome = guest.detect(&model, b"image", 0.0, &mut things[..2]);
+    fails(&guest, outcome, Reason::BackendFailed, "no message of the contract");
 }
 
 #[test]
