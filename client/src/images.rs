@@ -31,9 +31,12 @@ impl ImageOptions {
         if self.picture { Picture::Reply.into() } else { Picture::None.into() }
     }
 
-    /// A picture as it came. The engine `noop` has none.
-    fn pictured(self, picture: Bytes) -> Option<Bytes> {
-        Some(picture).filter(|picture| self.picture && !picture.is_empty())
+    /// A picture as it came. The engine `noop` has none, but a name for it.
+    fn pictured(self, operation: &str, picture: Bytes, name: &str) -> Result<Option<Bytes>, Error> {
+        if self.picture && picture.is_empty() && name.is_empty() {
+            return Err(malformed(operation));
+        }
+        Ok(Some(picture).filter(|picture| self.picture && !picture.is_empty()))
     }
 }
 
@@ -79,6 +82,11 @@ pub struct Depth {
     pub picture: Option<Bytes>,
 }
 
+/// How a request names a model; not at all, for the agent's own of the operation.
+fn id(model: Option<&Resource>) -> String {
+    model.map(|model| model.id().to_owned()).unwrap_or_default()
+}
+
 /// The only map of a reply, with rows and columns of this type.
 fn map(operation: &str, dtype: DType, maps: Vec<NamedTensor>) -> Result<Tensor, Error> {
     let [NamedTensor { tensor: Some(map), .. }] =
@@ -87,24 +95,26 @@ fn map(operation: &str, dtype: DType, maps: Vec<NamedTensor>) -> Result<Tensor, 
         return Err(malformed(operation));
     };
     let is_map = map.dtype() == dtype && map.shape.len() == MAP_RANK && map.check("maps[0]").is_ok();
-    if is_map { Ok(map) } else { Err(malformed(operation)) }
+    // The pad served its purpose, and equal results are to be equal.
+    if is_map { Ok(Tensor { pad: Bytes::new(), ..map }) } else { Err(malformed(operation)) }
 }
 
 impl Session {
-    /// Finds things in a PNG or JPEG file, with a model of the session that describes how. Places are in pixels of the
-    /// image, from its upper left corner, probabilities in [0, 1].
+    /// Finds things in a PNG or JPEG file, with a model of the session that describes how, or with `None` with the
+    /// agent's own for the operation. Places are in pixels of the image, from its upper left corner, probabilities in
+    /// [0, 1].
     ///
     /// # Errors
     /// `BAD_ARGUMENT` for a file that is no image, a threshold or a number, `MODEL_REJECTED` for a model that does not
     /// describe this, and those of [`Session::classify`].
-    pub async fn detect(
+    pub async fn detect<'a>(
         &self,
-        model: &Resource,
+        model: impl Into<Option<&'a Resource>>,
         image: Bytes,
         options: ImageOptions,
     ) -> Result<Detected, Error> {
         const NAME: &str = "image_detection";
-        let (model, picture) = (model.id().to_owned(), options.picture());
+        let (model, picture) = (id(model.into()), options.picture());
         let ImageOptions { threshold, at_most, .. } = options;
         let request = ImageDetectionRequest { model, image, threshold, at_most, picture };
         let Some(Outcome::ImageDetection(reply)) = self.operate(Op::ImageDetection(request)).await?.outcome
@@ -114,37 +124,44 @@ impl Session {
         if reply.detections.iter().any(|found| found.label.is_none() || found.area.is_none()) {
             return Err(malformed(NAME));
         }
-        Ok(Detected { detections: reply.detections, picture: options.pictured(reply.picture) })
+        let picture = options.pictured(NAME, reply.picture, &reply.image_name)?;
+        Ok(Detected { detections: reply.detections, picture })
     }
 
     /// Tells what each part of a PNG or JPEG file is, with a model of the session that describes how.
     ///
     /// # Errors
     /// Those of [`Session::detect`].
-    pub async fn segment(
+    pub async fn segment<'a>(
         &self,
-        model: &Resource,
+        model: impl Into<Option<&'a Resource>>,
         image: Bytes,
         options: ImageOptions,
     ) -> Result<Segmented, Error> {
         const NAME: &str = "image_segmentation";
-        let (model, picture) = (model.id().to_owned(), options.picture());
+        let (model, picture) = (id(model.into()), options.picture());
         let op = Op::ImageSegmentation(ImageSegmentationRequest { model, image, picture });
         let Some(Outcome::ImageSegmentation(reply)) = self.operate(op).await?.outcome else {
             return Err(malformed(NAME));
         };
         let area = reply.area.ok_or_else(|| malformed(NAME))?;
         let classes = map(NAME, DType::U8, reply.maps)?;
-        Ok(Segmented { segments: reply.segments, area, classes, picture: options.pictured(reply.picture) })
+        let picture = options.pictured(NAME, reply.picture, &reply.image_name)?;
+        Ok(Segmented { segments: reply.segments, area, classes, picture })
     }
 
     /// Finds bodies in a PNG or JPEG file, and where their points are, with a model of the session that describes how.
     ///
     /// # Errors
     /// Those of [`Session::detect`].
-    pub async fn pose(&self, model: &Resource, image: Bytes, options: ImageOptions) -> Result<Posed, Error> {
+    pub async fn pose<'a>(
+        &self,
+        model: impl Into<Option<&'a Resource>>,
+        image: Bytes,
+        options: ImageOptions,
+    ) -> Result<Posed, Error> {
         const NAME: &str = "image_pose";
-        let (model, picture) = (model.id().to_owned(), options.picture());
+        let (model, picture) = (id(model.into()), options.picture());
         let ImageOptions { threshold, at_most, .. } = options;
         let op = Op::ImagePose(ImagePoseRequest { model, image, threshold, at_most, picture });
         let Some(Outcome::ImagePose(reply)) = self.operate(op).await?.outcome else {
@@ -153,22 +170,29 @@ impl Session {
         if reply.poses.iter().any(|found| found.label.is_none() || found.area.is_none()) {
             return Err(malformed(NAME));
         }
-        Ok(Posed { poses: reply.poses, picture: options.pictured(reply.picture) })
+        let picture = options.pictured(NAME, reply.picture, &reply.image_name)?;
+        Ok(Posed { poses: reply.poses, picture })
     }
 
     /// Tells how far the parts of a PNG or JPEG file are, with a model of the session that describes how.
     ///
     /// # Errors
     /// Those of [`Session::detect`].
-    pub async fn depth(&self, model: &Resource, image: Bytes, options: ImageOptions) -> Result<Depth, Error> {
+    pub async fn depth<'a>(
+        &self,
+        model: impl Into<Option<&'a Resource>>,
+        image: Bytes,
+        options: ImageOptions,
+    ) -> Result<Depth, Error> {
         const NAME: &str = "image_depth";
-        let (model, picture) = (model.id().to_owned(), options.picture());
+        let (model, picture) = (id(model.into()), options.picture());
         let op = Op::ImageDepth(ImageDepthRequest { model, image, picture });
         let Some(Outcome::ImageDepth(reply)) = self.operate(op).await?.outcome else {
             return Err(malformed(NAME));
         };
         let area = reply.area.ok_or_else(|| malformed(NAME))?;
         let depth = map(NAME, DType::F32, reply.maps)?;
-        Ok(Depth { area, depth, picture: options.pictured(reply.picture) })
+        let picture = options.pictured(NAME, reply.picture, &reply.image_name)?;
+        Ok(Depth { area, depth, picture })
     }
 }

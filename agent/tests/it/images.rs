@@ -160,6 +160,32 @@ async fn the_generic_operation_makes_pictures_resources_of_the_session() {
 }
 
 #[tokio::test]
+async fn a_call_without_a_model_takes_the_hosts_for_the_operation() {
+    let folder = tempfile::tempdir().unwrap();
+    let version = folder.path().join("models/image_detection/1");
+    std::fs::create_dir_all(&version).unwrap();
+    for (name, content) in seer::files() {
+        std::fs::write(version.join(name), content).unwrap();
+    }
+    let agent = Agent::start_in(folder, &["unix://{}/s"], &["--model-repository", "{}/models"]);
+    let (_, session) = agent.session().await;
+    let name = named_picture(&session, seen(4)).await;
+    assert!(Resource::is_id(&name), "{name}");
+    let model = Resource::of_repository("image_detection");
+    let named = session.detect(&model, seer::image([2, 1], [0, 3]), PLAIN).await.unwrap();
+    assert_eq!(named.detections.len(), 2);
+    assert_eq!(session.detect(None, seer::image([2, 1], [0, 3]), PLAIN).await.unwrap(), named);
+    let image = agent.folder().join("things.png");
+    std::fs::write(&image, seer::image([2, 1], [0, 3])).unwrap();
+    let told = vaccel().args(["--address", agent.address(), "detect"]).arg(&image).output().unwrap();
+    let told = output_text(&told);
+    assert!(told.contains("100.0 %  red    16,8 24,16"), "{told}");
+    let refusal = session.genop(seen(7), vec![room(ArgType::UcharArray, 65)]).await.unwrap_err();
+    assert_eq!(refusal.reason(), Reason::BadArgument);
+    assert!(refusal.message().contains("no model image_depth of its own"), "{refusal}");
+}
+
+#[tokio::test]
 async fn a_session_holds_its_last_pictures_and_no_more() {
     let agent = Agent::unix(&[]);
     let (_, session) = agent.session().await;

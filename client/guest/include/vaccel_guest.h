@@ -273,7 +273,7 @@ int vaccel_guest_classify(vaccel_guest *guest, const vaccel_guest_resource *mode
 
 /* Finds things in a PNG or JPEG file with a model that describes itself: as many as there are places for and at most 64,
  * the most probable first. Those less probable than threshold, or with 0 than the model says, are none.
- * detections_found is how many there are; it may be NULL. */
+ * detections_found is how many there are; it may be NULL. With model NULL it is the agent's own for this, if it has one. */
 int vaccel_guest_detect(vaccel_guest *guest, const vaccel_guest_resource *model, const vaccel_guest_bytes *image,
                         float threshold, vaccel_guest_detection *detections, size_t detection_count,
                         size_t *detections_found, vaccel_guest_timings *timings);

@@ -136,8 +136,8 @@ impl Reader for Classified<'_> {
     }
 }
 
-/// `RunReply{timings, image_detection{2: detections{1: label{1: index, 2: name, 3: probability}, 2: area{1: left, 2: top,
-/// 3: right, 4: bottom}}}}`.
+/// `RunReply{timings, image_detection{2: detections{1: label{1: index, 2: name, 3: probability}, 2: area{1: left,
+/// 2: top, 3: right, 4: bottom}}}}`.
 #[derive(Debug)]
 pub(crate) struct Detected<'a> {
     pub(crate) detections: &'a mut [Detection],

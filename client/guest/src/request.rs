@@ -93,7 +93,7 @@ pub(crate) enum Ask<'a> {
     Unregister(&'a ResourceId),
     Noop,
     Classify { model: &'a [u8], top_k: u32, images: &'a [&'a [u8]] },
-    Detect { model: &'a ResourceId, image: &'a [u8], threshold: f32, at_most: u32 },
+    Detect { model: &'a [u8], image: &'a [u8], threshold: f32, at_most: u32 },
     ModelRun { model: &'a ResourceId, inputs: &'a [Input<'a>], outputs: &'a [&'a str], beside: Beside<'a> },
     Genop { read: &'a [Arg<'a>], write: &'a [Room<'a>], beside: Beside<'a> },
 }
@@ -196,6 +196,11 @@ fn number_len(number: u64) -> usize {
     if number == 0 { 0 } else { 1 + varint_len(number) }
 }
 
+/// Bytes of a field that is left out when it is empty.
+fn optional(length: usize) -> usize {
+    if length == 0 { 0 } else { field_len(length) }
+}
+
 /// `Place{1: offset, 2: bytes}`.
 fn put_place(writer: &mut Writer<'_>, field: u32, place: Place) {
     writer.begin(field, number_len(place.offset) + number_len(place.bytes));
@@ -241,7 +246,6 @@ fn classify<'a>(
     top_k: u32,
     images: &'a [&'a [u8]],
 ) -> Result<Parts<'a>> {
-    let optional = |length: usize| if length == 0 { 0 } else { field_len(length) };
     let top_k_len = number_len(u64::from(top_k));
     let images_len: usize = images.iter().map(|image| field_len(image.len())).sum();
     let mut writer = Writer::new(scratch);
@@ -267,18 +271,18 @@ fn classify<'a>(
 fn detect<'a>(
     scratch: &'a mut [u8],
     session: &SessionId,
-    model: &ResourceId,
+    model: &[u8],
     image: &'a [u8],
     threshold: f32,
     at_most: u32,
 ) -> Result<Parts<'a>> {
-    let length = field_len(RESOURCE_BYTES)
+    let length = optional(model.len())
         + FIXED_BYTES * usize::from(threshold != 0.0)
         + number_len(u64::from(at_most))
         + field_len(image.len());
     let mut writer = Writer::new(scratch);
     begin_run(&mut writer, session, &[], op::IMAGE_DETECTION, length)?;
-    writer.bytes(1, &model.0);
+    writer.bytes(1, model);
     writer.fixed(3, threshold);
     writer.number(4, u64::from(at_most));
     writer.begin(2, image.len());

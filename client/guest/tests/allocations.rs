@@ -80,7 +80,7 @@ fn calls_allocate_nothing() {
     let mut calls = || {
         guest.noop().unwrap();
         assert_eq!(guest.classify(Some(&model), &images, &mut labels).unwrap().0, 4);
-        assert_eq!(guest.detect(&model, &image[..1000], 0.5, &mut things).unwrap().0, 1);
+        assert_eq!(guest.detect(Some(&model), &image[..1000], 0.5, &mut things).unwrap().0, 1);
         guest.run(&model, &inputs, &["y"], &mut outputs).unwrap();
         guest.renew().unwrap();
         guest.info().unwrap();

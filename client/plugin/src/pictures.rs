@@ -26,7 +26,8 @@ pub(crate) struct Pictures {
 }
 
 impl Pictures {
-    /// Writes a file of a name that is nobody's yet, and puts the name, with its NUL, where the program wants it.
+    /// Writes a file of a name that is nobody's yet, and puts the name, with its NUL, where the program wants it. Where
+    /// the folder takes no files, that of all temporary files does.
     pub(crate) fn write(
         &mut self,
         folder: &Path,
@@ -37,6 +38,7 @@ impl Pictures {
         let unwritable = |path: &Path, error: &std::io::Error| {
             Error::new(Reason::BackendFailed, format!("the picture {}: {error}", path.display()))
         };
+        let mut folder = folder.to_owned();
         let (path, mut file) = loop {
             self.next += 1;
             let path = folder.join(format!("{operation}-{}.jpg", self.next));
@@ -44,6 +46,7 @@ impl Pictures {
             match OpenOptions::new().write(true).create_new(true).mode(MODE).open(&path) {
                 Ok(file) => break (path, file),
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+                Err(_) if folder != std::env::temp_dir() => folder = std::env::temp_dir(),
                 Err(error) => return Err(unwritable(&path, &error)),
             }
         };

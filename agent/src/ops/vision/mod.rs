@@ -133,12 +133,17 @@ pub(super) async fn look<S: Sight>(
     picture: i32,
     wish: S::Wish,
 ) -> Result<Timed<Seen<S::Found>>, Error> {
-    if model.is_empty() {
-        // There is none of the agent's own, and the engine `noop` needs none.
-        return Err(Error::field("model", "a resource of the session", "none"));
-    }
     let picture = Picture::try_from(picture).unwrap_or_default();
-    let (model, loading) = context.model(model).await?;
+    // Where a call names none, the host may have one for the operation.
+    let found = context.model(if model.is_empty() { S::NAME } else { model }).await;
+    let (model, loading) = found.map_err(|error| match error.reason() {
+        Reason::NotFound if model.is_empty() => {
+            let expected =
+                format!("a resource of the session, as the agent has no model {} of its own", S::NAME);
+            Error::field("model", expected, "none")
+        }
+        _ => error,
+    })?;
     let looking = {
         let model = Arc::clone(&model);
         // A description can be long, and is read here, too.

@@ -239,6 +239,7 @@ static void things_in_images_have_places(vaccel_guest *guest)
     RETURNS(guest, EINVAL, vaccel_guest_detect(guest, &model, &image, 0, detections, 0, &found, NULL));
     RETURNS(guest, EINVAL, vaccel_guest_detect(guest, &model, &image, 0, NULL, 1, &found, NULL));
     RETURNS(guest, EINVAL, vaccel_guest_detect(guest, NULL, &image, 0, detections, 1, &found, NULL));
+    HOLDS(strstr(vaccel_guest_message(guest), "image_detection") != NULL);
     RETURNS(guest, EINVAL, vaccel_guest_detect(guest, &model, NULL, 0, detections, 1, &found, NULL));
     RETURNS(guest, EINVAL, vaccel_guest_detect(guest, &model, &null, 0, detections, 1, &found, NULL));
     RETURNS(guest, EINVAL, vaccel_guest_detect(guest, &model, &none, 0, detections, 1, &found, NULL));

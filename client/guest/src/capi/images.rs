@@ -85,12 +85,10 @@ unsafe extern "C" fn vaccel_guest_detect(
         return guest.refuses(NO_ARRAY);
     };
     // SAFETY: the module's contract.
-    let (Some(model), Some(image)) = (model, unsafe { array(given.data, given.length) }) else {
-        return guest.refuses("expected a model and an image");
-    };
+    let Some(image) = (unsafe { array(given.data, given.length) }) else { return guest.refuses(NO_ARRAY) };
     let mut found = [Detection::default(); DETECTIONS_MAX];
     let found = found.get_mut(..places.len().min(DETECTIONS_MAX)).unwrap_or_default();
-    let outcome = guest.guest.detect(&model, image, threshold, found);
+    let outcome = guest.guest.detect(model.as_ref(), image, threshold, found);
     let count = outcome.map_or(0, |(count, _)| count);
     for (place, Detection { label, left, top, right, bottom }) in
         places.iter_mut().zip(found.iter().take(count))

@@ -219,15 +219,15 @@ impl<T: Transport> Guest<T> {
         Ok((classified.count, classified.timings))
     }
 
-    /// Finds things in a PNG or JPEG file with a model that describes itself, as many as there are places for and at most
-    /// 1000, the most probable first. Returns how many there are. Those less probable than `threshold`, or with 0 than the
-    /// model says, are none.
+    /// Finds things in a PNG or JPEG file with a model that describes itself, as many as there are places for and at
+    /// most 1000, the most probable first. Returns how many there are. Those less probable than `threshold`, or with 0
+    /// than the model says, are none. Without a model it is the agent's own for this, if it has one.
     ///
     /// # Errors
     /// Those of [`Guest::classify`].
     pub fn detect(
         &mut self,
-        model: &ResourceId,
+        model: Option<&ResourceId>,
         image: &[u8],
         threshold: f32,
         detections: &mut [Detection],
@@ -237,6 +237,7 @@ impl<T: Transport> Guest<T> {
         }
         let at_most = u32::try_from(detections.len()).unwrap_or(DETECTIONS_MAX).min(DETECTIONS_MAX);
         let mut detected = Detected::new(detections);
+        let model = model.map_or(&[][..], |model| &model.0);
         self.ask(&Ask::Detect { model, image, threshold, at_most }, &mut detected)?;
         Ok((detected.count, detected.timings))
     }

@@ -359,9 +359,9 @@ fn more_things_than_there_are_places_for_are_no_reply() {
     });
     let model = flow::model(&mut guest);
     let mut things = [Detection { left: 7.0, ..Detection::default() }; 3];
-    assert_eq!(guest.detect(&model, b"image", 0.0, &mut things).unwrap().0, 3);
+    assert_eq!(guest.detect(Some(&model), b"image", 0.0, &mut things).unwrap().0, 3);
     assert!(things.iter().all(|thing| (thing.left, thing.label.index) == (0.0, 0)), "what is not said is 0");
-    let outcome = guest.detect(&model, b"image", 0.0, &mut things[..2]);
+    let outcome = guest.detect(Some(&model), b"image", 0.0, &mut things[..2]);
     fails(&guest, outcome, Reason::BackendFailed, "no message of the contract");
 }
 

@@ -118,9 +118,9 @@ pub(crate) struct LookArgs {
     pub(crate) images: Vec<PathBuf>,
 
     /// Model file, or folder with the model's files, that describes how images become its input and what its outputs
-    /// mean
+    /// mean; the agent's own for the operation if not said
     #[arg(long, value_name = "FILE|DIR")]
-    pub(crate) model: PathBuf,
+    pub(crate) model: Option<PathBuf>,
 
     /// Folder for pictures, the images with what was found drawn into them, as JPEG files
     #[arg(long, value_name = "DIR")]

@@ -31,24 +31,34 @@ pub(crate) async fn look(session: &Session, command: &Command, output: &mut Outp
         _ => return Err(Failure::Usage("expected a command that looks at images".into())),
     };
     let LookArgs { images, model, pictures } = args;
-    let model = model::register(session, model).await?;
+    let model = match model {
+        Some(path) => Some(model::register(session, path).await?),
+        None => None,
+    };
     let mut names = Names::new(images);
     let mut document = Vec::new();
     for path in images {
-        let seen = see(session, command, &model, read(path)?, pictures.is_some()).await;
+        let seen = see(session, command, model.as_ref(), read(path)?, pictures.is_some()).await;
         let mut seen = seen.map_err(|error| name_file(error, std::slice::from_ref(path)))?;
         let shown = path.display().to_string();
         seen.document["file"] = shown.clone().into();
         let stem = names.stem(path, pictures.iter().map(PathBuf::as_path).chain(maps));
+        let mut kept = Vec::new();
         if let (Some(folder), Some(picture)) = (pictures, &seen.picture) {
             let file = file(folder, &stem, PICTURE)?;
             std::fs::write(&file, picture).map_err(|error| unwritable(&file, &error))?;
+            kept.push(file.display().to_string());
             seen.document["picture"] = file.display().to_string().into();
         }
         if let (Some(folder), Some(map)) = (maps, &seen.map) {
             let file = file(folder, &stem, MAP)?;
             npy::write(&file, map)?;
+            kept.push(file.display().to_string());
             seen.document["map"] = file.display().to_string().into();
+        }
+        // Distances are one line, which has room for it.
+        if let (Command::Depth(_), Some(line)) = (command, seen.rows.first_mut()) {
+            line.extend(kept.iter().map(|file| plain(file)));
         }
         let named = |(number, row): (usize, Vec<String>)| {
             // The name stands before the first line only.
@@ -65,7 +75,7 @@ pub(crate) async fn look(session: &Session, command: &Command, output: &mut Outp
 async fn see(
     session: &Session,
     command: &Command,
-    model: &Resource,
+    model: Option<&Resource>,
     image: Bytes,
     picture: bool,
 ) -> Result<Seen, Error> {
@@ -195,8 +205,11 @@ impl Names {
         let folders: Vec<_> = folders.collect();
         let is_free = |stem: &String| {
             let is_image = |folder: &&Path| {
-                let path = folder.join(format!("{stem}.{PICTURE}"));
-                path.canonicalize().is_ok_and(|path| self.images.contains(&path))
+                // What a file is called says nothing about what is in it: an image may have either ending.
+                [PICTURE, MAP].iter().any(|ending| {
+                    let path = folder.join(format!("{stem}.{ending}"));
+                    path.canonicalize().is_ok_and(|path| self.images.contains(&path))
+                })
             };
             !self.taken.contains(stem) && !folders.iter().any(is_image)
         };
@@ -226,6 +239,10 @@ mod tests {
         assert_eq!(stems("new"), ["a", "a-2", "a-3", "a-4", "c"]);
         assert_eq!(stems(""), ["a-2", "a-3", "a-4", "a-5", "c"]);
         assert_eq!(stems("b/../b"), ["a-2", "a-3", "a-4", "a-5", "c"]);
+        let odd = folder.path().join("d.npy");
+        std::fs::write(&odd, "").unwrap();
+        let stem = Names::new(std::slice::from_ref(&odd)).stem(&odd, std::iter::once(folder.path()));
+        assert_eq!(stem, "d-2");
     }
 
     #[test]
