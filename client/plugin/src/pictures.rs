@@ -1,6 +1,6 @@
 //! Pictures of what operations on images found: the agent makes them, and the program gets the name of a file.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::ffi::CStr;
 use std::fs::OpenOptions;
 use std::io::{ErrorKind, Write};
@@ -18,7 +18,8 @@ const KEPT_MAX: usize = 16;
 /// Nobody else's business.
 const MODE: u32 = 0o600;
 
-/// The files of one session. They are gone with it: libvaccel removes a session's folder, and only an empty one.
+/// The files of one session, which are gone with it. So is the folder that libvaccel made for the session: libvaccel
+/// tries before the session is closed, when the files are still there.
 #[derive(Default)]
 pub(crate) struct Pictures {
     next: u64,
@@ -58,7 +59,13 @@ impl Pictures {
     }
 
     pub(crate) fn remove_all(&mut self) {
+        let folders: BTreeSet<_> =
+            self.kept.iter().filter_map(|path| Some(path.parent()?.to_owned())).collect();
         while self.remove_first() {}
+        for folder in folders.into_iter().filter(|folder| *folder != std::env::temp_dir()) {
+            // Something else may be in it.
+            let _ = std::fs::remove_dir(folder);
+        }
     }
 
     fn remove_first(&mut self) -> bool {
