@@ -1,6 +1,6 @@
 //! Labels for images: PNG or JPEG files in, the best classes of each out.
 //!
-//! *Shapes:* the model takes one f32 input `[n, c, h, w]` or `[n, h, w, c]` made from the files as it describes itself
+//! *Shapes:* the model takes one input `[n, c, h, w]` or `[n, h, w, c]` made from the files as it describes itself
 //! ([`super::vision`]), and gives `[n, classes]` first. *Units:* probabilities in [0, 1], summing to 1 over all
 //! classes. *Errors:* `BAD_ARGUMENT` naming the image, `MODEL_REJECTED` for a model that is not a described classifier.
 //! *Source:* vAccel's `image_classification`; softmax for models that give logits.
@@ -132,12 +132,13 @@ impl Classifier {
             }
         };
         let (input, classes) = &*self.described;
+        let dtype = self.model.file.inputs[0].dtype;
         let mut classifications = Vec::with_capacity(images.len());
         let mut rest = images;
         while let Some(whole) = rest.len().checked_ilog2() {
             let (files, after) = rest.split_at(size_max.min(1 << whole));
             rest = after;
-            let tensor = input.tensor(files, classifications.len(), cancel)?;
+            let tensor = input.tensor(files, classifications.len(), dtype, cancel)?;
             let outputs = self.model.program.run(vec![tensor], &[0], MESSAGE_BYTES_MAX as u64, cancel)?;
             for scores in rows(&outputs[0], files.len())? {
                 classifications.push(best(scores, classes, top_k)?);

@@ -279,3 +279,75 @@ impl Sight for Bodies {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::vision::ImageInput;
+    use image::{DynamicImage, RgbImage};
+    use vaccel_proto::v1::DType;
+
+    /// What is found in an image twice as large as the input of 100 x 100: a body's probability, its box, and its
+    /// points.
+    fn found(said: &str, output: &Tensor, threshold: f32) -> Vec<(f32, [f32; 4], Vec<[f32; 3]>)> {
+        let input: ImageInput = serde_json::from_str(r#"{"width":100,"height":100}"#).expect("valid");
+        let image = DynamicImage::from(RgbImage::new(200, 200));
+        let placed = input.place(image, DType::F32).expect("fits").1;
+        let bodies = Bodies::read(&mut Description::of(said)).expect(said);
+        let wish = check_wish(threshold, 0, AT_MOST_MAX).expect("valid");
+        let poses =
+            bodies.find(std::slice::from_ref(output), &placed, &wish, &Cancel::default()).expect(said);
+        let thousandths = |number: f32| (number * 1000.0).round() / 1000.0;
+        let plain = |Pose { label, area, points }| {
+            let Area { left, top, right, bottom } = area.expect("always");
+            let numbers = |point: &Keypoint| [point.x, point.y, point.probability].map(thousandths);
+            let points = points.iter().map(numbers);
+            let probability = thousandths(label.expect("always").probability);
+            (probability, [left, top, right, bottom].map(thousandths), points.collect())
+        };
+        poses.into_iter().map(plain).collect()
+    }
+
+    fn tensor(shape: &[i64], numbers: &[f32]) -> Tensor {
+        Tensor::new(shape, numbers).expect("valid")
+    }
+
+    #[test]
+    fn rows_end_with_points() {
+        let body = [(0.9, [20.0, 40.0, 60.0, 80.0], vec![[30.0, 50.0, 0.75], [40.0, 60.0, 0.25]])];
+        let said = r#"{"points":["a","b"]}"#;
+        let row = [10.0, 20.0, 30.0, 40.0, 0.9, 15.0, 25.0, 0.75, 20.0, 30.0, 0.25];
+        assert_eq!(found(said, &tensor(&[1, 1, 11], &row), 0.0), body);
+        let said = r#"{"points":["a","b"],"point":"xy","unit":"relative","row":["points","box","score"]}"#;
+        let row = [0.15, 0.25, 0.2, 0.3, 0.1, 0.2, 0.3, 0.4, 0.9];
+        let points = vec![[30.0, 50.0, 0.9], [40.0, 60.0, 0.9]];
+        assert_eq!(found(said, &tensor(&[1, 1, 9], &row), 0.0), [(0.9, body[0].1, points)]);
+    }
+
+    #[test]
+    fn points_alone_are_a_body_where_they_are() {
+        let said = r#"{"points":["a","b"],"given":"points","point":"yxp","unit":"relative","threshold":0.4}"#;
+        let two = [0.25, 0.15, 0.75, 0.3, 0.2, 0.25, 0.5, 0.5, 0.3, 0.5, 0.5, f32::NAN];
+        let body = (0.5, [30.0, 50.0, 40.0, 60.0], vec![[30.0, 50.0, 0.75], [40.0, 60.0, 0.25]]);
+        for output in [tensor(&[1, 2, 2, 3], &two), tensor(&[1, 1, 2, 3], &two[..6])] {
+            assert_eq!(found(said, &output, 0.0), std::slice::from_ref(&body));
+        }
+        assert_eq!(found(said, &tensor(&[2, 2, 3], &two), 0.1).len(), 2);
+        assert!(found(said, &tensor(&[2, 2, 3], &two), 0.6).is_empty());
+    }
+
+    #[test]
+    fn what_does_not_go_together_is_refused() {
+        for said in [
+            r#"{"points":[]}"#,
+            r#"{"points":["a"],"links":[[0,1]]}"#,
+            r#"{"points":["a"],"row":["box","scores"]}"#,
+            r#"{"points":["a"],"given":"maps","row":["box","scores","points"]}"#,
+            r#"{"points":["a"],"given":"lines"}"#,
+        ] {
+            assert!(Bodies::read(&mut Description::of(said)).is_err(), "{said}");
+        }
+        let many = format!(r#"{{"points":{:?}}}"#, vec!["a"; POINTS_MAX + 1]);
+        assert!(Bodies::read(&mut Description::of(&many)).is_err());
+    }
+}

@@ -289,6 +289,29 @@ async fn a_description_that_is_not_of_this_model_is_told_what_is_wrong() {
     }
 }
 
+#[tokio::test]
+async fn a_model_that_takes_whole_numbers_gets_the_samples() {
+    let library = onnxruntime();
+    let agent = Agent::unix(&["--onnxruntime", library.to_str().unwrap()]);
+    let shape = [1, 3, 8, 8];
+    let nodes = vec![
+        onnx::node("Cast", &["x"], &["f"]).message(5, onnx::number_attribute("to", onnx::F32)),
+        onnx::node("ReduceMean", &["f"], &["y"]).message(5, onnx::numbers_attribute("axes", &[1])),
+    ];
+    let output = onnx::port("y", onnx::F32, &[1, 1, 8, 8]);
+    let model = onnx::model(nodes, vec![], vec![onnx::port("x", onnx::U8, &shape)], vec![output]);
+    let said = Bytes::from_static(br#"{"width":8,"height":8,"filter":"nearest"}"#);
+    let files = vec![("m.onnx".into(), model), ("image_depth.json".into(), said)];
+    for engine in ["tract", "onnxruntime"] {
+        let options = SessionOptions { engine: engine.into(), ..SessionOptions::default() };
+        let session = agent.guest(0).await.open_session(options).await.unwrap();
+        let model = session.register(ResourceFiles::new(ResourceKind::Model, files.clone())).await.unwrap();
+        let seen = session.depth(&model, seer::image([2, 1], [0, 3]), PLAIN).await.unwrap();
+        let depth = seen.depth.elements::<f32>().unwrap();
+        assert_eq!([depth[0], depth[2 * 8 + 4], depth[7 * 8 + 1]], [0.0, 85.0, 85.0], "{engine}");
+    }
+}
+
 #[test]
 fn the_command_tells_what_it_finds_and_keeps_pictures_and_maps() {
     let agent = Agent::unix(&[]);

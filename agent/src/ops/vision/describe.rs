@@ -22,7 +22,11 @@ pub(in crate::ops) struct Description<'a> {
     known: Vec<&'static str>,
 }
 
-impl Description<'_> {
+impl<'a> Description<'a> {
+    pub(in crate::ops) fn of(text: &'a str) -> Self {
+        Self { text, known: Vec::new() }
+    }
+
     /// One of its parts.
     ///
     /// # Errors
@@ -66,7 +70,7 @@ pub(in crate::ops) fn read<T>(
         if text.len() > BYTES_MAX {
             return Err(format!("expected at most {BYTES_MAX} bytes, got {}", text.len()));
         }
-        let mut description = Description { text: &text, known: Vec::new() };
+        let mut description = Description::of(&text);
         let input: ImageInput = description.part()?;
         input.check()?;
         let part = part(&mut description)?;
@@ -137,13 +141,9 @@ mod tests {
         two: Vec<u32>,
     }
 
-    fn description(text: &str) -> Description<'_> {
-        Description { text, known: Vec::new() }
-    }
-
     #[test]
     fn parts_know_their_keys_and_nothing_else_is_taken() {
-        let mut both = description(r#"{"one": 1, "width": 2, "height": 3}"#);
+        let mut both = Description::of(r#"{"one": 1, "width": 2, "height": 3}"#);
         assert_eq!(both.part::<Part>(), Ok(Part { one: 1, two: vec![] }));
         let missing = both.end().expect_err("width");
         assert!(missing.contains("expected some of one, two"), "{missing}");
@@ -153,10 +153,10 @@ mod tests {
 
     #[test]
     fn what_is_wrong_is_told_with_its_place() {
-        let wrong = description("{\n\"one\": \"1\"}").part::<Part>().expect_err("a string");
+        let wrong = Description::of("{\n\"one\": \"1\"}").part::<Part>().expect_err("a string");
         assert!(wrong.contains("line 2"), "{wrong}");
         for text in ["", "[]", "{", "7"] {
-            assert!(description(text).part::<Part>().is_err(), "{text}");
+            assert!(Description::of(text).part::<Part>().is_err(), "{text}");
         }
     }
 

@@ -34,9 +34,8 @@ pub(in crate::ops) struct ImageInput {
     #[serde(default)]
     filter: Filter,
     /// The input is `(sample * scale - mean) / std` with samples from 0 to 255; mean and std for each channel, or one
-    /// for all.
-    #[serde(default = "scale_to_one")]
-    scale: f32,
+    /// for all. Without a scale, numbers of 0 to 1 are made of samples, and whole numbers of what they are.
+    scale: Option<f32>,
     #[serde(default)]
     mean: Vec<f32>,
     #[serde(default)]
@@ -47,10 +46,6 @@ pub(in crate::ops) struct ImageInput {
     /// With `fit: pad`, the samples of what is around it.
     #[serde(default = "gray")]
     fill: u8,
-}
-
-fn scale_to_one() -> f32 {
-    1.0 / 255.0
 }
 
 /// What detectors are usually trained with.
@@ -164,9 +159,9 @@ impl ImageInput {
                 model.inputs.len()
             )));
         };
-        if port.dtype != DType::F32 {
+        if !matches!(port.dtype, DType::F32 | DType::U8 | DType::I8 | DType::I32) {
             return Err(refuse(format!(
-                "expected an input of type f32, this model takes {}",
+                "expected an input of type f32, u8, i8 or i32, this model takes {}",
                 port.dtype.name()
             )));
         }
@@ -202,7 +197,7 @@ impl ImageInput {
             }
         }
         if self.std.contains(&0.0)
-            || !self.mean.iter().chain(&self.std).chain([&self.scale]).all(|v| v.is_finite())
+            || !self.mean.iter().chain(&self.std).chain(&self.scale).all(|v| v.is_finite())
         {
             return Err("scale, mean and std: expected finite numbers, std not 0".into());
         }
@@ -231,32 +226,41 @@ impl ImageInput {
         &self,
         files: &[Bytes],
         first: usize,
+        dtype: DType,
         cancel: &Cancel,
     ) -> Result<Tensor, Error> {
         let mut elements = Vec::with_capacity(self.item_elements() * files.len());
         for (index, file) in files.iter().enumerate() {
             cancel.check()?;
             let image = decode(&format!("images[{}]", first + index), file)?;
-            self.write(&self.resize(image).0, &mut elements);
+            self.write(&self.resize(image).0, dtype, &mut elements);
         }
-        self.of_items(files.len(), &elements)
+        self.of_items(files.len(), dtype, &elements)
     }
 
-    /// The tensor of one image, and where in it the image is.
-    pub(super) fn place(&self, image: DynamicImage) -> Result<(Tensor, Placed), Error> {
+    /// The tensor of one image, of the type that the model takes, and where in it the image is.
+    pub(in crate::ops) fn place(&self, image: DynamicImage, dtype: DType) -> Result<(Tensor, Placed), Error> {
         let (resized, placed) = self.resize(image);
         let mut elements = Vec::with_capacity(self.item_elements());
-        self.write(&resized, &mut elements);
-        Ok((self.of_items(1, &elements)?, placed))
+        self.write(&resized, dtype, &mut elements);
+        Ok((self.of_items(1, dtype, &elements)?, placed))
     }
 
     fn item_elements(&self) -> usize {
         self.channels() * self.width as usize * self.height as usize
     }
 
-    fn of_items(&self, count: usize, elements: &[f32]) -> Result<Tensor, Error> {
+    fn of_items(&self, count: usize, dtype: DType, elements: &[f32]) -> Result<Tensor, Error> {
         let item = self.item_shape();
-        Tensor::new(&[i64::try_from(count).unwrap_or(i64::MAX), item[0], item[1], item[2]], elements)
+        let shape = [i64::try_from(count).unwrap_or(i64::MAX), item[0], item[1], item[2]];
+        let whole = elements.iter().map(|element| element.round());
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it saturates")]
+        match dtype {
+            DType::U8 => Tensor::new(&shape, &whole.map(|number| number as u8).collect::<Vec<_>>()),
+            DType::I8 => Tensor::new(&shape, &whole.map(|number| number as i8).collect::<Vec<_>>()),
+            DType::I32 => Tensor::new(&shape, &whole.map(|number| number as i32).collect::<Vec<_>>()),
+            _ => Tensor::new(&shape, elements),
+        }
     }
 
     fn resize(&self, image: DynamicImage) -> (DynamicImage, Placed) {
@@ -322,7 +326,8 @@ impl ImageInput {
         }
     }
 
-    fn write(&self, image: &DynamicImage, out: &mut Vec<f32>) {
+    fn write(&self, image: &DynamicImage, dtype: DType, out: &mut Vec<f32>) {
+        let scale = self.scale.unwrap_or(if dtype == DType::F32 { 1.0 / 255.0 } else { 1.0 });
         let samples = image.as_bytes();
         let channels = self.channels();
         let of_channel = |values: &[f32], channel: usize, default| match values {
@@ -333,7 +338,7 @@ impl ImageInput {
         let value = |channel: usize, pixel: &[u8]| {
             let source = if self.color == Color::Bgr { channels - 1 - channel } else { channel };
             let (mean, std) = (of_channel(&self.mean, channel, 0.0), of_channel(&self.std, channel, 1.0));
-            (f32::from(pixel[source]) * self.scale - mean) / std
+            (f32::from(pixel[source]) * scale - mean) / std
         };
         match self.layout {
             Layout::ChannelsFirst => {
@@ -403,7 +408,7 @@ mod tests {
 
     /// Shape and elements, the latter rounded to thousandths.
     fn elements(input: &ImageInput, file: Bytes) -> (Vec<i64>, Vec<f32>) {
-        let tensor = input.tensor(&[file], 0, &Cancel::default()).expect("decodes");
+        let tensor = input.tensor(&[file], 0, DType::F32, &Cancel::default()).expect("decodes");
         let elements = tensor.elements::<f32>().expect("f32");
         let rounded = elements.iter().map(|element| (element * 1000.0).round() / 1000.0).collect();
         (tensor.shape, rounded)
@@ -419,6 +424,14 @@ mod tests {
         assert_eq!(elements(&first, file.clone()), (vec![1, 3, 1, 2], vec![1.0, 0.0, 0.0, 0.4, 0.2, 1.0]));
         let last = input(r#"{"width":2,"height":1,"layout":"NHWC","color":"bgr"}"#);
         assert_eq!(elements(&last, file.clone()), (vec![1, 1, 2, 3], vec![0.2, 0.0, 1.0, 1.0, 0.4, 0.0]));
+        let whole =
+            |dtype, json: &str| input(json).tensor(std::slice::from_ref(&file), 0, dtype, &Cancel::default());
+        let bytes = whole(DType::U8, r#"{"width":2,"height":1}"#).expect("decodes");
+        assert_eq!(bytes.elements::<u8>().expect("u8").as_ref(), [255, 0, 0, 102, 51, 255]);
+        let signed = whole(DType::I8, r#"{"width":2,"height":1,"mean":[128]}"#).expect("decodes");
+        assert_eq!(signed.elements::<i8>().expect("i8").as_ref(), [127, -128, -128, -26, -77, 127]);
+        let wide = whole(DType::I32, r#"{"width":2,"height":1,"scale":2}"#).expect("decodes");
+        assert_eq!(wide.elements::<i32>().expect("i32").as_ref(), [510, 0, 0, 204, 102, 510]);
         let scaled = r#"{"width":2,"height":1,"scale":1,"mean":[255,0,0],"std":[1,102,51]}"#;
         assert_eq!(elements(&input(scaled), file).1, [0.0, -255.0, 0.0, 1.0, 1.0, 5.0]);
     }
@@ -450,7 +463,7 @@ mod tests {
             let json = format!(
                 r#"{{"width":4,"height":4,"color":"gray","fit":"pad","place":"{place}","fill":9,"scale":1}}"#
             );
-            let (tensor, placed) = input(&json).place(wide.clone()).expect("fits");
+            let (tensor, placed) = input(&json).place(wide.clone(), DType::F32).expect("fits");
             let rows: Vec<f32> =
                 tensor.elements::<f32>().expect("f32").chunks_exact(4).map(|row| row[0]).collect();
             let expected = [vec![9.0; bars[0]], vec![200.0; 2], vec![9.0; bars[1]]].concat();
@@ -466,10 +479,12 @@ mod tests {
     #[test]
     fn places_lead_back_from_what_was_stretched_or_cut() {
         let wide = || DynamicImage::from(RgbImage::new(60, 20));
-        let stretched = input(r#"{"width":4,"height":4}"#).place(wide()).expect("fits").1;
+        let stretched = input(r#"{"width":4,"height":4}"#).place(wide(), DType::F32).expect("fits").1;
         assert_eq!([stretched.x(1.0), stretched.y(3.0)], [15.0, 15.0]);
-        let cut =
-            input(r#"{"width":2,"height":2,"fit":"crop","shorter_side":4}"#).place(wide()).expect("fits").1;
+        let cut = input(r#"{"width":2,"height":2,"fit":"crop","shorter_side":4}"#)
+            .place(wide(), DType::F32)
+            .expect("fits")
+            .1;
         // 60 x 20 became 12 x 4, and of that the middle was cut out: from (5, 1) to (7, 3).
         assert_eq!([cut.x(0.0), cut.x(2.0), cut.y(0.0), cut.y(2.0)], [25.0, 35.0, 5.0, 15.0]);
     }

@@ -149,10 +149,11 @@ mod tests {
     use super::*;
     use crate::ops::vision::ImageInput;
     use image::{DynamicImage, RgbImage};
+    use vaccel_proto::v1::DType;
 
     fn placed(json: &str, width: u32, height: u32) -> Placed {
         let input: ImageInput = serde_json::from_str(json).expect("valid");
-        input.place(DynamicImage::from(RgbImage::new(width, height))).expect("fits").1
+        input.place(DynamicImage::from(RgbImage::new(width, height)), DType::F32).expect("fits").1
     }
 
     fn tensor(shape: &[i64]) -> Tensor {

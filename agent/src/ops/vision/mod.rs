@@ -114,7 +114,7 @@ impl<S: Sight> Seer<S> {
         file::pixels("image", file)?;
         let image = file::decode("image", file)?;
         let mut canvas = wants_picture.then(|| Canvas::new(&image));
-        let (input, placed) = self.input.place(image)?;
+        let (input, placed) = self.input.place(image, model.file.inputs[0].dtype)?;
         cancel.check()?;
         let outputs = model.program.run(vec![input], &self.outputs, MESSAGE_BYTES_MAX as u64, cancel)?;
         let found = self.sight.find(&outputs, &placed, wish, cancel)?;

@@ -402,11 +402,12 @@ mod tests {
     use super::*;
     use crate::ops::vision::ImageInput;
     use image::{DynamicImage, RgbImage};
+    use vaccel_proto::v1::DType;
 
     /// An input of 100 x 100 pixels, of an image twice as large.
     fn placed() -> Placed {
         let input: ImageInput = serde_json::from_str(r#"{"width":100,"height":100}"#).expect("valid");
-        input.place(DynamicImage::from(RgbImage::new(200, 200))).expect("fits").1
+        input.place(DynamicImage::from(RgbImage::new(200, 200)), DType::F32).expect("fits").1
     }
 
     fn rows(json: &str) -> Rows {

@@ -6,6 +6,7 @@ use bytes::Bytes;
 use prost::encoding::{WireType, encode_key, encode_varint};
 
 pub const F32: u64 = 1;
+pub const U8: u64 = 2;
 pub const I64: u64 = 7;
 
 /// An encoded message.
