@@ -113,7 +113,7 @@ impl<S: Sight> Seer<S> {
     ) -> Result<(S::Found, Bytes), Error> {
         file::pixels("image", file)?;
         let image = file::decode("image", file)?;
-        let mut canvas = wants_picture.then(|| Canvas::new(&image));
+        let mut canvas = wants_picture.then(|| Canvas::new(&image, cancel));
         let (input, placed) = self.input.place(image, model.file.inputs[0].dtype)?;
         cancel.check()?;
         let outputs = model.program.run(vec![input], &self.outputs, MESSAGE_BYTES_MAX as u64, cancel)?;
@@ -121,6 +121,7 @@ impl<S: Sight> Seer<S> {
         let Some(canvas) = &mut canvas else { return Ok((found, Bytes::new())) };
         cancel.check()?;
         self.sight.draw(&found, canvas);
+        cancel.check()?;
         Ok((found, canvas.encode()?))
     }
 }

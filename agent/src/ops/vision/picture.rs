@@ -8,6 +8,8 @@ use image::{DynamicImage, Rgb, RgbImage};
 use vaccel_proto::v1::Area;
 use vaccel_proto::{Error, Reason};
 
+use crate::scheduler::Cancel;
+
 /// Longest side of a picture, in pixels: as much as screens show. Larger ones would cost more than what they show.
 const SIDE_MAX: u32 = 2048;
 
@@ -22,6 +24,8 @@ pub(in crate::ops) struct Canvas {
     image: RgbImage,
     /// Pixels here of a pixel of the image.
     scale: f32,
+    /// Once it is set, nothing more is drawn: thousands of lines take seconds.
+    cancel: Cancel,
 }
 
 /// A color for each class, such that neighbours differ.
@@ -42,7 +46,7 @@ pub(in crate::ops) fn color(class: u32) -> Rgb<u8> {
 }
 
 impl Canvas {
-    pub(super) fn new(image: &DynamicImage) -> Self {
+    pub(super) fn new(image: &DynamicImage, cancel: &Cancel) -> Self {
         let longer = image.width().max(image.height());
         // Averages over areas, which takes no memory beside the picture's own.
         let shown = if longer <= SIDE_MAX {
@@ -52,7 +56,7 @@ impl Canvas {
         };
         #[allow(clippy::cast_precision_loss, reason = "sides of images are far below 2^24")]
         let scale = shown.width().max(shown.height()) as f32 / longer as f32;
-        Self { image: shown, scale }
+        Self { image: shown, scale, cancel: cancel.clone() }
     }
 
     /// The pixel of a place in the image. What is far beside the picture is only somewhat beside it.
@@ -68,6 +72,9 @@ impl Canvas {
 
     /// Fills what of a rectangle is in the picture.
     fn fill(&mut self, [left, top, right, bottom]: [i64; 4], color: Rgb<u8>) {
+        if self.cancel.is_set() {
+            return;
+        }
         let inside = |at: i64, size: u32| u32::try_from(at.clamp(0, i64::from(size))).unwrap_or(size);
         let (width, height) = self.image.dimensions();
         for y in inside(top, height)..inside(bottom, height) {
@@ -156,7 +163,7 @@ mod tests {
     const RED: Rgb<u8> = Rgb([255, 0, 0]);
 
     fn canvas(width: u32, height: u32) -> Canvas {
-        Canvas::new(&RgbImage::new(width, height).into())
+        Canvas::new(&RgbImage::new(width, height).into(), &Cancel::default())
     }
 
     fn drawn(canvas: &Canvas) -> usize {
@@ -191,6 +198,15 @@ mod tests {
         canvas.line([-50.0, 5.0], [1e9, 5.0], RED);
         canvas.outline(&Area { left: -9.0, top: f32::NAN, right: f32::INFINITY, bottom: 3.0 }, RED);
         canvas.encode().expect("encodes");
+    }
+
+    #[test]
+    fn nothing_is_drawn_for_nobody() {
+        let cancel = Cancel::default();
+        let mut canvas = Canvas::new(&RgbImage::new(9, 9).into(), &cancel);
+        cancel.set();
+        canvas.line([0.0, 0.0], [8.0, 8.0], RED);
+        assert_eq!(drawn(&canvas), 0);
     }
 
     #[test]
