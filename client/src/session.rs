@@ -93,12 +93,6 @@ impl Resource {
         Self { id: name.into(), kind }
     }
 
-    /// Whether a text can be the name of a session's resource: 64 hexadecimal digits.
-    pub fn is_id(name: &str) -> bool {
-        const DIGITS: usize = 64;
-        name.len() == DIGITS && name.bytes().all(|byte| byte.is_ascii_hexdigit())
-    }
-
     /// Its name, made from its content: the same files have the same name on every agent.
     pub fn id(&self) -> &str {
         &self.id

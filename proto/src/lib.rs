@@ -42,6 +42,12 @@ pub mod v1 {
     tonic::include_proto!("vaccel.v1");
 }
 
+/// Whether a text can be the name of a resource: the hexadecimal digits of a SHA-256.
+pub fn is_resource_id(name: &str) -> bool {
+    const DIGITS: usize = 64;
+    name.len() == DIGITS && name.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
 impl v1::Arg {
     /// Bytes that there are for a written argument: as many as it brings, or else as it says.
     pub fn room(&self) -> u64 {

@@ -243,9 +243,7 @@ fn add_product(
     let rows = if whole { m } else { (BLOCK_MULTIPLICATIONS / (BLOCK_DEPTH * n)).max(BLOCK_ROWS_MIN) };
     for (from, sum) in (0..m).step_by(rows).zip(sum.chunks_mut(rows * n)) {
         for deep in (0..k).step_by(depth) {
-            if cancel.is_set() {
-                return Err(Error::new(Reason::Cancelled, "nobody waits for the product"));
-            }
+            cancel.check()?;
             let (rows, depth) = (rows.min(m - from), depth.min(k - deep));
             let a = a.part(from, deep, rows, depth);
             let b = b.part(deep, 0, depth, n);

@@ -344,9 +344,7 @@ impl Runner for OnnxRuntimeProgram {
             .map(|(tensor, name)| to_ort(tensor).map(|value| (Cow::Borrowed(name.as_str()), value)));
         let values: Vec<(Cow<'_, str>, SessionInputValue<'_>)> = values.collect::<Result<_, _>>()?;
         let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
-        if cancel.is_set() {
-            return Err(Error::new(Reason::Cancelled, "nobody waits for the result"));
-        }
+        cancel.check()?;
         let options = RunOptions::new().map(Arc::new).map_err(failed)?;
         let terminator = Arc::clone(&options);
         let interrupt = move || {

@@ -10,11 +10,14 @@ use bytes::Bytes;
 use image::Rgb;
 use serde::Deserialize;
 use vaccel_proto::Error;
-use vaccel_proto::v1::{Area, DType, ImageDepthReply, ImageDepthRequest, NamedTensor, Tensor};
+use vaccel_proto::v1::{Area, DType, ImageDepthReply, ImageDepthRequest, Tensor};
 
 use super::vision::{self, Canvas, Covered, Description, Grid, Placed, Sight, check_picture};
 use super::{Context, Operation};
 use crate::scheduler::{Cancel, Timed};
+
+/// Name of the map.
+const MAP: &str = "depth";
 
 /// How much of the picture is the map, of 256: all of it.
 const TINT: u16 = 256;
@@ -30,7 +33,7 @@ impl Operation for ImageDepthRequest {
 
     fn dummy(self, context: &Context<'_>) -> Result<ImageDepthReply, Error> {
         let image_name = vision::dummy(context, &self.model)?;
-        let (area, maps) = (Some(Area::default()), vec![map([0, 0], Bytes::new())]);
+        let (area, maps) = (Some(Area::default()), vec![vision::map(MAP, DType::F32, [0, 0], Bytes::new())]);
         Ok(ImageDepthReply { image_name, area, maps, ..ImageDepthReply::default() })
     }
 
@@ -43,30 +46,20 @@ impl Operation for ImageDepthRequest {
                 image_name: seen.image_name,
                 picture: seen.picture,
                 area: Some(area),
-                maps: vec![map(shape, Bytes::from(data))],
+                maps: vec![vision::map(MAP, DType::F32, shape, Bytes::from(data))],
             }
         }))
     }
 }
 
-/// The map of a reply.
-fn map(shape: [usize; 2], data: Bytes) -> NamedTensor {
-    let shape = shape.map(|side| i64::try_from(side).unwrap_or(i64::MAX));
-    NamedTensor { name: "depth".into(), tensor: Some(Tensor::from_bytes(DType::F32, &shape, data)) }
-}
-
 /// What a model says of its map.
 #[derive(Debug, Deserialize)]
 struct Depth {
-    #[serde(default = "first")]
+    #[serde(default = "vision::first")]
     output: String,
     /// What is near has these numbers, and is bright in the picture.
     #[serde(default)]
     near: Near,
-}
-
-fn first() -> String {
-    "#0".into()
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize)]

@@ -10,9 +10,7 @@
 
 use bytes::Bytes;
 use serde::Deserialize;
-use vaccel_proto::v1::{
-    Area, DType, ImageSegmentationReply, ImageSegmentationRequest, NamedTensor, Segment, Tensor,
-};
+use vaccel_proto::v1::{Area, DType, ImageSegmentationReply, ImageSegmentationRequest, Segment, Tensor};
 use vaccel_proto::{Error, Reason};
 
 use super::vision::{
@@ -23,6 +21,9 @@ use crate::scheduler::{Cancel, Timed};
 
 /// Classes: a map has a byte for each part. The largest sets in use have 150.
 const CLASSES_MAX: usize = 256;
+
+/// Name of the map.
+const MAP: &str = "classes";
 
 /// How much of a class's color the picture has, of 256.
 const TINT: u16 = 128;
@@ -38,7 +39,7 @@ impl Operation for ImageSegmentationRequest {
 
     fn dummy(self, context: &Context<'_>) -> Result<ImageSegmentationReply, Error> {
         let image_name = vision::dummy(context, &self.model)?;
-        let (area, maps) = (Some(Area::default()), vec![map([0, 0], Bytes::new())]);
+        let (area, maps) = (Some(Area::default()), vec![vision::map(MAP, DType::U8, [0, 0], Bytes::new())]);
         Ok(ImageSegmentationReply { image_name, area, maps, ..ImageSegmentationReply::default() })
     }
 
@@ -51,16 +52,10 @@ impl Operation for ImageSegmentationRequest {
                 segments,
                 picture: seen.picture,
                 area: Some(area),
-                maps: vec![map(shape, Bytes::from(classes))],
+                maps: vec![vision::map(MAP, DType::U8, shape, Bytes::from(classes))],
             }
         }))
     }
-}
-
-/// The map of a reply.
-fn map(shape: [usize; 2], data: Bytes) -> NamedTensor {
-    let shape = shape.map(|side| i64::try_from(side).unwrap_or(i64::MAX));
-    NamedTensor { name: "classes".into(), tensor: Some(Tensor::from_bytes(DType::U8, &shape, data)) }
 }
 
 /// What a model says of its map.
@@ -68,14 +63,10 @@ fn map(shape: [usize; 2], data: Bytes) -> NamedTensor {
 struct Classes {
     /// Names of the classes, in the model's order; what has an empty one is told and not colored.
     labels: Vec<String>,
-    #[serde(default = "first")]
+    #[serde(default = "vision::first")]
     output: String,
     #[serde(default)]
     activation: Activation,
-}
-
-fn first() -> String {
-    "#0".into()
 }
 
 /// A class for each part of an area.

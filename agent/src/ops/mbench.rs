@@ -5,8 +5,8 @@
 
 use std::time::{Duration, Instant};
 
+use vaccel_proto::Error;
 use vaccel_proto::v1::{MbenchReply, MbenchRequest};
-use vaccel_proto::{Error, Reason};
 
 use super::{Context, Operation};
 use crate::scheduler::{Cancel, Timed};
@@ -35,9 +35,7 @@ impl Operation for MbenchRequest {
 fn burn(time: Duration, cancel: &Cancel) -> Result<(), Error> {
     let begun = Instant::now();
     while begun.elapsed() < time {
-        if cancel.is_set() {
-            return Err(Error::new(Reason::Cancelled, "nobody waits for the end"));
-        }
+        cancel.check()?;
     }
     Ok(())
 }
@@ -45,6 +43,7 @@ fn burn(time: Duration, cancel: &Cancel) -> Result<(), Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vaccel_proto::Reason;
 
     #[test]
     fn it_takes_its_time_and_stops_when_told() {

@@ -46,7 +46,7 @@ use crate::backend::{Choice, Load, Model, NOOP, Origin, Place, Reader, RunRules,
 use crate::identity::Tenant;
 use crate::quota::{Account, Unit};
 use crate::repository::Repository;
-use crate::resource::{self, Resource, Store};
+use crate::resource::{Resource, Store};
 use crate::scheduler::{Asker, Call, Cancel, Timed};
 use crate::session::Session;
 use crate::shared::Room;
@@ -258,7 +258,7 @@ impl Context<'_> {
         } else {
             let resource = match self.resource("model", id, ResourceKind::Model) {
                 // Another session's stays its own.
-                Err(error) if error.reason() == Reason::NotFound && !resource::is_id(id) => {
+                Err(error) if error.reason() == Reason::NotFound && !vaccel_proto::is_resource_id(id) => {
                     return self.named_model(id, error).await;
                 }
                 found => found?,

@@ -4,7 +4,7 @@
 //! Beyond its edges an image goes on as in a mirror that stands on the outermost pixels (OpenCV's
 //! `BORDER_REFLECT_101`).
 
-use vaccel_proto::{Error, Reason};
+use vaccel_proto::Error;
 
 use crate::scheduler::Cancel;
 
@@ -101,9 +101,7 @@ impl Function {
         let mut bytes = vec![0; rows * columns * channels * sample];
         let mut painter = self.painter(image);
         for (row, bytes) in bytes.chunks_exact_mut(columns * channels * sample).enumerate() {
-            if cancel.is_set() {
-                return Err(Error::new(Reason::Cancelled, "nobody waits for the image"));
-            }
+            cancel.check()?;
             painter(row, bytes);
         }
         Ok(bytes)
@@ -354,6 +352,7 @@ fn turned(turn: Turn, image: &Image<'_>, row: usize, bytes: &mut [u8]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vaccel_proto::Reason;
 
     #[test]
     fn a_mirror_stands_on_the_outermost_pixels() {

@@ -36,7 +36,7 @@ use vaccel_proto::{Error, Reason};
 use crate::backend::{Choice, Cuda, Origin, Workshop};
 use crate::config::{ConfigError, RepositoryConfig};
 use crate::identity::Tenant;
-use crate::resource::{self, Resource};
+use crate::resource::Resource;
 use crate::scheduler::Asker;
 use entry::{Entry, Versions};
 use version::Files;
@@ -288,7 +288,7 @@ impl Repository {
 
     /// What a resource of a session is as a model: one version, which the resource has and frees.
     fn in_session(&self, tenant: &Tenant, id: &str) -> Option<Arc<Entry>> {
-        if !resource::is_id(id) {
+        if !vaccel_proto::is_resource_id(id) {
             return None;
         }
         let resource = (self.held)(tenant, id).filter(|resource| resource.kind == ResourceKind::Model)?;

@@ -84,11 +84,6 @@ pub(crate) struct Resource {
     _counted: Hold,
 }
 
-/// Whether a name can be a resource's.
-pub(crate) fn is_id(name: &str) -> bool {
-    name.len() == 2 * Sha256::output_size() && name.bytes().all(|byte| byte.is_ascii_hexdigit())
-}
-
 impl Resource {
     /// Its files, read and checked when a model is made of them.
     pub(crate) fn readers(&self) -> Vec<(String, Reader)> {

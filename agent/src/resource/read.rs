@@ -82,9 +82,7 @@ impl Object {
         content.try_reserve_exact(size).map_err(no_memory)?;
         let mut hasher = Sha256::new();
         while content.len() < size {
-            if cancel.is_set() {
-                return Err(Error::new(Reason::Cancelled, "nobody waits for the file"));
-            }
+            cancel.check()?;
             let begin = content.len();
             let wanted = (size - begin).min(READ_BYTES) as u64;
             let count = (&mut file).take(wanted).read_to_end(&mut content);

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use bytes::Bytes;
 use image::{ImageFormat, RgbImage};
+use vaccel_client::proto::is_resource_id;
 use vaccel_client::proto::v1::Area;
 use vaccel_client::{
     Arg, ArgType, ImageOptions, Reason, Resource, ResourceFiles, ResourceKind, Session, SessionOptions, arg,
@@ -170,7 +171,7 @@ async fn a_call_without_a_model_takes_the_hosts_for_the_operation() {
     let agent = Agent::start_in(folder, &["unix://{}/s"], &["--model-repository", "{}/models"]);
     let (_, session) = agent.session().await;
     let name = named_picture(&session, seen(4)).await;
-    assert!(Resource::is_id(&name), "{name}");
+    assert!(is_resource_id(&name), "{name}");
     let model = Resource::of_repository("image_detection");
     let named = session.detect(&model, seer::image([2, 1], [0, 3]), PLAIN).await.unwrap();
     assert_eq!(named.detections.len(), 2);

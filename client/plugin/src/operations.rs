@@ -6,6 +6,7 @@ use std::slice;
 use std::sync::Arc;
 use std::time::Duration;
 
+use vaccel_client::proto::is_resource_id;
 use vaccel_client::proto::v1::Arg;
 use vaccel_client::{ArgType, Error, Resource, ResourceKind, arg, room};
 
@@ -266,7 +267,7 @@ impl Opened {
         let mut name = [0; NAME_ROOM];
         self.generic(number, vec![image], vec![Place::new(ArgType::UcharArray, &mut name)])?;
         let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
-        let digits = std::str::from_utf8(name).ok().filter(|name| Resource::is_id(name));
+        let digits = std::str::from_utf8(name).ok().filter(|name| is_resource_id(name));
         let Some(id) = digits else { return Ok(Shown::Name(name.to_vec())) };
         let picture = Resource::of_session(id, ResourceKind::Data);
         let reading = async { self.session.read_resource(&picture, "", 0, 0).await?.rest().await };

@@ -377,9 +377,7 @@ impl Cuda {
         }
         let opened = self.open(device)?;
         opened.with_bench(device, |bench| {
-            if asked.cancel.is_set() {
-                return Err(Error::new(Reason::Cancelled, "nobody waits for the product"));
-            }
+            asked.cancel.check()?;
             bench.multiply(sum, factors, asked, &device.ledger, &self.pins)
         })
     }

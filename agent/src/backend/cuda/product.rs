@@ -15,8 +15,8 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use vaccel_proto::Error;
 use vaccel_proto::compute::Layout;
-use vaccel_proto::{Error, Reason};
 
 use super::cublas::{Cublas, Multiplier, WORKSPACE_BYTES};
 use super::driver::{Context, Failure, Memory, Pinned};
@@ -215,9 +215,7 @@ impl Bench {
                     (way.asked.gather)(result, &mut sum[from..from + layout.rows * n]);
                 }
             }
-            if way.asked.cancel.is_set() {
-                return Err(Error::new(Reason::Cancelled, "nobody waits for the product"));
-            }
+            way.asked.cancel.check()?;
             if index >= panels {
                 continue;
             }

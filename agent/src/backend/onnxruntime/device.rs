@@ -487,9 +487,7 @@ impl Runner for DeviceProgram {
         reply_bytes_max: u64,
         cancel: &Cancel,
     ) -> Result<Vec<Tensor>, Error> {
-        if cancel.is_set() {
-            return Err(Error::new(Reason::Cancelled, "nobody waits for the result"));
-        }
+        cancel.check()?;
         let place = self.take(&inputs)?;
         let parts: Vec<(Bytes, &Buffer)> = inputs.iter().map(data).zip(&place.inputs).collect();
         let parts: Vec<(&[u8], &Buffer)> =

@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use vaccel_proto::limits::MESSAGE_BYTES_MAX;
-use vaccel_proto::v1::{Picture, ResourceKind, Tensor};
+use vaccel_proto::v1::{DType, NamedTensor, Picture, ResourceKind, Tensor};
 use vaccel_proto::{Error, Reason};
 
 use super::Context;
@@ -171,6 +171,17 @@ async fn keep(context: &Context<'_>, name: &str, picture: Bytes) -> Result<Strin
     let resource = context.store.add(tenant, holdings, account, ResourceKind::Data, files).await?;
     holdings.made(resource.id.clone());
     Ok(resource.id.clone())
+}
+
+/// The output that is read unless a description names one.
+pub(super) fn first() -> String {
+    "#0".into()
+}
+
+/// A map of a reply, in rows and columns.
+pub(super) fn map(name: &str, dtype: DType, shape: [usize; 2], data: Bytes) -> NamedTensor {
+    let shape = shape.map(|side| i64::try_from(side).unwrap_or(i64::MAX));
+    NamedTensor { name: name.into(), tensor: Some(Tensor::from_bytes(dtype, &shape, data)) }
 }
 
 /// Checks what all of these operations take.

@@ -27,7 +27,7 @@ pub(in crate::ops) struct Rows {
     #[serde(default)]
     pub(in crate::ops) labels: Vec<String>,
     /// The output with the rows.
-    #[serde(default = "first")]
+    #[serde(default = "super::first")]
     pub(in crate::ops) output: String,
     /// What a row consists of, in order.
     row: Option<Vec<Field>>,
@@ -48,10 +48,6 @@ pub(in crate::ops) struct Rows {
     /// one is not found.
     #[serde(default = "overlap")]
     overlap: f32,
-}
-
-fn first() -> String {
-    "#0".into()
 }
 
 fn half() -> f32 {

@@ -20,10 +20,7 @@ pub(crate) async fn classify(
     args: &ClassifyArgs,
     output: &mut Output,
 ) -> Result<(), Failure> {
-    let model = match &args.model {
-        Some(path) => Some(model::register(session, path).await?),
-        None => None,
-    };
+    let model = model::register_said(session, args.model.as_ref()).await?;
     let options = ClassifyOptions { model: model.as_ref(), top_k: args.top };
     let name_width =
         args.images.iter().map(|path| path.display().to_string().chars().count()).max().unwrap_or(0);

@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 use bytes::Bytes;
 use serde_json::{Value, json};
 use vaccel_client::{
-    Area, Detection, Error, ImageOptions, Keypoint, Pose, Reason, Resource, Segment, Session, Tensor, npy,
+    Area, Detection, Error, ImageOptions, Keypoint, Pose, Resource, Segment, Session, Tensor, npy,
 };
 
 use crate::args::{Command, FindArgs, LookArgs, MapArgs};
 use crate::classify::{digits, label, name_file, percent, read};
 use crate::model;
-use crate::output::{Failure, Output, plain, table};
+use crate::output::{Failure, Output, plain, table, unwritable};
 
 /// What was seen in one image: lines of cells for people, a document for programs, and what goes to files.
 struct Seen {
@@ -31,10 +31,7 @@ pub(crate) async fn look(session: &Session, command: &Command, output: &mut Outp
         _ => return Err(Failure::Usage("expected a command that looks at images".into())),
     };
     let LookArgs { images, model, pictures } = args;
-    let model = match model {
-        Some(path) => Some(model::register(session, path).await?),
-        None => None,
-    };
+    let model = model::register_said(session, model.as_ref()).await?;
     let mut names = Names::new(images);
     let mut document = Vec::new();
     for path in images {
@@ -181,10 +178,6 @@ const MAP: &str = "npy";
 fn file(folder: &Path, stem: &str, ending: &str) -> Result<PathBuf, Error> {
     std::fs::create_dir_all(folder).map_err(|error| unwritable(folder, &error))?;
     Ok(folder.join(format!("{stem}.{ending}")))
-}
-
-fn unwritable(path: &Path, error: &std::io::Error) -> Error {
-    Error::new(Reason::BackendFailed, format!("cannot write {}: {error}", path.display()))
 }
 
 /// Names of the files, by those of the images: none twice, and none of an image itself.

@@ -1,7 +1,7 @@
 //! A model from the file system onto the agent, with a progress line.
 
 use std::io::{IsTerminal, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -11,6 +11,17 @@ use crate::output;
 
 /// Uploads shorter than this need no progress line, and none is redrawn sooner.
 const REDRAW: Duration = Duration::from_millis(200);
+
+/// Registers the model that was said, if one was.
+pub(crate) async fn register_said(
+    session: &Session,
+    path: Option<&PathBuf>,
+) -> Result<Option<Resource>, Error> {
+    match path {
+        Some(path) => register(session, path).await.map(Some),
+        None => Ok(None),
+    }
+}
 
 /// Registers a file, or the regular files below a folder, as a model.
 pub(crate) async fn register(session: &Session, path: &Path) -> Result<Resource, Error> {

@@ -1,6 +1,7 @@
 //! What the command prints: text for people, JSON for programs, and errors.
 
 use std::io::{self, ErrorKind, Write};
+use std::path::Path;
 use std::process::ExitCode;
 
 use serde_json::{Value, json};
@@ -81,6 +82,11 @@ pub(crate) fn report(failure: &Failure, json: bool) -> ExitCode {
     // There is nowhere left to say that this failed too.
     let _ = io::stderr().write_all(text.as_bytes());
     ExitCode::from(code)
+}
+
+/// Why a file or folder that was asked for is not there.
+pub(crate) fn unwritable(path: &Path, error: &io::Error) -> Error {
+    Error::new(Reason::BackendFailed, format!("cannot write {}: {error}", path.display()))
 }
 
 /// Rows as columns, each as wide as its widest cell, the last one free.

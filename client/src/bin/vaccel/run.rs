@@ -4,11 +4,11 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
-use vaccel_client::{DType, Error, NamedTensor, Reason, Session, Tensor, Timings, named, npy};
+use vaccel_client::{DType, Error, NamedTensor, Session, Tensor, Timings, named, npy};
 
 use crate::args::{Input, RunArgs};
 use crate::model;
-use crate::output::{Failure, Output, plain, table};
+use crate::output::{Failure, Output, plain, table, unwritable};
 
 /// How many values of an output are printed.
 const VALUES_SHOWN: usize = 8;
@@ -52,9 +52,7 @@ fn describe(name: &str, tensor: &Tensor, file: Option<&str>) -> Value {
 
 /// Writes each output to a file of its own and returns their paths.
 fn write(folder: &Path, outputs: &[NamedTensor]) -> Result<Vec<PathBuf>, Error> {
-    let unwritable =
-        |e| Error::new(Reason::BackendFailed, format!("cannot create {}: {e}", folder.display()));
-    std::fs::create_dir_all(folder).map_err(unwritable)?;
+    std::fs::create_dir_all(folder).map_err(|error| unwritable(folder, &error))?;
     let mut taken = BTreeSet::new();
     let mut paths = Vec::new();
     for (index, NamedTensor { name, tensor }) in outputs.iter().enumerate() {

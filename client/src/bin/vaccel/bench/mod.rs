@@ -27,7 +27,7 @@ use self::counters::Split;
 use self::inputs::Input;
 use self::report::{Step, amount, unit};
 use crate::args::{BenchArgs, Load, Protocol};
-use crate::output::{Failure, Output, plain};
+use crate::output::{Failure, Output, plain, unwritable};
 
 /// A runtime on half of the cores: a single one would soon be what is measured, and the server may be on the same
 /// machine.
@@ -146,6 +146,5 @@ fn progress(text: &str) {
 }
 
 fn write(path: &Path, svg: &str) -> Result<(), Error> {
-    let unwritable = |e| Error::new(Reason::BackendFailed, format!("cannot write {}: {e}", path.display()));
-    std::fs::write(path, svg).map_err(unwritable)
+    std::fs::write(path, svg).map_err(|error| unwritable(path, &error))
 }
