@@ -103,6 +103,32 @@ pub fn register(guest: &mut Guest<Posix>, model: &[u8]) -> ResourceId {
 }
 
 #[test]
+fn models_of_the_host_go_by_their_names() {
+    let folder = tempfile::tempdir().unwrap();
+    let name = "n".repeat(64);
+    let version = folder.path().join("models").join(&name).join("1");
+    std::fs::create_dir_all(&version).unwrap();
+    std::fs::write(version.join("model.onnx"), onnx::add()).unwrap();
+    let agent = Agent::start_in(folder, &["unix://{}/s"], &["--model-repository", "{}/models"]);
+    let mut guest = guest(agent.address());
+    let (numbers, mut sums) = ([1.0_f32, 2.0], [0.0_f32; 2]);
+    let data = bytemuck::cast_slice(&numbers);
+    let mut run = |name: &str| {
+        let model = ResourceId::of_repository(name).unwrap();
+        assert_eq!(model.as_str(), name);
+        let input = Input { name: "", dtype: DType::F32, shape: &[1, 2], data };
+        let places = &mut [Output::new(bytemuck::cast_slice_mut(&mut sums))];
+        guest.run(&model, &[input], &[], places).map(|_| ()).map_err(|error| error.reason)
+    };
+    assert_eq!(run(&name), Ok(()));
+    assert_eq!([run("absent"), run("n")], [Err(Reason::NotFound); 2]);
+    assert_eq!(sums, [2.0, 4.0]);
+    for none in ["", "with\0", &"n".repeat(65)] {
+        assert_eq!(ResourceId::of_repository(none), None);
+    }
+}
+
+#[test]
 fn errors_have_their_reason_and_text() {
     let agent = Agent::unix(&["--tenant-resource-mib", "1"]);
     let mut guest = guest(agent.address());

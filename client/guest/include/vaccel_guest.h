@@ -65,7 +65,8 @@ typedef struct {
     size_t length;
 } vaccel_guest_file;
 
-/* The name of a resource, made from its content: 64 hexadecimal digits and a NUL. */
+/* The name of a resource, made from its content: 64 hexadecimal digits and a NUL. Where a model is asked for, it may be
+ * the name by which the host's repository has one, which needs no registering: at most 64 bytes and a NUL. */
 typedef struct {
     char name[65];
 } vaccel_guest_resource;
@@ -98,7 +99,7 @@ typedef struct {
 typedef struct {
     void *data;    /* where the elements go */
     size_t size;   /* bytes there are for them */
-    size_t length; /* bytes that came */
+    size_t length; /* bytes that came; more than size, where there was no place for so many */
     int dtype;
     size_t rank;
     int64_t shape[VACCEL_GUEST_RANK_MAX];
@@ -153,7 +154,7 @@ typedef struct {
     size_t before_length;
     void *data;    /* where it goes */
     size_t size;   /* of it, in bytes */
-    size_t length; /* bytes that came */
+    size_t length; /* bytes that came, or that there was no place for */
 } vaccel_guest_arg_out;
 
 /* Where the agent spent its time. */

@@ -276,6 +276,7 @@ impl Reader for Computed<'_, '_> {
                 let index = self.count - 1;
                 let output = self.output().ok_or(Malformed)?;
                 if length > output.data.len() {
+                    output.length = length;
                     self.too_small = Some((index, length));
                     return Err(Malformed);
                 }
@@ -365,12 +366,12 @@ impl Reader for Generic<'_, '_> {
             }
             [op::GENOP, 1, 4] => {
                 let index = self.count.saturating_sub(1);
-                match self.arg().filter(|arg| length <= arg.data.len()) {
-                    Some(arg) => arg.length = 0,
-                    None => {
-                        self.too_small = Some((index, length));
-                        return Err(Malformed);
-                    }
+                if let Some(arg) = self.arg() {
+                    arg.length = if length <= arg.data.len() { 0 } else { length };
+                }
+                if self.arg().is_none_or(|arg| arg.length > 0) {
+                    self.too_small = Some((index, length));
+                    return Err(Malformed);
                 }
                 Ok(Take::Bytes)
             }
@@ -528,7 +529,7 @@ impl Registered {
 
     /// The resource, when its name is as long as one is.
     pub(crate) fn resource(&self) -> Option<ResourceId> {
-        (self.length == RESOURCE_BYTES && self.id.is_ascii()).then_some(ResourceId(self.id))
+        (self.length == RESOURCE_BYTES && self.id.is_ascii()).then_some(ResourceId::of_bytes(self.id))
     }
 
     /// The first file the agent lacks, and how much of it it has.

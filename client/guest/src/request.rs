@@ -8,8 +8,7 @@ use crate::error::{Error, Reason, Result};
 use crate::protobuf::{FIXED_BYTES, Writer, field_len, varint_len};
 use crate::shared::{Lent, Place};
 use crate::types::{
-    Arg, ArgType, DType, File, ITEMS_MAX, Input, RESOURCE_BYTES, ResourceId, ResourceKind, SESSION_BYTES,
-    SessionId,
+    Arg, ArgType, DType, File, ITEMS_MAX, Input, ResourceId, ResourceKind, SESSION_BYTES, SessionId,
 };
 
 /// Parts of a request: what is written before each item, and the item.
@@ -146,7 +145,7 @@ impl<'a> Ask<'a> {
             Self::Upload(piece) => upload(scratch, session, &piece),
             Self::Unregister(resource) => whole(scratch, |writer| {
                 writer.bytes(1, &session.0);
-                writer.bytes(2, &resource.0);
+                writer.bytes(2, resource.as_bytes());
             }),
             Self::Noop => noop(scratch, session),
             Self::Classify { model, top_k, images } => classify(scratch, session, model, top_k, images),
@@ -154,7 +153,7 @@ impl<'a> Ask<'a> {
                 detect(scratch, session, model, image, threshold, at_most)
             }
             Self::ModelRun { model, inputs, outputs, beside } => {
-                model_run(scratch, session, beside, model, inputs, outputs)
+                model_run(scratch, session, beside, model.as_bytes(), inputs, outputs)
             }
             Self::Genop { read, write, beside } => genop(scratch, session, beside, read, write),
         }
@@ -296,17 +295,18 @@ fn model_run<'a>(
     scratch: &'a mut [u8],
     session: &SessionId,
     beside: Beside<'_>,
-    model: &ResourceId,
+    model: &[u8],
     inputs: &'a [Input<'a>],
     outputs: &[&str],
 ) -> Result<Parts<'a>> {
     let mut place = [0; BESIDE_BYTES_MAX];
     let beside = put_beside(&mut place, beside, inputs.len());
-    let pads = pads(beside.len(), inputs, outputs);
-    let length = model_run_len(inputs, outputs, &pads);
+    let before = optional(model.len()) + outputs.iter().map(|name| field_len(name.len())).sum::<usize>();
+    let pads = pads(beside.len(), before, inputs);
+    let length = before + inputs_len(inputs, &pads);
     let mut writer = Writer::new(scratch);
     begin_run(&mut writer, session, beside, op::MODEL_RUN, length)?;
-    writer.bytes(1, &model.0);
+    writer.bytes(1, model);
     for output in outputs {
         writer.begin(2, output.len());
         writer.put(output.as_bytes());
@@ -394,19 +394,14 @@ fn inputs_len(inputs: &[Input<'_>], pads: &[usize; ITEMS_MAX]) -> usize {
     inputs.iter().zip(pads).map(|(input, pad)| field_len(named_len(input, *pad))).sum()
 }
 
-fn model_run_len(inputs: &[Input<'_>], outputs: &[&str], pads: &[usize; ITEMS_MAX]) -> usize {
-    let outputs: usize = outputs.iter().map(|name| field_len(name.len())).sum();
-    field_len(RESOURCE_BYTES) + outputs + inputs_len(inputs, pads)
-}
-
-/// How much padding moves each input's data to a boundary.
-fn pads(beside: usize, inputs: &[Input<'_>], outputs: &[&str]) -> [usize; ITEMS_MAX] {
+/// How much padding moves each input's data to a boundary, behind so many bytes of the operation's.
+fn pads(beside: usize, before: usize, inputs: &[Input<'_>]) -> [usize; ITEMS_MAX] {
     let mut pads = [0; ITEMS_MAX];
     // A pad may lengthen the lengths before it by a byte, which the next pass sees. Pads only grow, so that no two
     // passes undo each other.
     for _ in 0..3 {
-        let length = model_run_len(inputs, outputs, &pads);
-        let mut end = PREFIX_BYTES + run_len(beside, length) - inputs_len(inputs, &pads);
+        let inputs_bytes = inputs_len(inputs, &pads);
+        let mut end = PREFIX_BYTES + run_len(beside, before + inputs_bytes) - inputs_bytes;
         for index in 0..inputs.len().min(ITEMS_MAX) {
             let (Some(input), Some(pad)) = (inputs.get(index), pads.get_mut(index)) else { break };
             end += field_len(named_len(input, *pad));

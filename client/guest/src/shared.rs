@@ -205,9 +205,9 @@ pub(crate) fn fetch<'r>(
         let range = |begin: usize, bytes: usize| memory.get(begin..begin.checked_add(bytes)?);
         let there = usize::try_from(place.offset).ok().zip(usize::try_from(place.bytes).ok());
         let there = there.and_then(|(begin, bytes)| range(begin, bytes)).ok_or(NotFound::Outside)?;
+        *length = there.len();
         let wanted = result.get_mut(..there.len()).ok_or(NotFound::TooSmall(index, there.len()))?;
         wanted.copy_from_slice(there);
-        *length = there.len();
     }
     Ok(())
 }

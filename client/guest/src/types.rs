@@ -88,7 +88,7 @@ pub struct Input<'a> {
 pub struct Output<'a> {
     /// Where they go; of the output's size or larger.
     pub data: &'a mut [u8],
-    /// Bytes that came.
+    /// Bytes that came; more than there is place for, where that was the error.
     pub length: usize,
     /// Type of the elements.
     pub dtype: DType,
@@ -166,7 +166,7 @@ pub struct ArgOut<'a> {
     pub before: &'a [u8],
     /// Where it goes; of its size.
     pub data: &'a mut [u8],
-    /// Bytes that came.
+    /// Bytes that came; more than there is place for, where that was the error.
     pub length: usize,
 }
 
@@ -266,14 +266,31 @@ impl core::fmt::Debug for SessionId {
     }
 }
 
-/// A resource's name: made from its content.
+/// A resource's name: made from its content, or the one by which the host has a model.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub struct ResourceId(pub(crate) [u8; RESOURCE_BYTES]);
+pub struct ResourceId([u8; RESOURCE_BYTES]);
 
 impl ResourceId {
-    /// The name in hexadecimal digits.
+    /// A model of the host's repository, which no session needs to hold; none for a name that is empty, has a NUL or is
+    /// longer than 64 bytes.
+    pub fn of_repository(name: &str) -> Option<Self> {
+        let mut bytes = [0; RESOURCE_BYTES];
+        bytes.get_mut(..name.len())?.copy_from_slice(name.as_bytes());
+        (!name.is_empty() && !name.contains('\0')).then_some(Self(bytes))
+    }
+
+    /// Of bytes that are the name, with NULs behind it.
+    pub(crate) fn of_bytes(bytes: [u8; RESOURCE_BYTES]) -> Self {
+        Self(bytes)
+    }
+
+    pub(crate) fn as_bytes(&self) -> &[u8] {
+        self.0.split(|byte| *byte == 0).next().unwrap_or_default()
+    }
+
+    /// The name: of what a session holds, 64 hexadecimal digits.
     pub fn as_str(&self) -> &str {
-        core::str::from_utf8(&self.0).unwrap_or_default()
+        core::str::from_utf8(self.as_bytes()).unwrap_or_default()
     }
 }
 

@@ -323,6 +323,7 @@ static void a_model_runs(vaccel_guest *guest, const vaccel_guest_resource *model
     outputs[0].size = sizeof x - 1;
     RETURNS(guest, EINVAL, vaccel_guest_run(guest, model, &input, 1, NULL, 0, outputs, 1, NULL));
     HOLDS(strstr(vaccel_guest_message(guest), "24 bytes") && vaccel_guest_may_have_run(guest));
+    HOLDS(outputs[0].length == sizeof x);
     outputs[0].data = NULL;
     outputs[0].size = sizeof x;
     RETURNS(guest, EINVAL, vaccel_guest_run(guest, model, &input, 1, NULL, 0, outputs, 1, NULL));

@@ -147,7 +147,7 @@ pub(super) unsafe fn array_mut<'a, E>(first: *mut E, count: usize) -> Option<&'a
 pub(super) unsafe fn resource(resource: *const CResource) -> Option<ResourceId> {
     // SAFETY: null, or a resource's name.
     let resource = unsafe { resource.as_ref() }?;
-    resource.name.first_chunk().copied().map(ResourceId)
+    resource.name.first_chunk().copied().map(ResourceId::of_bytes)
 }
 
 /// A text and the NUL at its end, in a place that is one byte longer than the text can be.

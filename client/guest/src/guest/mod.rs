@@ -214,7 +214,7 @@ impl<T: Transport> Guest<T> {
         }
         let top_k = u32::try_from(top_k).unwrap_or(u32::MAX);
         let mut classified = Classified::new(labels);
-        let model = model.map_or(&[][..], |model| &model.0);
+        let model = model.map_or(&[][..], ResourceId::as_bytes);
         self.ask(&Ask::Classify { model, top_k, images }, &mut classified)?;
         Ok((classified.count, classified.timings))
     }
@@ -237,7 +237,7 @@ impl<T: Transport> Guest<T> {
         }
         let at_most = u32::try_from(detections.len()).unwrap_or(DETECTIONS_MAX).min(DETECTIONS_MAX);
         let mut detected = Detected::new(detections);
-        let model = model.map_or(&[][..], |model| &model.0);
+        let model = model.map_or(&[][..], ResourceId::as_bytes);
         self.ask(&Ask::Detect { model, image, threshold, at_most }, &mut detected)?;
         Ok((detected.count, detected.timings))
     }

@@ -454,8 +454,9 @@ fn arguments_that_find_no_place_are_told() {
         let (mut first, mut second) = ([0; 4], [0; 4]);
         let mut write = [&mut first, &mut second].map(|data| ArgOut::new(ArgType::UCHAR_ARRAY, data));
         let outcome = guest.genop(&[Arg { kind: ArgType::UINT8, data: &[1] }], &mut write);
+        let lengths = write.each_ref().map(|arg| arg.length);
         let error = crate::fails(&guest, outcome, vaccel_guest::Reason::BadArgument, text);
-        assert!(error.may_have_run);
+        assert!(error.may_have_run && (lengths == [4, 5] || lengths == [4, 4]));
     }
     let (mut guest, _) = answering(Vec::new());
     let outcome = guest.genop(&[Arg { kind: ArgType::UINT8, data: &[1] }; 17], &mut []);

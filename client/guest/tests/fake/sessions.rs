@@ -206,8 +206,9 @@ fn outputs_that_find_no_place_are_told() {
     let data = [1; 100];
     let input = Input { name: "", dtype: DType::U8, shape: &[100], data: &data };
     let (mut one, mut two) = ([0; 100], [0; 99]);
-    let outcome =
-        guest.run(&model, &[input, input], &[], &mut [Output::new(&mut one), Output::new(&mut two)]);
+    let mut places = [Output::new(&mut one), Output::new(&mut two)];
+    let outcome = guest.run(&model, &[input, input], &[], &mut places);
+    assert_eq!(places.each_ref().map(|place| place.length), [100, 100]);
     fails(&guest, outcome, Reason::BadArgument, "outputs[1]: expected a place for 100 bytes");
     let outcome = guest.run(&model, &[input, input], &[], &mut [Output::new(&mut one)]);
     fails(&guest, outcome, Reason::BadArgument, "outputs[1]: expected a place for ");
