@@ -6,6 +6,7 @@ mod interface;
 mod needs;
 mod plugin;
 mod programs;
+mod python;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::PathBuf;
