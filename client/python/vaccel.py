@@ -19,7 +19,7 @@ import ctypes
 import os
 import signal
 import threading
-from ctypes import POINTER, byref, c_char, c_char_p, c_float, c_int, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import byref, c_char, c_char_p, c_float, c_int, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from typing import NamedTuple
 
 import numpy
@@ -72,6 +72,8 @@ _ROOM_BYTES = 64 << 10
 _DETECTIONS_MAX = 64
 _LABELS_MAX = 80
 
+_P = ctypes.POINTER
+
 
 class _Bytes(ctypes.Structure):
     _fields_ = [("data", c_void_p), ("length", c_size_t)]
@@ -98,7 +100,7 @@ class _Input(ctypes.Structure):
         ("name", c_char_p),
         ("dtype", c_int),
         ("rank", c_size_t),
-        ("shape", POINTER(c_int64)),
+        ("shape", _P(c_int64)),
         ("data", c_void_p),
         ("length", c_size_t),
     ]
@@ -145,7 +147,7 @@ class _Info(ctypes.Structure):
     ]
 
 
-# What each function returns and takes; the guest is the first of those of methods.
+# What each function returns, and takes behind the guest.
 _METHODS = {
     "set_token": (None, [c_char_p]),
     "set_deadline_ms": (None, [c_uint32]),
@@ -160,48 +162,14 @@ _METHODS = {
     "close": (c_int, []),
     "renew": (c_int, []),
     "attend": (None, []),
-    "about": (c_int, [POINTER(_Info)]),
-    "noop": (c_int, [POINTER(_Timings)]),
-    "classify": (
-        c_int,
-        [
-            POINTER(_Resource),
-            POINTER(_Bytes),
-            c_size_t,
-            POINTER(_Label),
-            c_size_t,
-            POINTER(c_size_t),
-            POINTER(_Timings),
-        ],
-    ),
-    "detect": (
-        c_int,
-        [
-            POINTER(_Resource),
-            POINTER(_Bytes),
-            c_float,
-            POINTER(_Detection),
-            c_size_t,
-            POINTER(c_size_t),
-            POINTER(_Timings),
-        ],
-    ),
-    "run": (
-        c_int,
-        [
-            POINTER(_Resource),
-            POINTER(_Input),
-            c_size_t,
-            POINTER(c_char_p),
-            c_size_t,
-            POINTER(_Output),
-            c_size_t,
-            POINTER(_Timings),
-        ],
-    ),
-    "genop": (c_int, [POINTER(_Arg), c_size_t, POINTER(_ArgOut), c_size_t, POINTER(_Timings)]),
-    "register": (c_int, [c_int, POINTER(_File), c_size_t, POINTER(_Resource)]),
-    "unregister": (c_int, [POINTER(_Resource)]),
+    "about": (c_int, [_P(_Info)]),
+    "noop": (c_int, [_P(_Timings)]),
+    "classify": (c_int, [_P(_Resource), _P(_Bytes), c_size_t, _P(_Label), c_size_t, _P(c_size_t), _P(_Timings)]),
+    "detect": (c_int, [_P(_Resource), _P(_Bytes), c_float, _P(_Detection), c_size_t, _P(c_size_t), _P(_Timings)]),
+    "run": (c_int, [_P(_Resource), _P(_Input), c_size_t, _P(c_char_p), c_size_t, _P(_Output), c_size_t, _P(_Timings)]),
+    "genop": (c_int, [_P(_Arg), c_size_t, _P(_ArgOut), c_size_t, _P(_Timings)]),
+    "register": (c_int, [c_int, _P(_File), c_size_t, _P(_Resource)]),
+    "unregister": (c_int, [_P(_Resource)]),
     "reason": (c_char_p, []),
     "message": (c_char_p, []),
     "may_have_run": (c_int, []),
@@ -285,7 +253,10 @@ class Error(Exception):
 
 
 def _encoded(text):
-    return None if text is None else os.fsencode(text) if isinstance(text, os.PathLike) else text.encode()
+    """A text of C's."""
+    if text is not None and "\0" in text:
+        raise ValueError(f"expected a text without zeros, not {text!r}")
+    return None if text is None else text.encode("utf-8", "surrogateescape")
 
 
 def _decoded(text):
@@ -366,9 +337,10 @@ def _resource(model):
     if model is None:
         return None
     name = model.name if isinstance(model, Resource) else model
-    if not 0 < len(name.encode()) <= 64:
+    encoded = _encoded(name)
+    if not 0 < len(encoded) <= 64:
         raise ValueError(f"expected a model's name of 1 to 64 bytes, not {name!r}")
-    return byref(_Resource(name.encode()))
+    return byref(_Resource(encoded))
 
 
 class Guest:
@@ -408,11 +380,9 @@ class Guest:
         address = address or os.environ.get("VACCEL_RPC_ADDRESS")
         if not address:
             raise ValueError("expected an address, as an argument or in VACCEL_RPC_ADDRESS")
-        self._guest = _LIBRARY.vaccel_guest_init(self._memory, _MEMORY, address.encode())
+        self._guest = _LIBRARY.vaccel_guest_init(self._memory, _MEMORY, _encoded(address))
         if not self._guest:
-            raise ValueError(
-                f"expected vsock://CID:PORT, unix://PATH, unix://@NAME or tcp://IP:PORT, not {address!r}"
-            )
+            raise ValueError(f"expected vsock://CID:PORT, unix://PATH, unix://@NAME or tcp://IP:PORT, not {address!r}")
         if reply_type not in (None, "float16", "bfloat16"):
             raise ValueError(f"expected float16 or bfloat16, not {reply_type!r}")
         if not 0 < deadline <= 0xFFFFFFFF / 1e3:
@@ -551,7 +521,10 @@ class Guest:
         if isinstance(files, (str, os.PathLike)):
             files = [files]
         if not isinstance(files, dict):
-            files = {os.path.basename(path): numpy.fromfile(path, numpy.uint8) for path in map(os.fspath, files)}
+            paths = {os.path.basename(path): path for path in map(os.fspath, files)}
+            if len(paths) < len(files):
+                raise ValueError(f"expected files of different names, not {files!r}")
+            files = {name: numpy.fromfile(path, numpy.uint8) for name, path in paths.items()}
         held = {_encoded(name): _bytes(content) for name, content in files.items()}
         given = (_File * len(held))(*((name, _address(file), file.nbytes) for name, file in held.items()))
         resource = _Resource()

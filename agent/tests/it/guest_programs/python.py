@@ -104,6 +104,9 @@ def resources_are_held(guest):
     assert guest.register([add_file, echo_file], kind="data") != model
     refuses(ValueError, lambda: guest.register(add_file, kind="modell"), "expected a kind of model")
     refuses(vaccel.Error, lambda: guest.register({}), "expected 1 to 8 files")
+    refuses(ValueError, lambda: guest.register([add_file, add_file]), "different names")
+    refuses(ValueError, lambda: guest.register({"model\0.onnx": b"content"}), "without zeros")
+    refuses(FileNotFoundError, lambda: guest.register(add_file + "-absent"))
     return guest.register(add_file)
 
 
