@@ -181,7 +181,11 @@ _METHODS = {
 def _load():
     beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "libvaccel_guest.so")
     named = os.environ.get("VACCEL_GUEST_LIBRARY")
-    library = ctypes.CDLL(named or (beside if os.path.exists(beside) else "libvaccel_guest.so"))
+    name = named or (beside if os.path.exists(beside) else "libvaccel_guest.so")
+    try:
+        library = ctypes.CDLL(name)
+    except OSError as error:
+        raise ImportError(f"{error}: build it as vaccel_guest.h says, and name it in VACCEL_GUEST_LIBRARY") from error
     library.vaccel_guest_init.restype = c_void_p
     library.vaccel_guest_init.argtypes = [c_void_p, c_size_t, c_char_p]
     for name, (result, arguments) in _METHODS.items():

@@ -5,7 +5,7 @@ use std::process::Command;
 use super::programs::{dynamic_library, header, run, source};
 use super::{everything_holds, models};
 use crate::support::onnx::{self, F32, f32s, model, node, port};
-use crate::support::{Agent, digits, onnxruntime, repository, seer};
+use crate::support::{Agent, digits, onnxruntime, output_text, repository, seer};
 
 /// Python, as it finds the module.
 fn python() -> Command {
@@ -25,6 +25,15 @@ fn the_program_in_the_readme_does_what_it_shows() {
     let mut command = python();
     command.args(["-c", shown]).env("VACCEL_RPC_ADDRESS", agent.address()).current_dir(agent.folder());
     assert_eq!(run(&mut command), "two [[2.0, 4.0]] [[1.0, 2.0], [3.0, 4.0]] 1\n");
+}
+
+#[test]
+fn without_the_library_it_says_what_to_do() {
+    let output =
+        python().args(["-c", "import vaccel"]).env("VACCEL_GUEST_LIBRARY", "/absent.so").output().unwrap();
+    let said = output_text(&output);
+    assert!(!output.status.success() && said.contains("ImportError: /absent.so: "), "{said}");
+    assert!(said.contains("name it in VACCEL_GUEST_LIBRARY"), "{said}");
 }
 
 #[test]
