@@ -2,7 +2,9 @@
 
 use prost::Message;
 use prost::bytes::Bytes;
-use vaccel_guest::{Arg, ArgOut, ArgType, DType, Detection, File, Guest, Input, Label, Output, ResourceKind};
+use vaccel_guest::{
+    Arg, ArgOut, ArgType, DType, Detection, File, Guest, Input, Label, Output, ResourceId, ResourceKind,
+};
 use vaccel_proto::v1::{self, RunReply, RunRequest, run_reply::Outcome, run_request::Op};
 use vaccel_proto::{carrier, limits};
 
@@ -194,9 +196,13 @@ impl Tensors {
 #[test]
 fn tensors_of_every_size_are_sent_as_they_are_and_begin_on_a_boundary() {
     let (mut guest, calls) = recording();
-    let model = flow::model(&mut guest);
+    let registered = flow::model(&mut guest);
     for seed in 0..500 {
         let sent = Tensors::of(seed);
+        // The host's models have names of other lengths.
+        let name = "m".repeat(1 + seed as usize % 64);
+        let its = ResourceId::of_repository(&name).unwrap();
+        let (model, named) = if seed % 2 == 0 { (registered, MODEL) } else { (its, &*name) };
         let names: Vec<&str> = sent.outputs.iter().map(String::as_str).collect();
         let mut places: Vec<_> = sent.data.iter().map(|data| vec![0; data.len()]).collect();
         let mut outputs: Vec<_> = places.iter_mut().map(|place| Output::new(place)).collect();
@@ -213,7 +219,7 @@ fn tensors_of_every_size_are_sent_as_they_are_and_begin_on_a_boundary() {
         let call = calls.last().unwrap();
         let request: RunRequest = call.message();
         let Some(Op::ModelRun(run)) = request.op else { panic!("a run of a model") };
-        assert_eq!((request.session.as_str(), run.model.as_str()), (SESSION, MODEL));
+        assert_eq!((request.session.as_str(), run.model.as_str()), (SESSION, named));
         assert_eq!(run.outputs, sent.outputs);
         assert_eq!(run.inputs.len(), sent.names.len());
         for (number, input) in run.inputs.iter().enumerate() {
